@@ -1,0 +1,5 @@
+"""The model being trained: Megatron-Core modules, schedules and optimizer."""
+
+from megatron_entropy import cpu
+
+cpu.activate()  # before any module here imports megatron.core

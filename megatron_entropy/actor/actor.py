@@ -1,0 +1,247 @@
+"""The model being trained, spread over this world's ranks: `score` samples, `update` on samples.
+
+Both run Megatron's own pipeline schedules over packed micro-batches. The last stage hands hidden states to
+`entropy_kernels.token_stats`, which computes per-token log-probability and full-vocabulary entropy from the head's
+weight shard without ever holding the logits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from entropy_kernels import TokenStats, token_stats
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_entropy import cpu
+from megatron_entropy.actor.layers import describe_sequences
+from megatron_entropy.actor.model import build_chunks, head_weight
+from megatron_entropy.actor.optimizer import build_optimizer, build_schedule
+from megatron_entropy.architecture import ModelShape
+from megatron_entropy.config import ActorConfig
+from megatron_entropy.errors import NonFiniteLossError
+from megatron_entropy.packing import pack, plan
+from megatron_entropy.records import Batch, Metric, Sample
+
+LossFunction = Callable[[TokenStats, Batch], tuple[Tensor, dict[str, Metric]]]
+"""From token statistics and batch to the per-token loss [T] (before weights) and metrics of the micro-batch."""
+
+
+class Actor:
+    """One model, its optimizer and its learning-rate schedule on this rank; every method is a collective."""
+
+    def __init__(self, shape: ModelShape, config: ActorConfig, *, total_updates: int) -> None:
+        """Build the rank's part of the model; weights are not set until `resharding.source.load` or a checkpoint.
+
+        Args:
+            total_updates: optimizer steps of the whole stage, the length of the learning-rate schedule.
+        """
+        self.shape = shape
+        self.config = config
+        chunks = build_chunks(shape, config)
+        settings = chunks[0].config
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=config.parallel.distributed_optimizer,
+            overlap_grad_reduce=False,
+        )
+        self.chunks = [
+            DistributedDataParallel(settings, ddp, chunk, disable_bucketing=index > 0)
+            for index, chunk in enumerate(chunks)
+        ]
+        settings.finalize_model_grads_func = _sum_gradients
+        self.optimizer: MegatronOptimizer = build_optimizer(config, self.chunks)
+        self.schedule = build_schedule(config.optimizer, self.optimizer, total_updates)
+        settings.grad_scale_func = self.optimizer.scale_loss
+
+    def named_shards(self) -> dict[str, Tensor]:
+        """This rank's parameters under global names (`decoder.layers.N` counts over all stages)."""
+        shards: dict[str, Tensor] = {}
+        for chunk in self.chunks:
+            module: GPTModel = chunk.module
+            numbers = {str(i): str(layer.layer_number - 1) for i, layer in enumerate(module.decoder.layers)}
+            for name, parameter in module.named_parameters():
+                parts = name.split(".")
+                if parts[:2] == ["decoder", "layers"]:
+                    parts[2] = numbers[parts[2]]
+                shards[".".join(parts)] = parameter
+        return shards
+
+    def after_load(self) -> None:
+        """Let the optimizer take over weights that were written into the model."""
+        self.optimizer.reload_model_params()
+
+    def score(self, samples: Sequence[Sample], *, temperature: float, entropy: bool = True) -> list[Sample]:
+        """Log-probability, and entropy, of every response token under the current weights.
+
+        Args:
+            samples: the same list on every rank.
+            temperature: the distribution is softmax(logits / temperature).
+        Returns:
+            On every rank the samples with `logprob` (nats) and, if asked, `entropy` (nats, full vocabulary) filled.
+        """
+        batches = self._pack(samples)
+
+        def measure(batch: Batch, stats: TokenStats) -> tuple[Tensor, dict[str, object]]:
+            columns = [stats.logprob] + ([stats.entropy] if entropy else [])
+            return stats.logprob.new_zeros(()), {"order": batch.order, "columns": torch.stack(columns).cpu()}
+
+        results = self._run(batches, measure, temperature=temperature, entropy=entropy, train=False)
+        lengths = [len(s.tokens) for s in samples]
+        starts = np.cumsum([0, *lengths])
+        table = torch.zeros(2 if entropy else 1, int(starts[-1]))
+        if self._reports:
+            for batch, result in zip(batches, results, strict=True):
+                edges = batch.boundaries.tolist()
+                for index, a, b in zip(batch.order, edges, edges[1:], strict=False):
+                    if index >= 0:
+                        table[:, starts[index] + 1 : starts[index + 1]] = result["columns"][:, a:b]
+        # Each entry comes from one rank, the others hold 0: the sum is exact.
+        dist.all_reduce(table, group=_cpu_group())
+        filled = []
+        for index, sample in enumerate(samples):
+            columns = table[:, starts[index] : starts[index + 1]].numpy()
+            entropies = columns[1].copy() if entropy else None
+            filled.append(dataclasses.replace(sample, logprob=columns[0].copy(), entropy=entropies))
+        return filled
+
+    def update(self, samples: Sequence[Sample], loss: LossFunction, *, temperature: float) -> dict[str, Metric]:
+        """One optimizer step on `sum over tokens of weight * loss`.
+
+        Args:
+            samples: the same list on every rank, with `weight` filled.
+            temperature: the distribution is softmax(logits / temperature).
+        Returns:
+            On every rank the method's metrics, `train/loss`, `train/grad_norm` and `train/lr` of the whole step.
+        Raises:
+            NonFiniteLossError: on every rank, before the optimizer step, naming samples (or the gradient norm).
+        """
+        batches = self._pack(samples)
+
+        def weigh(batch: Batch, stats: TokenStats) -> tuple[Tensor, dict[str, object]]:
+            per_token, metrics = loss(stats, batch)
+            weighted = batch.weight * per_token
+            total = weighted.sum()
+            bad = [] if torch.isfinite(total) else _sequences_with_nonfinite(weighted, batch)
+            # The mean entropy under the weights' support: what every method wants to watch.
+            return total, {"loss": float(total.detach()), "bad": bad, "metrics": metrics}
+
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        results = self._run(batches, weigh, temperature=temperature, entropy=True, train=True)
+        gathered = self._gather_results(results)
+        if bad := sorted({index for result in gathered for index in result["bad"]}):
+            raise NonFiniteLossError(f"loss is not finite for sample(s) {', '.join(map(str, bad[:8]))} of the step")
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        if not np.isfinite(norm):
+            raise NonFiniteLossError(f"gradient norm is {norm} although the loss is finite")
+        metrics = {
+            "train/loss": Metric(sum(result["loss"] for result in gathered)),
+            "train/grad_norm": Metric(norm),
+            "train/lr": Metric(self.optimizer.param_groups[0]["lr"]),
+        }
+        self.optimizer.step()
+        self.schedule.step(increment=1)
+        for result in gathered:
+            for name, metric in result["metrics"].items():
+                metrics[name] = metrics.get(name, Metric(0.0, 0.0)) + metric
+        return metrics
+
+    @property
+    def _reports(self) -> bool:
+        """Whether this rank speaks for its pipeline: the last stage's first tensor-parallel rank."""
+        last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        return last and parallel_state.get_tensor_model_parallel_rank() == 0
+
+    def _gather_results(self, results: list[dict]) -> list[dict]:
+        everyone: list[list[dict]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, results if self._reports else [], group=_cpu_group())
+        return [result for rank_results in everyone for result in rank_results]
+
+    def _pack(self, samples: Sequence[Sample]) -> list[Batch]:
+        layout = self.config.parallel
+        micro_batches = plan(
+            [len(s.tokens) - 1 for s in samples],
+            token_budget=self.config.token_budget,
+            ranks=parallel_state.get_data_parallel_world_size(),
+            multiple=layout.pp if layout.vpp > 1 else 1,
+        )
+        mine = micro_batches[parallel_state.get_data_parallel_rank()]
+        multiple = layout.tp if layout.sequence_parallel else 1
+        return [pack(samples, indices, multiple=multiple, device=cpu.device()) for indices in mine]
+
+    def _run(
+        self,
+        batches: list[Batch],
+        measure: Callable[[Batch, TokenStats], tuple[Tensor, dict]],
+        *,
+        temperature: float,
+        entropy: bool,
+        train: bool,
+    ) -> list[dict]:
+        """Drive the pipeline schedule; the last stage gets one result of `measure` per micro-batch."""
+
+        def after_model(batch: Batch, chunk: GPTModel, hidden: Tensor) -> tuple[Tensor, Tensor, dict]:
+            stats = token_stats(
+                hidden.squeeze(0),
+                head_weight(chunk),
+                batch.targets,
+                temperature=temperature,
+                group=parallel_state.get_tensor_model_parallel_group(),
+                sequence_parallel=self.config.parallel.sequence_parallel,
+                vocab_size=self.shape.vocab_size,
+                entropy=entropy,
+            )
+            total, result = measure(batch, stats)
+            return total, torch.tensor(0, dtype=torch.int, device=total.device), result
+
+        def forward_step(iterator: Iterator[Batch], chunk: DistributedDataParallel) -> tuple[Tensor, Callable]:
+            batch = next(iterator)
+            hidden = chunk(
+                input_ids=batch.tokens[None],
+                position_ids=batch.positions[None],
+                attention_mask=None,
+                packed_seq_params=describe_sequences(batch.boundaries),
+            )
+            return hidden, partial(after_model, batch, chunk.module)
+
+        for chunk in self.chunks:
+            chunk.train(train)
+        iterators = [iter(batches) for _ in self.chunks]
+        with torch.set_grad_enabled(train):
+            return get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+                num_microbatches=len(batches),
+                seq_length=self.config.token_budget,
+                micro_batch_size=1,
+                forward_only=not train,
+            )
+
+
+def _sum_gradients(model: list, num_tokens: Tensor | None = None, **kwargs: object) -> None:
+    """Megatron's gradient reduction without its division by a token count: the weights hold it already."""
+    finalize_model_grads(model, None, **kwargs)
+
+
+def _sequences_with_nonfinite(values: Tensor, batch: Batch) -> list[int]:
+    edges = batch.boundaries.tolist()
+    parts = zip(batch.order, edges, edges[1:], strict=False)
+    return [index for index, a, b in parts if not bool(torch.isfinite(values[a:b]).all())]
+
+
+def _cpu_group() -> dist.ProcessGroup | None:
+    """Results are gathered as CPU tensors and objects, which the default group's gloo half carries."""
+    return None

@@ -1,0 +1,215 @@
+"""A Megatron-Core `GPTModel` from a model's shape and a layout.
+
+The output layer is replaced by `HiddenStateHead`, which keeps the head's weight shard and passes the hidden states
+on: logits never exist as a whole, the loss computes what it needs from hidden states and weight shard.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+
+from megatron_entropy import cpu
+from megatron_entropy.actor.layers import Norm, PackedAttention
+from megatron_entropy.actor.rotary import rotary_frequencies
+from megatron_entropy.architecture import ModelShape
+from megatron_entropy.config import ActorConfig
+from megatron_entropy.errors import ConfigError, MissingPackageError
+
+log = logging.getLogger(__name__)
+
+VOCAB_MULTIPLE = 128
+"""The embedding is padded to a multiple of this whatever the layout, so that checkpoints fit every layout."""
+
+
+def has_transformer_engine() -> bool:
+    """Whether layers run on Transformer Engine: installed, and a GPU to run on."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def padded_vocab_size(vocab_size: int, tp: int) -> int:
+    """Rows of the embedding with padding.
+
+    Raises:
+        ConfigError: when the layout cannot split them evenly.
+    """
+    padded = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    if padded % tp:
+        raise ConfigError(f"actor.parallel.tp={tp} does not divide the padded vocabulary of {padded} rows")
+    return padded
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU and float32 on a CPU."""
+    if name == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+class HiddenStateHead(torch.nn.Module):
+    """Takes the place of the output layer: holds its weight shard, hands hidden states on.
+
+    `weight`: [V / tp, H], or None where the embedding on the same stage is tied to it.
+    """
+
+    def __init__(self, output_layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.weight = output_layer.weight
+
+    def forward(self, hidden: Tensor, **unused: Any) -> tuple[Tensor, None]:
+        """Return `hidden` unchanged, in the shape of `ColumnParallelLinear`'s answer."""
+        return hidden, None
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        """The weight as a tensor sharded along the vocabulary, for `dist_checkpointing`."""
+        if self.weight is None:
+            return {}
+        state = {"weight": self.weight}
+        return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets)
+
+
+def transformer_config(shape: ModelShape, config: ActorConfig) -> TransformerConfig:
+    """Megatron's settings for a model and a layout.
+
+    Raises:
+        MissingPackageError: for FP8 or context parallelism without Transformer Engine.
+    """
+    layout, dtype, fused = config.parallel, resolve_dtype(config.dtype), has_transformer_engine()
+    for wish, key in ((config.fp8, "actor.fp8"), (layout.cp > 1, "actor.parallel.cp")):
+        if wish and not fused:
+            raise MissingPackageError(f"{key}={wish} needs Transformer Engine and a GPU; see `megatron-entropy doctor`")
+    _, attention_factor = rotary_frequencies(shape)
+    fp8: dict[str, Any] = {"fp8": "hybrid", "fp8_recipe": config.fp8} if config.fp8 else {}
+    recompute: dict[str, Any] = {}
+    if config.recompute == "full":
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.head_dim,
+        layernorm_epsilon=shape.norm_eps,
+        normalization="RMSNorm",
+        qk_layernorm=shape.qk_norm,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        softmax_scale=attention_factor**2 * shape.head_dim**-0.5,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        sequence_parallel=layout.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        calculate_per_token_loss=True,  # gradients are summed: weights already hold the normalisation
+        use_cpu_initialization=not torch.cuda.is_available(),
+        perform_initialization=False,  # every weight comes from a checkpoint
+        bias_activation_fusion=fused,
+        bias_dropout_fusion=fused,
+        apply_rope_fusion=fused,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        deallocate_pipeline_outputs=True,
+        # With two stages a chunk's previous and next rank are the same; only the overlapped exchange tells them apart.
+        overlap_p2p_comm=layout.vpp > 1,
+        batch_p2p_comm=layout.vpp == 1,
+        **fp8,
+        **recompute,
+    )
+
+
+def build_chunks(shape: ModelShape, config: ActorConfig) -> list[GPTModel]:
+    """This rank's part of the model: one chunk, or `vpp` of them. Weights are not set."""
+    settings = transformer_config(shape, config)
+    layout = config.parallel
+    chunks = []
+    for stage in range(layout.vpp):
+        vp_stage = stage if layout.vpp > 1 else None
+        first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+        last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+        chunk = GPTModel(
+            config=settings,
+            transformer_layer_spec=_layer_spec(shape, settings),
+            vocab_size=padded_vocab_size(shape.vocab_size, layout.tp),
+            max_sequence_length=shape.max_positions,
+            pre_process=first,
+            post_process=last,
+            parallel_output=True,
+            share_embeddings_and_output_weights=shape.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=int(shape.rope_theta),
+            vp_stage=vp_stage,
+        )
+        chunk.rotary_pos_emb.inv_freq = rotary_frequencies(shape)[0].to(cpu.device())
+        _mark_sharded_weights(chunk)
+        if last:
+            chunk.output_layer = HiddenStateHead(chunk.output_layer)
+        chunks.append(chunk.to(cpu.device()))
+    return chunks
+
+
+def head_weight(chunk: GPTModel) -> Tensor:
+    """The weight shard [V / tp, H] that turns hidden states of the last stage into logits."""
+    if chunk.share_embeddings_and_output_weights:
+        return chunk.shared_embedding_or_output_weight()
+    return chunk.output_layer.weight
+
+
+def _mark_sharded_weights(chunk: GPTModel) -> None:
+    """Tell the gradient norm which weights are shards; Megatron does this only while it initialises them."""
+    for module in chunk.modules():
+        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
+            sharded = [(module.weight, 0), (getattr(module, "bias", None), 0)]
+        elif isinstance(module, RowParallelLinear):
+            sharded = [(module.weight, 1)]
+        else:
+            continue
+        for parameter, dim in sharded:
+            if parameter is not None and not hasattr(parameter, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
+
+
+def _layer_spec(shape: ModelShape, settings: TransformerConfig) -> Any:
+    if has_transformer_engine():
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=shape.qk_norm)
+    layer: ModuleSpec = get_gpt_layer_local_spec(qk_layernorm=shape.qk_norm, normalization="RMSNorm")
+    layer.submodules.input_layernorm = Norm
+    layer.submodules.pre_mlp_layernorm = Norm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if shape.qk_norm:
+        attention.q_layernorm = Norm
+        attention.k_layernorm = Norm
+    layers_here = shape.num_layers // settings.pipeline_model_parallel_size
+    layers_here //= settings.virtual_pipeline_model_parallel_size or 1
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers_here, layer_norm=Norm)

@@ -1,0 +1,47 @@
+"""AdamW and its learning-rate schedule, Megatron-Core's own."""
+
+from __future__ import annotations
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_entropy.actor.model import resolve_dtype
+from megatron_entropy.config import ActorConfig, OptimizerConfig
+
+
+def build_optimizer(config: ActorConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
+    """The optimizer over this rank's model chunks; fp32 master weights where the model is bfloat16."""
+    settings, dtype = config.optimizer, resolve_dtype(config.dtype)
+    megatron_config = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        adam_eps=settings.eps,
+        clip_grad=settings.clip_grad,
+        params_dtype=dtype,
+        bf16=str(dtype) == "torch.bfloat16",
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+    )
+    return get_megatron_optimizer(megatron_config, chunks)
+
+
+def build_schedule(config: OptimizerConfig, optimizer: MegatronOptimizer, total_updates: int) -> OptimizerParamScheduler:
+    """Linear warm-up from 0, then constant, or decay to `min_lr` over the stage's updates."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=config.warmup_steps,
+        lr_decay_steps=max(total_updates, config.warmup_steps + 1),
+        lr_decay_style=config.schedule,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )

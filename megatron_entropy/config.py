@@ -1,0 +1,386 @@
+"""Configuration: a TOML file, dotted command-line overrides, defaults that are the vetted setting.
+
+`load(path, overrides, method_configs)` reads a file into one `Config` per stage. A file describes one training run;
+a `[[stages]]` list makes it several in a row, each stage being the file's top level with the stage's own keys laid
+over it, and each starting from the model the one before it exported. Overrides (`--actor.parallel.tp=2`) apply to
+every stage, `--stages.NAME.KEY=VALUE` to one.
+
+Unknown keys are errors that name the nearest known key; `check` compares the fields with one another and with the
+model's shape before anything starts. Importing this module imports neither torch nor any engine.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, SerializeAsAny, ValidationError
+
+from megatron_entropy.architecture import ModelShape
+from megatron_entropy.errors import ConfigError
+
+
+class Section(BaseModel):
+    """A table of the file; keys it does not know are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MethodConfig(Section):
+    """What every method's settings have in common; each method file derives its own."""
+
+    name: str
+
+
+class ModelConfig(Section):
+    """The model to start from; later stages default to what the stage before exported."""
+
+    path: str = ""
+    """Hugging Face folder: `config.json`, safetensors, tokenizer."""
+
+
+class DataConfig(Section):
+    """Questions to train and to evaluate on."""
+
+    train: list[str] = []
+    """JSONL or parquet files."""
+    test: list[str] = []
+    columns: str = "auto"
+    """Schema of the rows (see `data/schemas.py`), or `auto` to tell it from the columns."""
+    tokenizer: str = ""
+    """Folder or `tokenizer.model`; empty: the model's folder."""
+    template: str = ""
+    """`{question}` with text around it; empty: the tokenizer's chat template, else the question and a newline."""
+    max_prompt_tokens: PositiveInt = 1024
+    """Longer prompts are left out, counted and reported."""
+
+
+class ParallelConfig(Section):
+    """The layout of the trainer's ranks: `tp * pp * cp * dp` of them."""
+
+    tp: PositiveInt = 1
+    pp: PositiveInt = 1
+    vpp: PositiveInt = 1
+    """Model chunks per pipeline stage (interleaved schedule when above 1)."""
+    dp: PositiveInt = 1
+    cp: PositiveInt = 1
+    """Context parallel ranks; needs Transformer Engine's attention."""
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = False
+    """Shard the optimizer state over data-parallel ranks (ZeRO-1)."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of trainer ranks."""
+        return self.tp * self.pp * self.cp * self.dp
+
+
+class OptimizerConfig(Section):
+    """AdamW with warm-up and decay, in optimizer steps."""
+
+    lr: float = Field(1e-6, ge=0)
+    min_lr: float = Field(0.0, ge=0)
+    warmup_steps: NonNegativeInt = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    weight_decay: float = Field(0.01, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    clip_grad: float = Field(1.0, ge=0)
+    """Global gradient norm above which gradients are scaled down; 0: never."""
+
+
+class ActorConfig(Section):
+    """The Megatron-Core model that is trained."""
+
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto`: bfloat16 on a GPU, float32 on a CPU."""
+    fp8: Literal["", "tensorwise", "blockwise"] = ""
+    """FP8 linear layers (Transformer Engine, Hopper or newer); the head stays in bfloat16."""
+    token_budget: PositiveInt = 8192
+    """Most tokens in one packed micro-batch of a data-parallel rank."""
+    recompute: Literal["none", "full"] = "none"
+    """`full`: activations of each layer are recomputed in backward."""
+
+
+class RolloutConfig(Section):
+    """vLLM engines and how they sample."""
+
+    num_engines: PositiveInt = 1
+    tensor_parallel: PositiveInt = 1
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_response_tokens: PositiveInt = 2048
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    max_num_seqs: PositiveInt = 256
+    """Most sequences an engine decodes at a time."""
+    kv_cache_gib: PositiveInt = 1
+    """KV cache of an engine on a CPU."""
+    gpu_memory_utilization: float = Field(0.6, gt=0, le=1)
+    max_restarts: NonNegativeInt = 3
+    """How often each engine may die and be started again."""
+
+
+class RewardConfig(Section):
+    """How an answer is checked."""
+
+    verifier: str = "math_verify"
+    workers: PositiveInt = 2
+    timeout: float = Field(10.0, gt=0)
+    """Seconds one answer may take before its worker is killed."""
+
+
+class BatchConfig(Section):
+    """The size of a step."""
+
+    prompts: PositiveInt = 128
+    samples: PositiveInt = 8
+    """Responses per prompt."""
+    updates: PositiveInt = 1
+    """Optimizer steps per rollout batch: it is cut into this many mini-batches of whole groups."""
+
+
+class EvaluationConfig(Section):
+    """Accuracy, entropy and length on the test files, before, during and after training."""
+
+    every: NonNegativeInt = 0
+    """Steps between evaluations; 0: only before and after."""
+    samples: PositiveInt = 1
+    temperature: float = Field(1.0, gt=0)
+    limit: NonNegativeInt = 0
+    """First so many test questions; 0: all."""
+
+
+class CheckpointConfig(Section):
+    """What a run can be resumed from."""
+
+    every: NonNegativeInt = 50
+    """Steps between checkpoints; 0: only at the end and on a stop signal."""
+    keep: PositiveInt = 2
+
+
+class LogConfig(Section):
+    """Where metrics go beside `metrics.jsonl`."""
+
+    tensorboard: bool = True
+    wandb_project: str = ""
+    rollouts_every: NonNegativeInt = 1
+    """Steps between rollout dumps; 0: none."""
+
+
+class Config(Section):
+    """One stage of training."""
+
+    run: str = "runs/default"
+    """Folder for everything the run writes."""
+    name: str = "train"
+    """Name of the stage."""
+    seed: NonNegativeInt = 1
+    steps: PositiveInt
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    method: SerializeAsAny[MethodConfig]
+    actor: ActorConfig = ActorConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    batch: BatchConfig = BatchConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    def fingerprint(self) -> str:
+        """Short hash of every setting that changes the numbers of a run; a resume compares it."""
+        settings = self.model_dump(mode="json", exclude={"run", "steps", "checkpoint", "log", "evaluation"})
+        settings["actor"].pop("parallel")
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load(path: str | Path, overrides: Sequence[str], method_configs: Mapping[str, type[MethodConfig]]) -> list[Config]:
+    """Read `path` into the configurations of its stages.
+
+    Args:
+        path: a TOML file.
+        overrides: `--key.path=value` arguments, values in TOML syntax (bare words are strings).
+        method_configs: configuration class of each method, by name.
+    Raises:
+        ConfigError: naming the key to change, for a missing file, an unknown key, a wrong type or value.
+    """
+    try:
+        tree = tomllib.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    stages = tree.pop("stages", [{}])
+    if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
+        raise ConfigError(f"{path}: stages must be written as [[stages]] tables")
+    for_all, for_one = _parse_overrides(overrides)
+    names = [stage.get("name", "train") for stage in stages]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"{path}: stages need different names, found {', '.join(names)}")
+    if unknown := sorted(set(for_one) - set(names)):
+        raise ConfigError(f"stages.{unknown[0]}: no such stage{_nearest(unknown[0], names)}")
+    configs = []
+    for name, stage in zip(names, stages, strict=True):
+        merged: dict[str, Any] = {}
+        for layer in (tree, stage, for_all, for_one.get(name, {})):
+            merged = _merge(merged, layer)
+        configs.append(_build(merged, method_configs))
+    return configs
+
+
+def check(config: Config, shape: ModelShape, world_size: int | None = None) -> None:
+    """Compare fields with one another and with the model, before anything starts.
+
+    Raises:
+        ConfigError: naming the key to change and both numbers.
+    """
+    layout = config.actor.parallel
+    _divides(layout.tp, shape.num_heads, "actor.parallel.tp", "attention heads")
+    _divides(layout.tp, shape.num_query_groups, "actor.parallel.tp", "query groups (key/value heads)")
+    _divides(layout.tp, shape.ffn_size, "actor.parallel.tp", "feed-forward columns")
+    _divides(layout.pp * layout.vpp, shape.num_layers, "actor.parallel.pp * actor.parallel.vpp", "layers")
+    if layout.vpp > 1 and layout.pp == 1:
+        raise ConfigError(f"actor.parallel.vpp={layout.vpp} needs actor.parallel.pp of at least 2")
+    if layout.sequence_parallel and layout.tp == 1:
+        raise ConfigError("actor.parallel.sequence_parallel=true needs actor.parallel.tp of at least 2")
+    _divides(config.rollout.tensor_parallel, shape.num_heads, "rollout.tensor_parallel", "attention heads")
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    if longest > shape.max_positions:
+        raise ConfigError(
+            f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} is more than the model's "
+            f"{shape.max_positions} positions; lower one of them"
+        )
+    if longest > config.actor.token_budget:
+        raise ConfigError(
+            f"actor.token_budget={config.actor.token_budget} cannot hold one sequence of data.max_prompt_tokens + "
+            f"rollout.max_response_tokens = {longest} tokens; raise it or lower them"
+        )
+    if config.batch.prompts % config.batch.updates:
+        raise ConfigError(f"batch.updates={config.batch.updates} does not divide batch.prompts={config.batch.prompts}")
+    if not config.data.train:
+        raise ConfigError("data.train is empty; name at least one JSONL or parquet file")
+    if world_size is not None and world_size != layout.world_size:
+        raise ConfigError(
+            f"torchrun started {world_size} ranks, but actor.parallel asks for tp*pp*cp*dp = {layout.tp}*{layout.pp}*"
+            f"{layout.cp}*{layout.dp} = {layout.world_size}; change --nproc-per-node/--nnodes or actor.parallel.dp"
+        )
+
+
+def check_stages(configs: Sequence[Config]) -> None:
+    """Stages share one run folder and one set of ranks.
+
+    Raises:
+        ConfigError: when they do not.
+    """
+    sizes = {config.name: config.actor.parallel.world_size for config in configs}
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{name}: {size}" for name, size in sizes.items())
+        raise ConfigError(f"stages need the same number of ranks, found {listed}; change actor.parallel.dp of a stage")
+    if len({config.run for config in configs}) > 1:
+        raise ConfigError("stages share one folder; set `run` at the top of the file only")
+    if not configs[0].model.path:
+        raise ConfigError("model.path is empty; name the Hugging Face folder to start from")
+
+
+def to_toml(configs: Sequence[Config]) -> str:
+    """The resolved configuration as text that `load` reads back from a file."""
+    return tomli_w.dumps({"stages": [config.model_dump(mode="json") for config in configs]})
+
+
+def write(configs: Sequence[Config], path: Path) -> None:
+    """Save the resolved configuration as a file that `load` reads back."""
+    path.write_text(to_toml(configs))
+
+
+def seed_of(*parts: int | str) -> int:
+    """A seed below 2**31 that is a function of its parts: equal on every machine, different for different parts."""
+    text = "/".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) % (2**31 - 1)
+
+
+def _build(tree: dict[str, Any], method_configs: Mapping[str, type[MethodConfig]]) -> Config:
+    method = tree.get("method")
+    if not isinstance(method, dict) or not isinstance(method.get("name"), str):
+        raise ConfigError(f"method.name is missing; choose one of {', '.join(sorted(method_configs))}")
+    name = method["name"]
+    if name not in method_configs:
+        raise ConfigError(f"method.name={name!r} is unknown{_nearest(name, method_configs)}")
+    method_class = method_configs[name]
+    _reject_unknown_keys({k: v for k, v in tree.items() if k != "method"}, Config, "")
+    _reject_unknown_keys(method, method_class, "method.")
+    try:
+        return Config.model_validate({**tree, "method": method_class.model_validate(method)})
+    except ValidationError as error:
+        first = error.errors()[0]
+        prefix = "method." if error.title == method_class.__name__ else ""
+        key = prefix + ".".join(str(part) for part in first["loc"])
+        given = "" if first["type"] == "missing" else f" (got {first['input']!r})"
+        raise ConfigError(f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}{given}") from None
+
+
+def _reject_unknown_keys(tree: Mapping[str, Any], section: type[BaseModel], prefix: str) -> None:
+    for key, value in tree.items():
+        if key not in section.model_fields:
+            raise ConfigError(f"{prefix}{key}: unknown key{_nearest(key, section.model_fields, prefix)}")
+        inner = section.model_fields[key].annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel) and isinstance(value, dict):
+            _reject_unknown_keys(value, inner, f"{prefix}{key}.")
+
+
+def _parse_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    for_all: dict[str, Any] = {}
+    for_one: dict[str, dict[str, Any]] = {}
+    for text in overrides:
+        key, equals, value = text.removeprefix("--").partition("=")
+        if not text.startswith("--") or not equals or not key:
+            raise ConfigError(f"{text}: an override is written --key.path=value")
+        parts = key.split(".")
+        tree = for_all
+        if parts[0] == "stages" and len(parts) > 2:
+            tree, parts = for_one.setdefault(parts[1], {}), parts[2:]
+        for part in parts[:-1]:
+            tree = tree.setdefault(part, {})
+            if not isinstance(tree, dict):
+                raise ConfigError(f"{text}: {part} was given a value of its own before")
+        tree[parts[-1]] = _parse_value(value)
+    return for_all, for_one
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            changes_method = key == "method" and value.get("name", merged[key].get("name")) != merged[key].get("name")
+            merged[key] = dict(value) if changes_method else _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _nearest(key: str, known: typing.Iterable[str], prefix: str = "") -> str:
+    names = sorted(known)
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{close[0]}?" if close else f"; known are {', '.join(names)}"
+
+
+def _divides(parts: int, whole: int, key: str, what: str) -> None:
+    if whole % parts:
+        raise ConfigError(f"{key}={parts} does not divide the model's {whole} {what}")

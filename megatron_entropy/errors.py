@@ -1,0 +1,47 @@
+"""Errors a user can act on: one base, one child per area.
+
+A user's mistake raises one of these, and its message is one line that names the key or file to change and
+what is allowed; the command line prints that line and exits with code 2. A fault of the run (a NaN loss, a
+lost engine) raises `Fault` and exits with code 1. Our own mistakes are asserts. To add an area: one class
+here, deriving from `UserError` (or `Fault`) with a docstring.
+"""
+
+
+class UserError(ValueError):
+    """Something the user can mend; the message says what. Exit code 2."""
+
+
+class ConfigError(UserError):
+    """A configuration key, its value, or a combination of values."""
+
+
+class ModelError(UserError):
+    """A model folder: missing, corrupt, of an unknown architecture, or not matching its tensors."""
+
+
+class DataError(UserError):
+    """A data file: missing, empty, or lacking a column."""
+
+
+class TokenizerError(UserError):
+    """A tokenizer that is missing or does not fit the model."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, incomplete, or of another model."""
+
+
+class MissingPackageError(UserError):
+    """A feature was asked for whose optional package is not installed."""
+
+
+class Fault(RuntimeError):
+    """The run cannot go on through no fault of the configuration. Exit code 1."""
+
+
+class NonFiniteLossError(Fault):
+    """NaN or infinity in a loss or gradient; raised before the optimizer step."""
+
+
+class EngineFault(Fault):
+    """A rollout engine failed more often than it may be restarted."""

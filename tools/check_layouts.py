@@ -1,0 +1,188 @@
+#!/usr/bin/env python3
+"""One batch, every layout, the same numbers: the actor's layout invariance, measured.
+
+Loads one small random Hugging Face checkpoint into the real Megatron model under every layout, on CPU ranks of this
+machine, in fp32. Scores one batch of sequences of uneven lengths and takes two optimizer steps on it; compares
+log-probabilities, entropies, losses, gradient norms and the parameters afterwards with the single-rank run.
+
+    python tools/check_layouts.py [--out layouts.json] [--tolerance 1e-5]
+
+Prints a table, writes it as JSON, and exits with code 1 if a difference exceeds the tolerance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_entropy import parallel
+from megatron_entropy.architecture import read_shape
+from megatron_entropy.config import ActorConfig, OptimizerConfig, ParallelConfig
+from megatron_entropy.records import Metric, Sample
+
+TOLERANCE = 1e-5
+"""fp32 sums in another order differ by about 1e-7 relative; two optimizer steps stay well below this."""
+
+LENGTHS = ((3, 40), (17, 23), (8, 5), (30, 64), (12, 1), (5, 33), (21, 18), (9, 51))
+"""(prompt, response) tokens: short, long, one-token, so that every pack is uneven and crosses bucket sizes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A named layout and token budget (the budget decides the micro-batch split)."""
+
+    name: str
+    parallel: ParallelConfig
+    token_budget: int = 192
+
+
+LAYOUTS = (
+    Layout("1x1", ParallelConfig()),
+    Layout("1x1, one micro-batch", ParallelConfig(), 1024),
+    Layout("TP2", ParallelConfig(tp=2)),
+    Layout("TP2+SP", ParallelConfig(tp=2, sequence_parallel=True)),
+    Layout("PP2", ParallelConfig(pp=2)),
+    Layout("PP2, other split", ParallelConfig(pp=2), 96),
+    Layout("PP2+VPP2", ParallelConfig(pp=2, vpp=2)),
+    Layout("DP2", ParallelConfig(dp=2)),
+    Layout("DP2+distributed optimizer", ParallelConfig(dp=2, distributed_optimizer=True)),
+    Layout("TP2xPP2", ParallelConfig(tp=2, pp=2)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What one layout computed: arrays over all response tokens, one number per step, parameters by name."""
+
+    logprob: np.ndarray
+    entropy: np.ndarray
+    loss: np.ndarray
+    grad_norm: np.ndarray
+    parameters: dict[str, np.ndarray]
+
+
+def make_samples(vocab_size: int, seed: int = 0) -> list[Sample]:
+    """Random sequences with weights that sum to one and advantages of both signs."""
+    generator = np.random.default_rng(seed)
+    total = sum(response for _, response in LENGTHS)
+    samples = []
+    for prompt, response in LENGTHS:
+        sample = Sample(generator.integers(0, vocab_size, prompt + response).astype(np.int32), prompt, "stop", "")
+        samples.append(
+            dataclasses.replace(
+                sample, weight=sample.constant(1 / total), advantage=sample.constant(generator.normal())
+            )
+        )
+    return samples
+
+
+def measure(folder: str, layout: Layout) -> Outcome | None:
+    """Runs on every rank: score, update twice, collect; rank 0 answers."""
+    from megatron_entropy.actor.actor import Actor
+    from megatron_entropy.resharding.folder import TensorFolder
+    from megatron_entropy.resharding.source import ShardedSource, load
+
+    parallel.lay_out(layout.parallel, seed=1)
+    shape = read_shape(folder)
+    # Adam's first steps are lr * sign(gradient) however small the gradient, which would turn rounding into a
+    # difference of 2 lr; a large eps keeps an update proportional to its gradient.
+    optimizer = OptimizerConfig(lr=1e-3, eps=1e-3, weight_decay=0.1, clip_grad=0.5)
+    config = ActorConfig(
+        parallel=layout.parallel, optimizer=optimizer, dtype="float32", token_budget=layout.token_budget
+    )
+    actor = Actor(shape, config, total_updates=2)
+    load(TensorFolder(folder), shape, actor.named_shards())
+    actor.after_load()
+    samples = make_samples(shape.vocab_size)
+    scored = actor.score(samples, temperature=0.8)
+
+    def loss(stats, batch):
+        ratio = (stats.logprob - batch.logprob).exp()
+        return -batch.advantage * ratio - 0.01 * stats.entropy, {"entropy": Metric(0.0)}
+
+    losses, norms = [], []
+    for _ in range(2):
+        metrics = actor.update(scored, loss, temperature=0.8)
+        losses.append(metrics["train/loss"].value)
+        norms.append(metrics["train/grad_norm"].value)
+    source = ShardedSource(shape, actor.named_shards(), torch.float32)
+    parameters = {name: tensor.numpy().copy() for name, tensor in source if tensor is not None}
+    if parallel.rank() != 0:
+        return None
+    return Outcome(
+        np.concatenate([s.response("logprob") for s in scored]),
+        np.concatenate([s.response("entropy") for s in scored]),
+        np.array(losses),
+        np.array(norms),
+        parameters,
+    )
+
+
+def compare(outcome: Outcome, reference: Outcome) -> dict[str, float]:
+    """Largest absolute difference of each quantity."""
+    differences = {
+        name: float(np.abs(getattr(outcome, name) - getattr(reference, name)).max())
+        for name in ("logprob", "entropy", "loss", "grad_norm")
+    }
+    assert outcome.parameters.keys() == reference.parameters.keys()
+    differences["parameters"] = max(
+        float(np.abs(value - reference.parameters[name]).max()) for name, value in outcome.parameters.items()
+    )
+    return differences
+
+
+def make_checkpoint(folder: Path) -> None:
+    """A small random Qwen3 checkpoint: 4 layers, grouped queries, q/k norm, a vocabulary that needs padding."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=301, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=False,
+        initializer_range=0.1,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+
+
+def run(layouts: tuple[Layout, ...] = LAYOUTS) -> list[dict]:
+    """Measure every layout against the first; one row per layout."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_checkpoint(Path(folder))
+        reference = None
+        rows = []
+        for layout in layouts:
+            start = time.perf_counter()
+            outcome = parallel.run_on_ranks(measure, layout.parallel.world_size, folder, layout)[0]
+            assert outcome is not None
+            reference = reference or outcome
+            rows.append({"layout": layout.name, **compare(outcome, reference), "seconds": time.perf_counter() - start})
+    return rows
+
+
+def main() -> int:
+    """Print the table, write the JSON, tell by the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("layouts.json"))
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE)
+    arguments = parser.parse_args()
+    rows = run()
+    columns = ("logprob", "entropy", "loss", "grad_norm", "parameters")
+    print(f"{'layout':28s}" + "".join(f"{c:>12s}" for c in columns) + f"{'seconds':>9s}")
+    for row in rows:
+        print(f"{row['layout']:28s}" + "".join(f"{row[c]:12.1e}" for c in columns) + f"{row['seconds']:9.1f}")
+    worst = max(row[c] for row in rows for c in columns)
+    arguments.out.write_text(json.dumps({"tolerance": arguments.tolerance, "worst": worst, "rows": rows}, indent=2))
+    print(f"largest difference {worst:.1e}, tolerance {arguments.tolerance:.0e}; written to {arguments.out}")
+    return int(worst > arguments.tolerance)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
