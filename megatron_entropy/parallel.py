@@ -96,7 +96,7 @@ def run_on_ranks(function: Callable[..., T], ranks: int, *args: object, timeout_
     with tempfile.TemporaryDirectory() as folder:
         queue = context.SimpleQueue()
         processes = [
-            context.Process(target=_rank_main, args=(function, rank, ranks, folder, queue, args), daemon=True)
+            context.Process(target=_rank_main, args=(function, rank, ranks, folder, queue, args))
             for rank in range(ranks)
         ]
         for process in processes:

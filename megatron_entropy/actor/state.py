@@ -1,0 +1,140 @@
+"""The actor's weights and optimizer state as sharded tensors, independent of the layout they are held in.
+
+`megatron.core.dist_checkpointing` stores every tensor by its global name, shape and offset, so a checkpoint written
+under one layout is read under any other. For the distributed optimizer that needs its `fully_reshardable` form; for
+the plain ones the state is described here parameter by parameter, because Megatron would store their parameter groups
+as data common to all ranks, which differ between pipeline stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+from megatron_entropy.actor.actor import Actor
+
+MASTER = "param"
+"""Name of the fp32 weights the optimizer updates; written for fp32 models too, so that every optimizer finds it."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def sharded_state(actor: Actor, *, is_loading: bool) -> dict[str, Any]:
+    """Everything of the actor that a checkpoint holds, as sharded tensors.
+
+    Args:
+        is_loading: the tensors will be loaded into; optimizer state that does not exist yet is created.
+    """
+    model = {f"model{i}": chunk.module.sharded_state_dict() for i, chunk in enumerate(actor.chunks)}
+    if not actor.config.parallel.distributed_optimizer:
+        return {**model, "optimizer": _plain_state(actor, model)}
+    state = []
+    for optimizer in _single_optimizers(actor):
+        if is_loading:
+            _create_state(optimizer.optimizer)
+        # Only the tensors: its parameter groups hold what the schedule sets anyway.
+        full = optimizer.sharded_state_dict(dict(model), is_loading=is_loading, metadata=_RESHARDABLE)
+        state.append(full["param_state"])
+    return {**model, "optimizer": state}
+
+
+def restore(actor: Actor, loaded: dict[str, Any], *, updates: int) -> None:
+    """Put what `dist_checkpointing.load` returned for `sharded_state` back into the actor.
+
+    Args:
+        updates: optimizer steps taken when it was saved.
+    """
+    for i, chunk in enumerate(actor.chunks):
+        chunk.module.load_state_dict(loaded[f"model{i}"], strict=True)
+    if actor.config.parallel.distributed_optimizer:
+        for optimizer, tensors in zip(_single_optimizers(actor), loaded["optimizer"], strict=True):
+            for moments in optimizer.optimizer.state.values():
+                moments.pop("step", None)  # Megatron would look for it among the tensors
+            optimizer.load_parameter_state_from_fully_reshardable(tensors)
+    else:
+        for key, (main, moments) in _plain_parameters(actor).items():
+            for name, value in loaded["optimizer"][key].items():
+                (main if name == MASTER else moments[name]).data.copy_(value)
+    for optimizer in _single_optimizers(actor):
+        _set_step(optimizer.optimizer, updates)
+    actor.schedule.num_steps = 0
+    actor.schedule.step(increment=updates)
+
+
+def _single_optimizers(actor: Actor) -> list[Any]:
+    return getattr(actor.optimizer, "chained_optimizers", [actor.optimizer])
+
+
+def _plain_state(actor: Actor, model: dict[str, Any]) -> dict[str, Any]:
+    described = {
+        id(tensor.data): tensor
+        for tensor in nested_values(model)
+        if isinstance(tensor, (ShardedTensor, ShardedTensorFactory))
+    }
+    names = {id(parameter): name for name, parameter in actor.named_shards().items()}
+    by_name = {names[key]: tensor for key, tensor in described.items() if key in names}
+    state: dict[str, Any] = {}
+    for name, (main, moments) in _plain_parameters(actor).items():
+        tensors = {MASTER: main, **moments}
+        state[name] = {
+            key: make_sharded_optimizer_tensor(by_name[name], tensor, prefix=f"optimizer.state.{key}")
+            for key, tensor in tensors.items()
+        }
+    return state
+
+
+def _plain_parameters(actor: Actor) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
+    """Name -> (the parameter the optimizer updates, its moments), creating moments that do not exist yet."""
+    names = {id(parameter): name for name, parameter in actor.named_shards().items()}
+    result = {}
+    for optimizer in _single_optimizers(actor):
+        assert not isinstance(optimizer, DistributedOptimizer)
+        _create_state(optimizer.optimizer)
+        for parameter, main in _pairs(optimizer):
+            state = optimizer.optimizer.state[main]
+            result[names[id(parameter)]] = (main, {moment: state[moment] for moment in MOMENTS})
+    return result
+
+
+def _pairs(optimizer: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Model parameters with what the optimizer updates in their place (fp32 copies of low-precision ones)."""
+    if hasattr(optimizer, "float16_groups"):
+        for low, high in zip(optimizer.float16_groups, optimizer.fp32_from_float16_groups, strict=True):
+            yield from zip(low, high, strict=True)
+        for group in optimizer.fp32_from_fp32_groups:
+            yield from zip(group, group, strict=True)
+    else:
+        for parameter in optimizer.get_parameters():
+            yield parameter, parameter
+
+
+def _create_state(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if not state:
+                for moment in MOMENTS:
+                    state[moment] = torch.zeros_like(parameter.data, dtype=torch.float32)
+                if _counts_per_parameter(optimizer):
+                    state["step"] = torch.tensor(0.0)
+
+
+def _set_step(optimizer: torch.optim.Optimizer, updates: int) -> None:
+    for group in optimizer.param_groups:
+        if not _counts_per_parameter(optimizer):
+            group["step"] = updates
+            continue
+        for parameter in group["params"]:
+            optimizer.state[parameter]["step"] = torch.tensor(float(updates))
+
+
+def _counts_per_parameter(optimizer: torch.optim.Optimizer) -> bool:
+    """PyTorch's Adam counts its steps per parameter, Apex's and Transformer Engine's per group."""
+    return isinstance(optimizer, torch.optim.AdamW | torch.optim.Adam)

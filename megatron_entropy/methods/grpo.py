@@ -1,0 +1,113 @@
+"""GRPO: advantages from the group, PPO's clipped loss (Shao et al. 2024, arXiv 2402.03300).
+
+For each prompt G responses are sampled; a response's advantage is its reward standardised within the group and the
+same for all its tokens. Differences to the paper, which are what the field runs today: the weight of a token is the
+same over the whole optimizer step (`aggregation = "token"`, DAPO eq. 12; `"sequence"` is the paper's), and there is no
+KL term to a reference policy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from megatron_entropy.config import Config
+from megatron_entropy.methods.base import Method, Registered, Rollouts
+from megatron_entropy.methods.objectives import (
+    clipped_surrogate,
+    group_advantage,
+    importance_weight,
+    k3,
+    masked_mean,
+    sequence_mean,
+    token_mean,
+)
+from megatron_entropy.records import Batch, Group, Metric, Sample
+
+if TYPE_CHECKING:
+    from entropy_kernels import TokenStats
+    from torch import Tensor
+
+
+class Grpo(Method):
+    """Plain GRPO; other reinforcement-learning methods derive from it."""
+
+    def __init__(self, stage: Config) -> None:
+        super().__init__(stage)
+        assert isinstance(stage.method, GrpoConfig)
+        self.config = stage.method
+
+    def generate(self, rollouts: Rollouts) -> list[Group]:
+        """One group per prompt, straight from the policy."""
+        return rollouts.sample(rollouts.take(self.stage.batch.prompts), self.stage.batch.samples)
+
+    def reward(self, groups: list[Group]) -> list[Group]:
+        """`correct_reward` or `wrong_reward`; None where the verifier could not say."""
+        return [group.with_samples([self._rewarded(sample) for sample in group.samples]) for group in groups]
+
+    def credit(self, groups: list[Group]) -> list[Group]:
+        """Group-standardised advantages; ungraded samples take part in no mean and weigh nothing."""
+        credited = []
+        for group in groups:
+            graded = [s for s in group.samples if s.reward is not None and s.response_length > 0]
+            values = group_advantage([s.reward for s in graded if s.reward is not None], by_std=self.config.by_std)
+            for sample, value in zip(graded, values, strict=True):
+                credited.append(dataclasses.replace(sample, advantage=sample.constant(float(value))))
+        weigh = token_mean if self.config.aggregation == "token" else sequence_mean
+        weighted = iter(weigh(credited))
+        return [
+            group.with_samples([next(weighted) for s in group.samples if s.reward is not None and s.response_length > 0])
+            for group in groups
+        ]
+
+    def loss(self, stats: TokenStats, batch: Batch) -> tuple[Tensor, dict[str, Metric]]:
+        """Clipped surrogate, less `entropy_coefficient` times the entropy."""
+        assert batch.logprob is not None and batch.advantage is not None and stats.entropy is not None
+        config = self.config
+        loss, is_clipped = clipped_surrogate(
+            stats.logprob,
+            batch.logprob,
+            batch.advantage,
+            low=config.clip_low,
+            high=config.clip_high,
+            dual=config.dual_clip,
+        )
+        trained = batch.weight != 0
+        metrics = {
+            "policy/entropy": masked_mean(stats.entropy, trained),
+            "policy/ratio_clipped": masked_mean(is_clipped.float(), trained),
+            "policy/kl_old": masked_mean(k3(stats.logprob, batch.logprob), trained),
+        }
+        if batch.rollout_logprob is not None:
+            metrics["policy/kl_rollout"] = masked_mean(k3(batch.rollout_logprob, batch.logprob), trained)
+            if config.importance_cap:
+                loss = loss * importance_weight(batch.logprob, batch.rollout_logprob, config.importance_cap)
+        if config.entropy_coefficient:
+            loss = loss - config.entropy_coefficient * stats.entropy
+        return loss, metrics
+
+    def _rewarded(self, sample: Sample) -> Sample:
+        assert sample.grade is not None, "rollouts are graded"
+        if sample.grade.correct is None:
+            return sample
+        reward = self.config.correct_reward if sample.grade.correct else self.config.wrong_reward
+        return dataclasses.replace(sample, reward=reward)
+
+
+class GrpoConfig(Registered):
+    """Settings of GRPO."""
+
+    method: ClassVar[type[Method]] = Grpo
+    name: Literal["grpo"] = "grpo"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    """PPO's epsilon, both sides (DeepSeekMath does not state its own)."""
+    dual_clip: float = 0.0
+    """Bound for negative advantages, as a multiple of the advantage; 0: none."""
+    by_std: bool = True
+    aggregation: Literal["token", "sequence"] = "token"
+    correct_reward: float = 1.0
+    wrong_reward: float = 0.0
+    entropy_coefficient: float = 0.0
+    importance_cap: float = 0.0
+    """Truncated importance sampling between engine and trainer; 0: off. 2.0 is usual."""
