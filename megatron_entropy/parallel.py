@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from megatron_entropy import cpu
 from megatron_entropy.config import ParallelConfig
+from megatron_entropy.errors import Fault, UserError
 
 T = TypeVar("T")
 
@@ -72,6 +73,20 @@ def share(value: T | None) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]  # type: ignore[return-value]
+
+
+def on_first_rank(function: Callable[[], T]) -> T:
+    """Call `function` on rank 0 and return its answer on every rank; an error it raises is raised on every rank."""
+    outcome: tuple[T | None, BaseException | None] | None = None
+    if rank() == 0:
+        try:
+            outcome = (function(), None)
+        except (UserError, Fault) as error:
+            outcome = (None, error)
+    answer, error = share(outcome)
+    if error is not None:
+        raise error
+    return answer  # type: ignore[return-value]
 
 
 def leave() -> None:

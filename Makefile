@@ -1,0 +1,69 @@
+# make setup | demo | test | test-modern | lint | clean        (SEED=1 RUN=runs/quickstart PYTHON=python3.11)
+
+SEED ?= 1
+RUN ?= runs/quickstart
+VENV := .venv
+MODERN := .venv-modern
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-deps --no-compile
+# One import of the large packages checks them and compiles just the modules in use, in half the time pip takes for all.
+LARGE_IMPORTS := import torch, ray, transformers, matplotlib.pyplot, megatron.core.models.gpt, vllm
+
+comma := ,
+# $(call find_python,3.11): the first interpreter of that version on PATH or among pyenv's, or nothing.
+find_python = for candidate in python$(1) "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$(1)*/bin/python3 python3; do \
+	"$$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != ($(subst .,$(comma),$(1))))' >/dev/null 2>&1 \
+	&& echo "$$candidate" && break; done
+
+.PHONY: setup demo test test-modern lint clean
+
+setup: $(VENV)/.setup
+
+$(VENV)/.setup: requirements/cpu.txt setup.py
+	@python="$(PYTHON)"; [ -n "$$python" ] || python="$$($(call find_python,3.11))"; \
+	if [ -z "$$python" ]; then \
+		echo "error: no Python 3.11 found; install python3.11, or name one: make setup PYTHON=/path/to/python3.11" >&2; exit 2; \
+	fi; \
+	if ! "$$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then \
+		echo "error: $$python is not Python 3.11, for which requirements/cpu.txt is pinned" >&2; exit 2; \
+	fi; \
+	echo "setting up $(VENV) with $$python ..."; \
+	"$$python" -m venv $(VENV)
+	@$(VENV)/bin/python $(PIP_INSTALL) -r requirements/cpu.txt
+	@$(VENV)/bin/python $(PIP_INSTALL) --no-build-isolation --editable .
+	@PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -W ignore -c "$(LARGE_IMPORTS)" >/dev/null
+	@touch $@
+
+$(VENV)/.setup-dev: $(VENV)/.setup requirements/dev.txt
+	@$(VENV)/bin/python $(PIP_INSTALL) -r requirements/dev.txt
+	@touch $@
+
+demo: setup
+	$(VENV)/bin/python examples/make_arithmetic.py --out $(RUN)/inputs --seed $(SEED)
+	$(VENV)/bin/megatron-entropy train examples/quickstart.toml --overwrite --run=$(RUN) --seed=$(SEED) \
+		--model.path=$(RUN)/inputs/model --data.train='["$(RUN)/inputs/train.jsonl"]' --data.test='["$(RUN)/inputs/test.jsonl"]'
+
+test: $(VENV)/.setup-dev
+	$(VENV)/bin/python -m pytest -q
+
+test-modern: $(MODERN)/.setup
+	$(MODERN)/bin/python -m pytest -q -m actor
+
+$(MODERN)/.setup: requirements/modern.txt setup.py
+	@python="$(PYTHON312)"; [ -n "$$python" ] || python="$$($(call find_python,3.12))"; \
+	if [ -z "$$python" ]; then \
+		echo "error: no Python 3.12 found; install python3.12, or name one: make test-modern PYTHON312=/path/to/python3.12" >&2; \
+		exit 2; \
+	fi; \
+	echo "setting up $(MODERN) with $$python ..."; \
+	"$$python" -m venv $(MODERN)
+	@$(MODERN)/bin/python $(PIP_INSTALL) -r requirements/modern.txt
+	@$(MODERN)/bin/python $(PIP_INSTALL) --no-build-isolation --editable .
+	@touch $@
+
+lint: $(VENV)/.setup-dev
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright
+
+clean:
+	rm -rf $(VENV) $(MODERN) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

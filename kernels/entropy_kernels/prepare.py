@@ -1,0 +1,160 @@
+"""From a caller's arguments to a checked `Call`; shared by both front doors."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks, chunked
+from .head import OUTPUTS, Call
+from .types import Request, Shard, TokenStats, accumulate_dtype
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The keyword arguments both front doors share; see `token_stats`."""
+
+    temperature: float | Tensor
+    teacher_temperature: float | Tensor | None
+    ignore_index: int
+    entropy: bool
+    entropy_grad: bool
+    varentropy: bool
+    top_k: int
+    softcap: float | None
+    impl: str
+    save: str
+    save_budget: int
+    main_grad: Tensor | None
+    sequence_parallel: bool
+    row_chunk: int | None
+    vocab_tile: int | None
+    validate: bool
+    compact: bool
+    from_logits: bool
+
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the statistics asked for, in the order of OUTPUTS."""
+        asked = {"logprob"}
+        asked |= {"entropy"} if self.entropy else set()
+        asked |= {"varentropy"} if self.varentropy else set()
+        if self.teacher_temperature is not None:
+            asked |= {"teacher_logprob", "teacher_entropy", "kl_forward", "kl_reverse"}
+        asked |= {"topk_logprobs", "topk_ids"} if self.top_k else set()
+        return tuple(name for name in OUTPUTS if name in asked)
+
+
+def prepare(
+    source: Tensor, tokens: int, target: Tensor, shard: Shard, vocab_size: int, settings: Settings
+) -> Call:
+    """Check everything per-token and build the call; `source` is hidden or logits."""
+    device, dtype = source.device, accumulate_dtype(source.dtype)
+    look = settings.validate or device.type == "cpu"
+    checks.check_target(target, tokens, device)
+    checks.check_temperature("temperature", settings.temperature, tokens, device, look)
+    if settings.teacher_temperature is not None:
+        checks.check_temperature(
+            "teacher_temperature", settings.teacher_temperature, tokens, device, look
+        )
+    checks.check_options(
+        vocab_size=vocab_size,
+        top_k=settings.top_k,
+        softcap=settings.softcap,
+        impl=settings.impl,
+        save=settings.save,
+        row_chunk=settings.row_chunk,
+        vocab_tile=settings.vocab_tile,
+    )
+    if look:
+        checks.check_target_values(target, settings.ignore_index, vocab_size)
+    if settings.main_grad is not None and settings.impl == "reference":
+        raise ValueError("main_grad is not supported by impl='reference'")
+    teacher = settings.teacher_temperature
+    request = Request(
+        shard=shard,
+        labels=target.to(torch.int64) - shard.start,
+        beta=_inverse(settings.temperature, dtype),
+        teacher_beta=None if teacher is None else _inverse(teacher, dtype),
+        want_entropy=settings.entropy or settings.varentropy or teacher is not None,
+        want_variance=settings.varentropy,
+        topk=settings.top_k,
+        softcap=settings.softcap,
+        row_chunk=settings.row_chunk,
+        vocab_tile=settings.vocab_tile,
+        save=_saves(settings, source.dtype, 2 * tokens * shard.valid),
+    )
+    return Call(
+        request=request,
+        keep=target != settings.ignore_index,
+        outputs=settings.outputs(),
+        entropy_grad=settings.entropy_grad,
+        sequence_parallel=settings.sequence_parallel and shard.size > 1,
+        main_grad=settings.main_grad,
+        engine=engine(settings, source),
+        compact=settings.compact,
+    )
+
+
+def _inverse(temperature: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    if isinstance(temperature, Tensor):
+        return 1.0 / temperature.detach().to(dtype)
+    return 1.0 / float(temperature)
+
+
+def _saves(settings: Settings, dtype: torch.dtype, size: int) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    if settings.save == "auto":
+        return dtype in (torch.bfloat16, torch.float16) and size <= settings.save_budget
+    return settings.save == "half"
+
+
+def engine(settings: Settings, source: Tensor) -> Any:
+    """The module that computes tiles; None stands for the reference."""
+    if settings.impl == "reference":
+        return None
+    obstacle = _triton_obstacle(settings, source)
+    if settings.impl == "triton" and obstacle is not None:
+        raise ValueError(f"impl is 'triton', but {obstacle}")
+    if settings.impl == "chunked" or (settings.impl == "auto" and _slow(source, obstacle)):
+        return chunked
+    from . import triton_engine
+
+    return triton_engine
+
+
+def _slow(source: Tensor, obstacle: str | None) -> bool:
+    """Whether "auto" should leave Triton alone: it cannot serve, or only in its interpreter."""
+    return obstacle is not None or not source.is_cuda
+
+
+def _triton_obstacle(settings: Settings, source: Tensor) -> str | None:
+    """Why the Triton kernels cannot serve this call; None if they can."""
+    if settings.from_logits:
+        return "token_stats_from_logits has no Triton kernel"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not source.is_cuda and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        return f"hidden is on {source.device} (CPU needs TRITON_INTERPRET=1)"
+    if source.dtype == torch.float64:
+        return "hidden is float64; its statistics are float32"
+    if settings.top_k:
+        return f"top_k is {settings.top_k}; its kernels have no top-k"
+    return None
+
+
+def masked(values: dict[str, Tensor], call: Call) -> TokenStats:
+    """The reference's values as a TokenStats: ignored rows 0, gradients as the call says."""
+    results = {}
+    for name in call.outputs:
+        value = values[name]
+        keep = call.keep if value.dim() == 1 else call.keep[:, None]
+        value = torch.where(keep, value, torch.zeros_like(value))
+        detach = name == "entropy" and not call.entropy_grad
+        results[name] = value.detach() if detach else value
+    return TokenStats(**results)

@@ -1,0 +1,234 @@
+"""The trainer's end of a weight push: from a source of Hugging Face tensors to every rollout engine.
+
+Every trainer rank calls `WeightPush.push`; rank 0 passes the engines' clients, the others None. Iterating the source
+is a collective over the trainer's ranks (each tensor is gathered), so every rank iterates it to its end, whatever
+becomes of the engines. On rank 0 the push runs vLLM's weight-transfer protocol: `init_weight_transfer_engine` for a
+new set of engines, then `start_weight_update`, `update_weights` while the bytes are broadcast, `finish_weight_update`.
+
+When an engine dies or hangs, `push` raises `EngineLost` on rank 0 and returns normally on the others; the caller
+restarts the engines named in it and lets all ranks push again. When an engine refuses the weights (a checksum that
+differs, a tensor it does not know) `push` raises another `Fault` there.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+
+from megatron_entropy.transport import (
+    BUCKET_BYTES,
+    EngineLost,
+    Sender,
+    TensorMeta,
+    TransportError,
+    WeightClient,
+)
+
+INIT_TIMEOUT = 120.0
+"""Seconds engines may take to join a transfer group."""
+GRACE = 20.0
+"""Seconds engines may take to notice that a transfer has been broken off."""
+
+Result = TypeVar("Result")
+
+
+class WeightSource(Protocol):
+    """Re-iterable source of a model's tensors under their Hugging Face names.
+
+    `metadata` announces what iteration yields, in order: name, type, full shape. Iteration is a collective over the trainer's ranks and yields
+    the tensor on rank 0; what it yields elsewhere is not looked at.
+    """
+
+    def metadata(self) -> Sequence[tuple[str, torch.dtype, tuple[int, ...]]]: ...
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor | None]]: ...
+
+
+@dataclass(frozen=True)
+class PushStats:
+    """What a push took on rank 0: bytes sent to each engine, seconds of its parts."""
+
+    num_bytes: int
+    connect_seconds: float
+    send_seconds: float
+    finish_seconds: float
+
+
+class WeightPush:
+    """Pushes one source's weights to a set of engines, again and again.
+
+    Args:
+        source: what to push.
+        address: of rank 0's machine, as the engines reach it.
+        bucket_bytes: size of a bucket; two are held beside the model.
+        checksum: prove on the engines' side that every tensor arrived as it was sent.
+        timeout: seconds without progress after which an engine counts as lost.
+    """
+
+    def __init__(
+        self,
+        source: WeightSource,
+        *,
+        address: str = "127.0.0.1",
+        bucket_bytes: int = BUCKET_BYTES,
+        checksum: bool = False,
+        timeout: float = 300.0,
+    ) -> None:
+        self._source = source
+        self._address = address
+        self._bucket_bytes = bucket_bytes
+        self._checksum = checksum
+        self._timeout = timeout
+        self._sender: Sender | None = None
+        self._connected: list[WeightClient] = []
+
+    def push(self, version: int, clients: Sequence[WeightClient] | None) -> PushStats | None:
+        """Send the source's present weights; a collective over the trainer's ranks.
+
+        Args:
+            version: policy version the weights belong to.
+            clients: on rank 0 all engines in use, the same objects for as long as the engines live; elsewhere None.
+        Returns:
+            What it took, on rank 0.
+        Raises:
+            EngineLost: on rank 0, when engines died or hung.
+            Fault: on rank 0, when an engine refused the weights.
+        """
+        metadata = [TensorMeta(*entry) for entry in self._source.metadata()]
+        tensors = iter(self._source)
+        try:
+            return None if clients is None else self._push(version, metadata, tensors, list(clients))
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            for _ in tensors:  # the other ranks are in this collective until its end
+                pass
+
+    def _push(
+        self,
+        version: int,
+        metadata: Sequence[TensorMeta],
+        tensors: Iterable[tuple[str, torch.Tensor | None]],
+        clients: list[WeightClient],
+    ) -> PushStats:
+        begin = time.monotonic()
+        sender = self._connect(clients)
+        connected = time.monotonic()
+        info = {
+            "names": [meta.name for meta in metadata],
+            "dtype_names": [str(meta.dtype).removeprefix("torch.") for meta in metadata],
+            "shapes": [list(meta.shape) for meta in metadata],
+        }
+        _Calls(clients, lambda client: client.start_weight_update()).join(self._timeout)
+        receiving = _Calls(clients, lambda client: client.update_weights(info))
+        num_bytes = _together(
+            lambda: sender.send(metadata, _present(tensors), receiving.check), receiving, self._timeout, sender.close
+        )
+        sent = time.monotonic()
+        _Calls(clients, lambda client: client.finish_weight_update(str(version))).join(self._timeout)
+        return PushStats(num_bytes, connected - begin, sent - connected, time.monotonic() - sent)
+
+    def _connect(self, clients: list[WeightClient]) -> Sender:
+        if self._sender is not None and len(clients) == len(self._connected):
+            if all(client is known for client, known in zip(clients, self._connected, strict=True)):
+                return self._sender
+        self.close()
+        offsets = {}
+        num_workers = 0
+        for client in clients:
+            offsets[client.index] = 1 + num_workers
+            num_workers += client.num_workers
+        self._sender = sender = Sender(
+            self._address,
+            num_receivers=num_workers,
+            bucket_bytes=self._bucket_bytes,
+            checksum=self._checksum,
+            timeout=self._timeout,
+        )
+        joining = _Calls(
+            clients, lambda client: client.init_weight_transfer_engine(sender.init_info(offsets[client.index]))
+        )
+        _together(lambda: sender.connect(joining.check), joining, INIT_TIMEOUT, sender.close)
+        self._connected = clients
+        return sender
+
+    def close(self) -> None:
+        """Leave the transfer group; the next push forms a new one."""
+        if self._sender is not None:
+            self._sender.close()
+        self._sender, self._connected = None, []
+
+
+class _Calls:
+    """One blocking call to each engine, all at the same time, each in a thread of its own.
+
+    The threads are daemons: a call to an engine that hangs for ever must not keep the trainer from exiting.
+    """
+
+    def __init__(self, clients: Sequence[WeightClient], call: Callable[[WeightClient], None]) -> None:
+        self._clients = clients
+        self._errors: dict[int, BaseException] = {}
+        self._threads = [
+            threading.Thread(target=self._run, args=(client, call), daemon=True, name=f"engine-{client.index}")
+            for client in clients
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, client: WeightClient, call: Callable[[WeightClient], None]) -> None:
+        try:
+            call(client)
+        except BaseException as error:  # carried over to the thread that joins
+            self._errors[client.index] = error
+
+    def check(self) -> None:
+        """Raise what the calls have failed with so far."""
+        errors = list(self._errors.values())
+        lost = [error for error in errors if isinstance(error, EngineLost)]
+        if lost:
+            indices = sorted({index for error in lost for index in error.indices})
+            raise EngineLost(indices, lost[0].reason)
+        # When one side breaks the group, the others fail with a TransportError: tell the cause, not the consequence.
+        for error in sorted(errors, key=lambda error: isinstance(error, TransportError)):
+            raise error
+
+    def join(self, timeout: float) -> None:
+        """Wait for all calls.
+
+        Raises:
+            EngineLost: when a call failed so, or is not done in time.
+            Exception: what else a call failed with.
+        """
+        deadline = time.monotonic() + timeout
+        for client, thread in zip(self._clients, self._threads, strict=True):
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                self._errors[client.index] = EngineLost([client.index], "no answer during a weight push")
+        self.check()
+
+
+def _together(work: Callable[[], Result], calls: _Calls, timeout: float, abort: Callable[[], None]) -> Result:
+    """The result of `work`, which needs the engines' calls to go on at the same time, once the calls are done too."""
+    try:
+        result = work()
+    except TransportError:
+        abort()  # engines that are alive stop waiting for data
+        calls.join(GRACE)  # whoever has died or hangs says so
+        raise
+    except BaseException:
+        abort()
+        raise
+    calls.join(timeout)
+    return result
+
+
+def _present(tensors: Iterable[tuple[str, torch.Tensor | None]]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in tensors:
+        assert tensor is not None, f"{name}: the source has no tensor on the rank that sends"
+        yield name, tensor

@@ -1,0 +1,75 @@
+r"""The grader of DAPO: the last `Answer:` line, normalised, must equal the normalised ground truth.
+
+Source: DAPO (arXiv 2503.14476) and its release's `math_dapo.py`, whose normalisation goes back to the appendix on
+MATH of Minerva (arXiv 2206.14858). The quirks are theirs and kept, since published numbers contain them: the
+words below are removed wherever they occur, "a " also at the end of a longer word, and only what follows the last
+`=` counts.
+"""
+
+from __future__ import annotations
+
+import re
+
+from megatron_entropy.records import Grade
+
+TAIL = 300  # characters from the end of the response that are read
+INVALID = "[INVALID]"
+ANSWER = re.compile(r"answer\s*:\s*([^\n]+)", re.IGNORECASE)
+
+REPLACED = (
+    ("an ", ""),
+    ("a ", ""),
+    (".$", "$"),
+    (r"\$", ""),
+    (r"\ ", ""),
+    (" ", ""),
+    ("mbox", "text"),
+    (r",\text{and}", ","),
+    (r"\text{and}", ","),
+    (r"\text{m}", r"\text{}"),
+)
+UNITS = (
+    "square ways integers dollars mph inches hours km units \\ldots sue points feet minutes digits cents degrees "
+    "cm gm pounds meters meals edges students childrentickets multiples"
+).split()
+REMOVED = (
+    *UNITS,
+    *(r"\text{s}", r"\text{.}", "\\text{\ns}", r"\text{}^2", r"\text{}^3", "\\text{\n}", r"\text{}"),
+    *(r"\mathrm{th}", r"^\circ", r"^{\circ}", r"\;", r",\!", "{,}", '"', r"\dots"),
+)
+UNWRAPPED = tuple(re.compile(rf"\\{command}\{{(.*?)\}}") for command in ("text", "textbf", "overline"))
+UNBOXED = re.compile(r"\\boxed\{(.*)\}")
+
+
+def dapo(response: str, answer: str) -> Grade:
+    r"""Grade the last `Answer: ...` within the last 300 characters of a response.
+
+    `\boxed{}` and `$...$` inside the answer are taken off. `extracted` is the normalised answer, `[INVALID]` without one.
+    Of a branched sample only the generated part is the response, so an `Answer:` in its given prefix does not count.
+    """
+    found = ANSWER.findall(response[-TAIL:])
+    extracted = normalise(found[-1] if found else INVALID)
+    return Grade(extracted == normalise(answer), extracted)
+
+
+def normalise(text: str) -> str:
+    """The canonical form of a final answer: no units, no LaTeX wrapping, no spaces, no thousands commas."""
+    text = text.split("=")[-1]
+    for old, new in REPLACED:
+        text = text.replace(old, new)
+    for word in REMOVED:
+        text = text.replace(word, "")
+    text = "\n".join(_first_formula(line) for line in text.split("\n"))
+    for pattern in (*UNWRAPPED, UNBOXED):
+        text = pattern.sub(r"\1", text)
+    text = re.sub(r"frac([^{])(.)", r"frac{\1}{\2}", text)  # \frac12 is \frac{1}{2}
+    text = re.sub(r"sqrt([^{])", r"sqrt{\1}", text)
+    text = text.replace("$", "")
+    digits = text.replace(",", "")
+    return (digits if digits.isdigit() else text).strip()
+
+
+def _first_formula(line: str) -> str:
+    """A line that holds `$...$` becomes that formula alone."""
+    parts = line.split("$", 2)
+    return f"${parts[1]}$" if len(parts) == 3 else line

@@ -1,0 +1,1 @@
+"""Rollout engines: vLLM under Ray, seen through a small protocol."""

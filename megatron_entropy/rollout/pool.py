@@ -1,0 +1,283 @@
+"""The rollout engines as Ray actors, seen from trainer rank 0, the only rank that knows of them.
+
+    pool = EnginePool(config.rollout, spec)      # returns at once; engines load while the trainer builds its model
+    pool.wait_ready()
+    push.push(version, pool.clients())           # other ranks: push.push(version, None)
+    done, dead = pool.generate(requests, "step 3")
+
+Engines die: killed, out of memory, by an error of their own, by hanging. Nothing that was finished before is lost, and
+a request answered by another engine or a second time gets the same tokens, so the caller's loop is
+
+    while missing:
+        done, dead = pool.generate(missing, ...)
+        if dead:
+            pool.restart(dead)                   # EngineFault when one has died too often
+            push.push(version, pool.clients())   # new engines have no weights; all are pushed to
+
+and the same around a push: `WeightPush.push` raises `EngineLost` on rank 0, whose `indices` are for `restart`, and
+then all ranks push again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+
+from megatron_entropy.config import RolloutConfig
+from megatron_entropy.errors import EngineFault, Fault, UserError
+from megatron_entropy.rollout.engine import Completion, EngineSpec, Progress, Request
+from megatron_entropy.rollout.progress import RolloutProgress
+from megatron_entropy.rollout.vllm_engine import VllmEngine
+from megatron_entropy.transport import EngineLost
+
+logger = logging.getLogger(__name__)
+
+_SOURCE_ROOT = str(Path(__file__).resolve().parents[2])
+
+START_TIMEOUT = 600.0
+"""Seconds an engine may take to load its model."""
+
+
+@dataclass
+class _Slot:
+    """One engine and its history; a restart puts a new actor into the slot."""
+
+    actor: ActorHandle
+    client: EngineClient
+    pid: int | None = None
+    restarts: int = 0
+    reason: str = ""
+
+
+class EngineClient:
+    """vLLM's weight-sync methods of one engine; each blocks until the engine has answered.
+
+    Raises:
+        EngineLost: when the engine is gone.
+        Fault: when it is alive and could not do as told.
+    """
+
+    def __init__(self, index: int, actor: ActorHandle, num_workers: int) -> None:
+        self.index = index
+        self.num_workers = num_workers
+        self.has_weights = False
+        self._actor = actor
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Join a transfer group."""
+        self._call("init_weight_transfer_engine", init_info)
+
+    def start_weight_update(self) -> None:
+        """Make the model ready to take weights."""
+        self.has_weights = False
+        self._call("start_weight_update")
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Receive the weights."""
+        self._call("update_weights", update_info)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Put the received weights to use."""
+        self._call("finish_weight_update", weight_version)
+        self.has_weights = True
+
+    def _call(self, method: str, *arguments: Any) -> None:
+        try:
+            ray.get(getattr(self._actor, method).remote(*arguments))
+        except RayTaskError as error:
+            raise _cause(error) from error
+        except RayError as error:
+            raise EngineLost([self.index], _one_line(error)) from error
+
+
+class EnginePool:
+    """`config.num_engines` engines, their restarts, and the spreading of requests over them.
+
+    Args:
+        config: the `rollout` table.
+        spec: what every engine is built from.
+        timeout: seconds an engine may stay silent while it generates before it counts as dead.
+    """
+
+    def __init__(self, config: RolloutConfig, spec: EngineSpec, *, timeout: float = 300.0) -> None:
+        self._config = config
+        self._spec = spec
+        self._timeout = timeout
+        self._threads = spec.threads or max(1, (os.cpu_count() or 1) // (2 * config.num_engines))
+        self._owns_ray = _start_ray(config.num_engines)
+        self._slots = [_Slot(*self._create(index)) for index in range(config.num_engines)]
+
+    @property
+    def address(self) -> str:
+        """This machine's address as the engines reach it."""
+        return "127.0.0.1" if self._owns_ray else ray.util.get_node_ip_address()
+
+    def wait_ready(self) -> None:
+        """Block until every engine has loaded.
+
+        Raises:
+            EngineFault: when one could not be made, with the reason.
+            UserError: when the reason is a mistake of the user's.
+        """
+        waiting = {slot.actor.ready.remote(): index for index, slot in enumerate(self._slots) if slot.pid is None}
+        for reference, index in waiting.items():
+            try:
+                self._slots[index].pid = ray.get(reference, timeout=START_TIMEOUT)
+            except RayError as error:
+                cause = _cause(error)
+                if isinstance(cause, UserError):
+                    raise cause from None
+                raise EngineFault(f"rollout engine {index} could not start: {_one_line(cause)}") from error
+
+    @property
+    def pids(self) -> list[int]:
+        """Process of each engine, on the machine it runs on; waits until all are there."""
+        self.wait_ready()
+        return [slot.pid for slot in self._slots if slot.pid is not None]
+
+    def clients(self) -> list[EngineClient]:
+        """The weight-sync client of each engine; a restarted engine has a new one."""
+        return [slot.client for slot in self._slots]
+
+    def generate(self, requests: Sequence[Request], description: str) -> tuple[list[Completion], list[int]]:
+        """Continue sequences; the engines must have had a push since they were made.
+
+        Returns:
+            The completions, in the order of `requests`, and the engines that died meanwhile. When none died there is
+            a completion for every request, otherwise those of the dead engines may be missing.
+        """
+        self.wait_ready()
+        for client in self.clients():
+            assert client.has_weights, f"rollout engine {client.index} has had no weights pushed"
+        order = {request.key: position for position, request in enumerate(requests)}
+        assert len(order) == len(requests), "two requests have the same key"
+        completions: list[Completion] = []
+        dead: list[int] = []
+        with RolloutProgress(description, len(requests)) as progress:
+            for index, report in self._reports(_spread(requests, len(self._slots))):
+                if isinstance(report, str):
+                    dead.append(index)
+                    self._slots[index].reason = report
+                    logger.warning("rollout engine %d died: %s", index, report)
+                else:
+                    completions += report
+                    progress.advance(len(report), sum(len(completion.tokens) for completion in report))
+        return sorted(completions, key=lambda completion: order[completion.key]), sorted(dead)
+
+    def restart(self, indices: Iterable[int]) -> None:
+        """Replace engines by new ones, which have no weights.
+
+        Raises:
+            EngineFault: when one has been restarted `rollout.max_restarts` times already.
+        """
+        for index in sorted(set(indices)):
+            slot = self._slots[index]
+            self._kill(slot)
+            if slot.restarts >= self._config.max_restarts:
+                raise EngineFault(
+                    f"rollout engine {index} died {slot.restarts + 1} times ({slot.reason or 'lost in a push'}); "
+                    f"rollout.max_restarts={self._config.max_restarts} allows no more"
+                )
+            actor, client = self._create(index)
+            self._slots[index] = _Slot(actor, client, restarts=slot.restarts + 1)
+            logger.warning("rollout engine %d is restarted (%d of %d)", index, slot.restarts + 1,
+                           self._config.max_restarts)
+
+    def shutdown(self) -> None:
+        """Stop the engines, and Ray where this pool started it."""
+        for slot in self._slots:
+            self._kill(slot)
+        self._slots = []
+        if self._owns_ray:
+            ray.shutdown()
+
+    def _create(self, index: int) -> tuple[ActorHandle, EngineClient]:
+        on_gpu = self._spec.device == "cuda"
+        engine = ray.remote(VllmEngine).options(  # type: ignore[attr-defined]
+            num_cpus=1,
+            num_gpus=self._config.tensor_parallel if on_gpu else 0,
+            max_restarts=0,
+            max_task_retries=0,
+            # Ray does not hand the driver's sys.path on; this lets a checkout work that is not installed.
+            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join([_SOURCE_ROOT, os.environ.get("PYTHONPATH", "")])}},
+        )
+        actor = engine.remote(self._spec, self._config, self._threads)
+        return actor, EngineClient(index, actor, self._config.tensor_parallel)
+
+    def _kill(self, slot: _Slot) -> None:
+        ray.kill(slot.actor, no_restart=True)
+        if slot.pid is not None and self._owns_ray:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(slot.pid, signal.SIGKILL)  # a stopped process does not hear Ray
+
+    def _reports(self, shares: list[list[Request]]) -> Iterator[tuple[int, list[Completion] | str]]:
+        """What the engines answer, as it comes: completions, or why an engine is taken for dead."""
+        streams = {
+            self._slots[index].actor.generate_stream.remote(share): index
+            for index, share in enumerate(shares)
+            if share
+        }
+        heard = {index: time.monotonic() for index in streams.values()}
+        while streams:
+            ready, _ = ray.wait(list(streams), num_returns=1, timeout=1.0, fetch_local=False)
+            for stream in ready:
+                index = streams[stream]
+                heard[index] = time.monotonic()
+                try:
+                    report: Progress = ray.get(next(stream))
+                    yield index, report.completions
+                except StopIteration:
+                    del streams[stream]
+                except RayError as error:
+                    del streams[stream]
+                    yield index, _one_line(_cause(error))
+            for stream, index in list(streams.items()):
+                if time.monotonic() - heard[index] > self._timeout:
+                    del streams[stream]
+                    yield index, f"silent for {self._timeout:.0f} s"
+
+
+def _start_ray(num_engines: int) -> bool:
+    """Join the cluster named by RAY_ADDRESS, or start Ray on this machine; says whether it was started here."""
+    if ray.is_initialized():
+        return False
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+        return False
+    ray.init(num_cpus=num_engines + 1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    return True
+
+
+def _spread(requests: Sequence[Request], num_engines: int) -> list[list[Request]]:
+    """Requests for each engine: the longest first, each to the engine with the least to do."""
+    shares: list[list[Request]] = [[] for _ in range(num_engines)]
+    load = [0] * num_engines
+    for request in sorted(requests, key=lambda request: -(len(request.tokens) + request.max_tokens)):
+        index = load.index(min(load))
+        shares[index].append(request)
+        load[index] += len(request.tokens) + request.max_tokens
+    return shares
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What an engine raised, out of Ray's wrapping; ours as they are, others as a one-line `Fault`."""
+    inner = getattr(error, "cause", None)
+    if isinstance(inner, Fault | UserError):
+        return inner
+    return Fault(_one_line(error if inner is None else inner))
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,186 @@
+"""The one place that knows vLLM's inference API: an engine in its own process, wrapped by the pool as a Ray actor.
+
+vLLM and torch are imported when an engine is made, never by importing this file: vLLM takes seconds to import and
+sets up torch.distributed, which a trainer's process has for itself.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megatron_entropy.config import RolloutConfig
+from megatron_entropy.errors import MissingPackageError
+from megatron_entropy.rollout.engine import Completion, EngineSpec, Progress, Request
+
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.outputs import RequestOutput
+    from vllm.sampling_params import SamplingParams
+
+REPORT_SECONDS = 0.25
+GIB = 2**30
+
+
+class VllmEngine:
+    """A vLLM engine that starts with arbitrary weights and refuses to generate until some have been pushed.
+
+    Args:
+        spec: the model and the device.
+        config: how much an engine may take at a time.
+        threads: OpenMP threads on a CPU.
+    Raises:
+        MissingPackageError: when vLLM is not installed.
+    """
+
+    def __init__(self, spec: EngineSpec, config: RolloutConfig, threads: int = 1) -> None:
+        self._spec = spec
+        self._has_weights = False
+        self._updating = False
+        self._num_added = 0
+        _prepare_environment(spec, threads)
+        try:
+            from vllm.v1.engine.llm_engine import LLMEngine
+        except ImportError as error:
+            raise MissingPackageError(f"rollout needs vLLM, which cannot be imported here: {error}") from error
+        if spec.backend == "gloo":
+            from megatron_entropy.rollout import vllm_receiver
+
+            vllm_receiver.register()
+        self._engine = LLMEngine.from_engine_args(_engine_args(spec, config))
+
+    def ready(self) -> int:
+        """Return the process id once the engine can be used."""
+        return os.getpid()
+
+    def generate_stream(self, requests: Sequence[Request]) -> Iterator[Progress]:
+        """Answer all requests, each as soon as it is finished.
+
+        Raises:
+            RuntimeError: when no weights have been pushed since the engine was made or since a push failed.
+        """
+        if not self._has_weights:
+            raise RuntimeError("the engine has no weights yet; push them first")
+        by_id: dict[str, Request] = {}
+        for request in requests:
+            longest = len(request.tokens) + request.max_tokens
+            assert longest <= self._spec.max_model_len, f"{request.key}: {longest} > {self._spec.max_model_len} tokens"
+            self._num_added += 1
+            by_id[str(self._num_added)] = request
+            prompt = {"prompt_token_ids": list(request.tokens)}
+            self._engine.add_request(str(self._num_added), prompt, self._sampling(request))
+        finished: list[Completion] = []
+        reported = time.monotonic()
+        while self._engine.has_unfinished_requests():
+            finished += [_completion(by_id[output.request_id], output) for output in self._engine.step()]
+            if time.monotonic() - reported > REPORT_SECONDS:
+                yield Progress(finished)
+                finished, reported = [], time.monotonic()
+        yield Progress(finished)
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Join a transfer group."""
+        self._engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        """Make the model ready to take weights; until `finish_weight_update` it cannot generate."""
+        self._has_weights = False
+        if self._updating:  # another engine's failure broke off the push before
+            self._engine.collective_rpc("finish_weight_update")
+        self._engine.collective_rpc("start_weight_update")
+        self._updating = True
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Receive the weights; blocks until they are all there."""
+        try:
+            self._engine.collective_rpc("update_weights", kwargs={"update_info": update_info})
+        except BaseException:
+            self._updating = False  # so does vLLM
+            raise
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Put the received weights to use, and forget what was cached under the old ones."""
+        self._engine.collective_rpc("finish_weight_update")
+        self._engine.reset_prefix_cache()
+        self._updating = False
+        self._has_weights = True
+
+    def _sampling(self, request: Request) -> SamplingParams:
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        return SamplingParams(
+            seed=request.seed,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            max_tokens=request.max_tokens,
+            stop_token_ids=list(self._spec.eos_ids),
+            logprobs=0,  # of the sampled token only
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+
+def _prepare_environment(spec: EngineSpec, threads: int) -> None:
+    # torchrun's variables reach this process through Ray; with TORCHELASTIC_USE_AGENT_STORE vLLM's own
+    # torch.distributed set-up would wait for a store server that nobody starts.
+    for name in list(os.environ):
+        if name.startswith(("TORCHELASTIC_", "ROLE_", "GROUP_")) or name in _TORCHRUN_NAMES:
+            del os.environ[name]
+    os.environ["VLLM_LOGGING_LEVEL"] = os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    if spec.device == "cpu":
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        # Threads that spin while they wait make an engine many times slower when other processes want the cores.
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        # vLLM compiles the rank of a sampled token, which nobody asks for: two seconds and a C++ compiler.
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+
+
+_TORCHRUN_NAMES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+
+
+def _engine_args(spec: EngineSpec, config: RolloutConfig) -> EngineArgs:
+    from vllm.engine.arg_utils import EngineArgs
+
+    common: dict[str, Any] = {
+        "model": spec.model_folder,
+        "skip_tokenizer_init": True,  # prompts are token ids
+        "load_format": "dummy",  # weights come by a push
+        "dtype": spec.dtype,
+        "max_model_len": spec.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "tensor_parallel_size": config.tensor_parallel,
+        "logprobs_mode": "processed_logprobs",
+        "generation_config": "vllm",  # not the model folder's sampling settings
+        "weight_transfer_config": {"backend": spec.backend},
+        "disable_log_stats": True,
+        "seed": 0,
+    }
+    if spec.device == "cuda":
+        return EngineArgs(**common, gpu_memory_utilization=config.gpu_memory_utilization)
+    return EngineArgs(
+        **common,
+        enforce_eager=True,
+        distributed_executor_backend="uni" if config.tensor_parallel == 1 else "mp",
+        kv_cache_memory_bytes=config.kv_cache_gib * GIB,
+        enable_prefix_caching=False,
+        # A prompt that is read in parts makes vLLM turn back the request's random generator, which a CPU's cannot do.
+        enable_chunked_prefill=False,
+        max_num_batched_tokens=max(spec.max_model_len, 4096),
+    )
+
+
+def _completion(request: Request, output: RequestOutput) -> Completion:
+    answer = output.outputs[0]
+    tokens = np.array(answer.token_ids, np.int32)
+    logprobs = np.array(answer.logprobs.logprobs, np.float32)  # type: ignore[union-attr]
+    assert len(tokens) == len(logprobs), f"{request.key}: {len(tokens)} tokens, {len(logprobs)} log-probs"
+    if answer.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"vLLM ended request {request.key} with {answer.finish_reason!r}")
+    return Completion(request.key, tokens, logprobs, answer.finish_reason)

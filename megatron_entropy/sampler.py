@@ -1,0 +1,224 @@
+"""Where samples come from: prompts, engines, verifier and actor behind the one door a method sees (`Rollouts`).
+
+Rank 0 drives the engines and the verifier and shares what they answer; every rank holds the same groups afterwards.
+Every request carries a seed that is a function of (run, stage, step, prompt, sample), so a run can be repeated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_entropy import parallel
+from megatron_entropy.actor.actor import Actor
+from megatron_entropy.config import Config, seed_of
+from megatron_entropy.data.dataset import PromptStream
+from megatron_entropy.data.tokenizer import Tokenizer
+from megatron_entropy.log import StepClock
+from megatron_entropy.records import Grade, Group, Metric, Prompt, Sample
+from megatron_entropy.resharding.transfer import WeightPush
+from megatron_entropy.rewards.pool import RewardPool
+from megatron_entropy.rollout.engine import Completion, Request
+from megatron_entropy.rollout.pool import EnginePool
+from megatron_entropy.transport import EngineLost
+
+log = logging.getLogger(__name__)
+
+
+class Sampler:
+    """Samples, grades and scores for one stage; every method that moves data is a collective."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        stream: PromptStream,
+        tokenizer: Tokenizer,
+        actor: Actor,
+        push: WeightPush | None,
+        pool: EnginePool | None,
+        clock: StepClock,
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            push: on every rank; None when the stage needs no engines.
+            pool: the engines, on rank 0 only.
+        """
+        self.config = config
+        self.stream = stream
+        self.actor = actor
+        self.clock = clock
+        self.version = 0
+        self._tokenizer = tokenizer
+        self._push = push
+        self._pool = pool
+        reward = config.reward
+        self._grader = RewardPool(verifier=reward.verifier, workers=reward.workers, timeout=reward.timeout)
+        self._metrics: dict[str, Metric] = {}
+        self._drawn: Counter[int] = Counter()
+        self._step = 0
+
+    def begin_step(self, step: int) -> None:
+        """Start counting for a step; seeds depend on its number."""
+        self._step = step
+        self._drawn.clear()
+        self._metrics.clear()
+
+    def metrics(self) -> dict[str, Metric]:
+        """What has been counted since the step began."""
+        return dict(self._metrics)
+
+    def count(self, name: str, metric: Metric) -> None:
+        """Add to a metric of the step."""
+        self._metrics[name] = self._metrics.get(name, Metric(0.0, 0.0)) + metric
+
+    def take(self, count: int) -> list[Prompt]:
+        """The next prompts of the training data."""
+        return self.stream.take(count)
+
+    def sample(self, prompts: Sequence[Prompt], samples: int) -> list[Group]:
+        """So many graded responses to each prompt, at the rollout temperature."""
+        rollout = self.config.rollout
+        keys = []
+        for prompt in prompts:
+            keys.append((self._step, prompt.index, self._drawn[prompt.index]))
+            self._drawn[prompt.index] += 1
+        groups = self._ask(self.config.name, prompts, keys, samples, rollout.temperature, rollout.top_p)
+        self._count_rollouts(groups)
+        return groups
+
+    def sample_for_evaluation(self, prompts: Sequence[Prompt], samples: int, temperature: float) -> list[Group]:
+        """The same for held-out prompts; the seeds depend on neither stage nor step, so evaluations compare."""
+        keys = [(0, prompt.index, 0) for prompt in prompts]
+        return self._ask("eval", prompts, keys, samples, temperature, 1.0)
+
+    def score(self, groups: Sequence[Group], *, entropy: bool = True, temperature: float | None = None) -> list[Group]:
+        """The groups with `logprob` (and `entropy`) filled by the actor, by default at the rollout temperature."""
+        samples = [sample for group in groups for sample in group.samples]
+        if not samples:
+            return list(groups)
+        with self.clock("score"):
+            temperature = temperature or self.config.rollout.temperature
+            scored = iter(self.actor.score(samples, temperature=temperature, entropy=entropy))
+        return [group.with_samples([next(scored) for _ in group.samples]) for group in groups]
+
+    def push(self) -> None:
+        """Send the actor's weights to every engine, restarting engines that die on the way."""
+        if self._push is None:
+            return
+        self.version += 1
+        with self.clock("push"):
+            while not self._try_push():
+                pass
+
+    def close(self) -> None:
+        """Leave the engines (they stay) and stop the verifier's workers."""
+        if self._push is not None:
+            self._push.close()
+        self._grader.close()
+
+    def _try_push(self) -> bool:
+        assert self._push is not None
+
+        def attempt() -> list[int]:
+            assert self._push is not None and self._pool is not None
+            self._pool.wait_ready()
+            try:
+                self._push.push(self.version, self._pool.clients())
+            except EngineLost as lost:
+                log.warning("weights could not be pushed: %s", lost.reason)
+                self._pool.restart(lost.indices)
+                return list(lost.indices)
+            return []
+
+        if parallel.rank() != 0:
+            self._push.push(self.version, None)
+        return not parallel.on_first_rank(attempt)
+
+    def _ask(
+        self,
+        purpose: str,
+        prompts: Sequence[Prompt],
+        keys: Sequence[tuple[int, ...]],
+        samples: int,
+        temperature: float,
+        top_p: float,
+    ) -> list[Group]:
+        requests = [
+            Request(
+                key=(place, number),
+                tokens=prompt.tokens,
+                seed=seed_of(self.config.seed, purpose, *key, number),
+                max_tokens=self.config.rollout.max_response_tokens,
+                temperature=temperature,
+                top_p=top_p,
+            )
+            for place, (prompt, key) in enumerate(zip(prompts, keys, strict=True))
+            for number in range(samples)
+        ]
+        with self.clock("generate"):
+            completions = self._complete(requests, purpose)
+        with self.clock("reward"):
+            return parallel.on_first_rank(lambda: self._graded(prompts, samples, completions))
+
+    def _complete(self, requests: list[Request], purpose: str) -> dict[tuple[int, ...], Completion]:
+        """Have every request answered, whatever happens to the engines; the answers are on rank 0 only."""
+        answered: dict[tuple[int, ...], Completion] = {}
+
+        def attempt() -> bool:
+            assert self._pool is not None
+            missing = [request for request in requests if request.key not in answered]
+            completions, dead = self._pool.generate(missing, f"{purpose} step {self._step}")
+            answered.update({completion.key: completion for completion in completions})
+            self._pool.restart(dead)
+            return bool(dead)
+
+        while parallel.on_first_rank(attempt):
+            while not self._try_push():
+                pass
+        return answered
+
+    def _graded(
+        self, prompts: Sequence[Prompt], samples: int, completions: dict[tuple[int, ...], Completion]
+    ) -> list[Group]:
+        drafts = [
+            [self._sample(prompt, completions[place, number]) for number in range(samples)]
+            for place, prompt in enumerate(prompts)
+        ]
+        answers = [(s.text, p.answer or "") for p, group in zip(prompts, drafts, strict=True) for s in group]
+        grades = iter(self._grader.grade(answers))
+        return [
+            Group(prompt, tuple(dataclasses.replace(sample, grade=next(grades)) for sample in group))
+            for prompt, group in zip(prompts, drafts, strict=True)
+        ]
+
+    def _sample(self, prompt: Prompt, completion: Completion) -> Sample:
+        given = np.zeros(len(prompt.tokens), np.float32)
+        return Sample(
+            tokens=np.concatenate([np.array(prompt.tokens, np.int32), completion.tokens]),
+            prompt_length=len(prompt.tokens),
+            finish=completion.finish,
+            text=self._tokenizer.decode(completion.tokens.tolist()),
+            policy_version=self.version,
+            rollout_logprob=np.concatenate([given, completion.logprobs]),
+        )
+
+    def _count_rollouts(self, groups: Sequence[Group]) -> None:
+        for sample in (s for group in groups for s in group.samples):
+            assert sample.grade is not None
+            self.count("rollout/length", Metric(sample.response_length))
+            self.count("rollout/truncated", Metric(sample.finish == "length"))
+            self.count("reward/errors", Metric(sample.grade.correct is None))
+            if sample.grade.correct is not None:
+                self.count("reward/accuracy", Metric(sample.grade.correct))
+            elif sample.grade.error:
+                self.count(f"reward/error_{_kind(sample.grade)}", Metric(1.0, len(groups) * len(groups[0].samples)))
+
+
+def _kind(grade: Grade) -> str:
+    return (grade.error or "").split(":")[0].lower()

@@ -1,0 +1,295 @@
+"""The training loop, the same on every rank.
+
+`train` runs the stages of a configuration one after the other. A stage restores or loads its weights, then repeats:
+generate, score, teacher, reward, credit, update, push, log, evaluate, save. Rank 0 drives engines and verifier and
+writes the files; nothing random is decided twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from megatron_entropy import checkpoint, cpu, parallel
+from megatron_entropy.actor.actor import Actor
+from megatron_entropy.actor.model import resolve_dtype
+from megatron_entropy.architecture import read_shape
+from megatron_entropy.config import Config
+from megatron_entropy.data.dataset import PromptStream, load_prompts
+from megatron_entropy.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_entropy.errors import NonFiniteLossError
+from megatron_entropy.evaluation import evaluate
+from megatron_entropy.log import MetricsWriter, StepClock, dump_rollouts, summary_line
+from megatron_entropy.methods import build_method
+from megatron_entropy.records import Group, Metric, Prompt, Sample
+from megatron_entropy.report import StageSummary, read_summary, write_report, write_summary
+from megatron_entropy.resharding import source as weights
+from megatron_entropy.resharding.folder import TensorFolder, write_folder
+from megatron_entropy.resharding.transfer import WeightPush
+from megatron_entropy.rollout.engine import EngineSpec
+from megatron_entropy.rollout.pool import EnginePool
+from megatron_entropy.run_folder import RunFolder
+from megatron_entropy.sampler import Sampler
+
+log = logging.getLogger(__name__)
+
+
+class Stopped(Exception):
+    """A stop signal was obeyed: the stage was saved and can be resumed."""
+
+
+def train(configs: Sequence[Config], *, resume: bool) -> None:
+    """Run all stages; a collective over the ranks that `parallel.join` joined.
+
+    Args:
+        configs: checked stages, in order.
+        resume: go on from the newest checkpoint; finished stages are passed over.
+    Raises:
+        Stopped: after SIGINT or SIGTERM, once the current step is done and saved.
+        UserError: on every rank, for what the user can mend.
+        Fault: on every rank, for what cannot go on.
+    """
+    folder = RunFolder(Path(configs[0].run))
+    stop = _StopSignal()
+    done = parallel.on_first_rank(lambda: read_summary(folder) if resume else [])
+    model = configs[0].model.path
+    with _Engines(configs) as engines:
+        for number, config in enumerate(configs):
+            last = number == len(configs) - 1
+            config = config.model_copy(update={"model": config.model.model_copy(update={"path": model})})
+            if config.name not in [entry.name for entry in done]:
+                start = time.perf_counter()
+                Stage(config, folder, engines, stop, resume=resume, last=last).run()
+                if parallel.rank() == 0:
+                    done.append(StageSummary.of_stage(folder, config, seconds=time.perf_counter() - start))
+                    write_summary(folder, done)
+                    write_report(folder)
+            model = str(folder.export(config.name, last))
+
+
+class Stage:
+    """One stage of training: its parts, and the loop over its steps."""
+
+    def __init__(
+        self, config: Config, folder: RunFolder, engines: _Engines, stop: _StopSignal, *, resume: bool, last: bool
+    ) -> None:
+        """Build everything on this rank; a collective."""
+        self.config, self.folder, self.last, self.stop = config, folder, last, stop
+        self.clock = StepClock()
+        parallel.lay_out(config.actor.parallel, config.seed)
+        self.method = build_method(config)
+        self.shape = read_shape(config.model.path)
+        self.tokenizer = load_tokenizer(config.data.tokenizer or config.model.path, vocab_size=self.shape.vocab_size)
+        self.prompts = self.method.select(self._load(config.data.train))
+        self.held_out = self._load(config.data.test) if config.data.test else []
+        self.actor = Actor(self.shape, config.actor, total_updates=config.steps * config.batch.updates)
+        self.source = weights.ShardedSource(
+            self.shape, self.actor.named_shards(), resolve_dtype(config.rollout.dtype)
+        )
+        self.progress = self._restore(resume)
+        needs_engines = self.method.uses_rollouts or bool(self.held_out)
+        pool = engines.start() if needs_engines else None
+        address = parallel.share(pool.address if pool else None)
+        self.sampler = Sampler(
+            config,
+            stream=PromptStream(self.prompts, seed=config.seed, position=self.progress.position),
+            tokenizer=self.tokenizer,
+            actor=self.actor,
+            push=WeightPush(self.source, address=address or "") if needs_engines else None,
+            pool=pool,
+            clock=self.clock,
+        )
+
+    def run(self) -> None:
+        """Train to the end and export the model."""
+        config = self.config
+        with self._open_writer() as self.writer, contextlib.closing(self.sampler):
+            self.sampler.push()
+            if self.progress.step == 0:
+                self._log(0, self._evaluate(0), [])
+            for step in range(self.progress.step + 1, config.steps + 1):
+                self._step(step)
+                if self.stop.requested():
+                    self._save()
+                    raise Stopped(f"stopped after step {step} of stage {config.name}; --resume goes on from there")
+                if step == config.steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
+                    self._save()
+            self._export()
+
+    def _step(self, step: int) -> None:
+        method, sampler, config = self.method, self.sampler, self.config
+        sampler.begin_step(step)
+        groups = method.generate(sampler)
+        if method.scores:
+            groups = sampler.score(groups, entropy="entropy" in method.scores)
+        with self.clock("reward"):
+            groups = method.reward(method.teacher(groups))
+        metrics: dict[str, Metric] = {}
+        trained: list[Group] = []
+        for part in _split(groups, config.batch.updates):
+            part = method.credit(part)
+            trained += part
+            metrics = _add(metrics, self._update(step, [s for group in part for s in group.samples]))
+        sampler.push()
+        self.progress = dataclasses.replace(
+            self.progress, step=step, updates=step * config.batch.updates, position=sampler.stream.position
+        )
+        metrics = {**metrics, **sampler.metrics(), **_rewards(trained)}
+        if step == config.steps or (config.evaluation.every and step % config.evaluation.every == 0):
+            metrics |= self._evaluate(step)
+        self._log(step, metrics, trained)
+
+    def _update(self, step: int, samples: list[Sample]) -> dict[str, Metric]:
+        if not samples:
+            log.warning("step %d: no sample left to train on, the optimizer step is left out", step)
+            return {"train/left_out": Metric(1.0)}
+        with self.clock("update"):
+            try:
+                return self.actor.update(samples, self.method.loss, temperature=self.config.rollout.temperature)
+            except NonFiniteLossError as error:
+                kept = self.folder.checkpoints(self.config.name)
+                raise NonFiniteLossError(
+                    f"stage {self.config.name}, step {step}: {error}; nothing was updated, the last checkpoint in "
+                    f"{kept} is good; lower actor.optimizer.lr or look at the step's data"
+                ) from None
+
+    def _evaluate(self, step: int) -> dict[str, Metric]:
+        if not self.held_out:
+            return {}
+        with self.clock("evaluate"):
+            metrics, groups = evaluate(self.sampler, self.held_out, self.config.evaluation)
+            if parallel.rank() == 0:
+                dump_rollouts(self.folder.evaluation(self.config.name, step), groups, self.tokenizer.piece)
+        return metrics
+
+    def _log(self, step: int, metrics: dict[str, Metric], trained: list[Group]) -> None:
+        if parallel.rank() == 0:
+            every = self.config.log.rollouts_every
+            if trained and every and step % every == 0:
+                dump_rollouts(self.folder.rollouts(self.config.name, step), trained, self.tokenizer.piece)
+            seconds = self.clock.split()
+            assert self.writer is not None
+            self.writer.write(step, metrics, seconds)
+            log.info("%s %s", self.config.name, summary_line(step, self.config.steps, metrics, seconds))
+
+    def _save(self) -> None:
+        with self.clock("save"):
+            folder = self.folder.checkpoints(self.config.name)
+            checkpoint.save(folder, self.actor, self.progress, keep=self.config.checkpoint.keep)
+
+    def _restore(self, resume: bool) -> checkpoint.Progress:
+        """Load the newest checkpoint, or the model folder."""
+        fresh = checkpoint.Progress(0, 0, 0, self.config.fingerprint())
+        stage_folder = self.folder.checkpoints(self.config.name)
+        found = parallel.on_first_rank(lambda: checkpoint.newest(stage_folder) if resume else None)
+        if found is None:
+            weights.load(TensorFolder(self.config.model.path), self.shape, self.actor.named_shards())
+            self.actor.after_load()
+            return fresh
+        path, progress = found
+        if progress.fingerprint != fresh.fingerprint:
+            log.warning("%s was written with other settings; going on with the present ones", path)
+        checkpoint.load(path, self.actor, progress)
+        log.info("resuming stage %s after step %d from %s", self.config.name, progress.step, path)
+        return dataclasses.replace(progress, fingerprint=fresh.fingerprint)
+
+    def _load(self, files: Sequence[str]) -> list[Prompt]:
+        data = self.config.data
+        loaded = load_prompts(
+            files,
+            self.tokenizer,
+            max_prompt_tokens=data.max_prompt_tokens,
+            max_target_tokens=None if self.method.uses_rollouts else self.config.rollout.max_response_tokens,
+            schema=data.columns,
+            template=data.template or None,
+        )
+        if loaded.skipped.prompt or loaded.skipped.target:
+            log.warning("%s: %s of %d rows", ", ".join(files), loaded.skipped, len(loaded))
+        return list(loaded.prompts)
+
+    def _export(self) -> None:
+        """Write the model as a Hugging Face folder; a collective."""
+        source = weights.ShardedSource(self.shape, self.actor.named_shards(), resolve_dtype(self.config.actor.dtype))
+        target = self.folder.export(self.config.name, self.last)
+        if parallel.rank() == 0:
+            write_folder(target, ((n, t) for n, t in source if t is not None), like=Path(self.config.model.path))
+        else:
+            for _ in source:
+                pass
+        torch.distributed.barrier()
+
+    def _open_writer(self) -> contextlib.AbstractContextManager[MetricsWriter | None]:
+        if parallel.rank() != 0:
+            return contextlib.nullcontext()
+        return MetricsWriter(self.folder, self.config.name, self.config.log, self.progress.step)
+
+
+class _Engines:
+    """The run's engines on rank 0: started when a stage first needs them, shared by all stages."""
+
+    def __init__(self, configs: Sequence[Config]) -> None:
+        self._configs = configs
+        self._pool: EnginePool | None = None
+
+    def __enter__(self) -> _Engines:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def start(self) -> EnginePool | None:
+        """The engines on rank 0, None elsewhere; they may still be loading."""
+        if parallel.rank() == 0 and self._pool is None:
+            first = self._configs[0]
+            shape = read_shape(first.model.path)
+            tokenizer = load_tokenizer(first.data.tokenizer or first.model.path, vocab_size=shape.vocab_size)
+            spec = EngineSpec(
+                model_folder=first.model.path,
+                max_model_len=max(c.data.max_prompt_tokens + c.rollout.max_response_tokens for c in self._configs),
+                eos_ids=tokenizer.eos_ids,
+                dtype=str(resolve_dtype(first.rollout.dtype)).removeprefix("torch."),
+                device="cuda" if cpu.device().type == "cuda" else "cpu",
+            )
+            self._pool = EnginePool(first.rollout, spec)
+        return self._pool
+
+
+class _StopSignal:
+    """SIGINT and SIGTERM ask for a stop at the end of a step; every rank hears of it from rank 0."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+        log.warning("%s received: stopping after this step", signal.Signals(number).name)
+
+    def requested(self) -> bool:
+        """Whether to stop now; a collective."""
+        return parallel.share(self._asked)
+
+
+def _split(groups: list[Group], parts: int) -> list[list[Group]]:
+    """Mini-batches of whole groups, as even as can be."""
+    edges = [len(groups) * i // parts for i in range(parts + 1)]
+    return [groups[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def _add(left: dict[str, Metric], right: dict[str, Metric]) -> dict[str, Metric]:
+    return {name: left.get(name, Metric(0.0, 0.0)) + right.get(name, Metric(0.0, 0.0)) for name in left | right}
+
+
+def _rewards(groups: list[Group]) -> dict[str, Metric]:
+    rewards = [s.reward for group in groups for s in group.samples if s.reward is not None]
+    return {"reward/mean": Metric(sum(rewards), len(rewards))} if rewards else {}

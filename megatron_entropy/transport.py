@@ -1,0 +1,371 @@
+"""The bytes between trainer rank 0 and the rollout engines: buckets of tensors broadcast over a gloo group.
+
+The group is the transfer's own (a `TCPStore` and a `ProcessGroupGloo`, never torch's global default group): rank 0 is
+the trainer's `Sender`, ranks 1..n are the engines' workers, each a `Receiver`. Both sides are told the same list of
+`TensorMeta` and cut it into the same buckets, so that nothing but tensor bytes (and checksums, when asked for) is on
+the wire. At most two buckets are alive on either side. A tensor larger than a bucket travels alone, without a copy.
+
+A receiver that cannot use what it gets (a checksum that differs, a model that refuses a tensor) goes on receiving to
+the end and raises then: the sender and the other receivers never wait for it. A peer that dies closes its sockets,
+which is an error on the others at once; one that hangs is an error after `timeout` seconds. A group that has had an
+error is of no further use: close it and connect anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import itertools
+import socket
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+
+from megatron_entropy.errors import Fault
+
+BUCKET_BYTES = 256 * 2**20
+ALIGNMENT = 16  # a view of a byte buffer as another type must start at a multiple of its item size
+
+
+class TransportError(Fault):
+    """The group broke: a peer died or did not answer in time."""
+
+
+class ChecksumError(Fault):
+    """A tensor arrived with other bytes than were sent; the message names it."""
+
+
+class EngineLost(Fault):
+    """Rollout engines died or hung; `indices` says which, so that they can be restarted."""
+
+    def __init__(self, indices: Sequence[int], reason: str) -> None:
+        super().__init__(f"lost rollout engine {', '.join(map(str, indices))}: {reason}")
+        self.indices = tuple(indices)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[EngineLost], tuple[tuple[int, ...], str]]:
+        return type(self), (self.indices, self.reason)
+
+
+class TensorMeta(NamedTuple):
+    """Name, type on the wire and full shape of one tensor."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tensor's data."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Tensors `first` to `first + len(offsets)` of the list, at `offsets` (bytes) of a buffer of `num_bytes`."""
+
+    first: int
+    offsets: tuple[int, ...]
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class LinkInfo:
+    """What a receiver needs to join: plain values, so that it travels as a dictionary."""
+
+    address: str
+    port: int
+    world_size: int
+    rank_offset: int
+    bucket_bytes: int
+    checksum: bool
+    timeout: float
+
+
+class WeightClient(Protocol):
+    """An engine as the sender of weights sees it: vLLM's four weight-sync methods and the engine's number.
+
+    All block until the engine has answered. They raise `EngineLost` when the engine is gone and another `Fault` when
+    it is alive but refused.
+    """
+
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def num_workers(self) -> int: ...
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None: ...
+
+    def start_weight_update(self) -> None: ...
+
+    def update_weights(self, update_info: dict[str, Any]) -> None: ...
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None: ...
+
+
+def plan_buckets(metadata: Sequence[TensorMeta], bucket_bytes: int) -> list[Bucket]:
+    """Cut a list of tensors into buckets, in order; the same on every side.
+
+    Args:
+        bucket_bytes: size a bucket may have; only a tensor that is larger than this by itself makes a larger one.
+    """
+    buckets: list[Bucket] = []
+    first, offsets, end = 0, [], 0
+    for index, meta in enumerate(metadata):
+        start = -(-end // ALIGNMENT) * ALIGNMENT
+        if offsets and start + meta.num_bytes > bucket_bytes:
+            buckets.append(Bucket(first, tuple(offsets), end))
+            first, offsets, start = index, [], 0
+        offsets.append(start)
+        end = start + meta.num_bytes
+    if offsets:
+        buckets.append(Bucket(first, tuple(offsets), end))
+    return buckets
+
+
+def checksum(data: torch.Tensor) -> int:
+    """CRC-32 of a tensor's bytes (CPU, contiguous)."""
+    return zlib.crc32(memoryview(_bytes(data).numpy()))
+
+
+class Sender:
+    """Rank 0 of a transfer group. `connect` and `send` call `check` while they wait, which may raise to stop them.
+
+    Args:
+        address: of this machine, as the engines reach it.
+        num_receivers: engine workers that will join.
+        timeout: seconds without progress after which a wait is an error.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        num_receivers: int,
+        bucket_bytes: int = BUCKET_BYTES,
+        checksum: bool = False,
+        timeout: float = 300.0,
+    ) -> None:
+        self._store = dist.TCPStore(
+            address, 0, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=timeout)
+        )
+        self._info = LinkInfo(address, self._store.port, num_receivers + 1, 0, bucket_bytes, checksum, timeout)
+        self._group: dist.ProcessGroupGloo | None = None
+
+    def init_info(self, rank_offset: int) -> dict[str, Any]:
+        """What the engine whose first worker has rank `rank_offset` must be told to join."""
+        return dataclasses.asdict(dataclasses.replace(self._info, rank_offset=rank_offset))
+
+    def connect(self, check: Callable[[], None] = lambda: None) -> None:
+        """Form the group once every receiver has come to the meeting point.
+
+        Raises:
+            TransportError: when one has not come in time.
+        """
+        # Forming a gloo group blocks until all are there, so absent peers are waited for here, where `check` runs.
+        ranks = [_arrival(rank) for rank in range(1, self._info.world_size)]
+        _poll(lambda: self._store.check(ranks), check, self._info.timeout, "engines to join the weight transfer")
+        self._group = _form_group(self._store, 0, self._info)
+
+    def send(
+        self,
+        metadata: Sequence[TensorMeta],
+        pairs: Iterable[tuple[str, torch.Tensor]],
+        check: Callable[[], None] = lambda: None,
+    ) -> int:
+        """Broadcast tensors that follow `metadata` one for one; returns the number of bytes sent.
+
+        While a bucket travels the next one is filled, so gathering and sending overlap.
+
+        Raises:
+            TransportError: when a receiver died or the group made no progress in time.
+            ValueError: when `pairs` do not agree with `metadata`.
+        """
+        assert self._group is not None, "connect() comes first"
+        iterator = _agreeing(metadata, pairs)
+        in_flight: list[tuple[dist.Work, torch.Tensor]] = []
+        total = 0
+        for bucket in plan_buckets(metadata, self._info.bucket_bytes):
+            buffer, sums = self._fill(bucket, iterator)
+            self._finish(in_flight, check)
+            payload = [buffer, sums] if self._info.checksum else [buffer]
+            in_flight = [(_broadcast(self._group, tensor), tensor) for tensor in payload]
+            total += buffer.numel()
+        self._finish(in_flight, check)
+        next(iterator, None)  # the source must be at its end too
+        return total
+
+    def _fill(
+        self, bucket: Bucket, iterator: Iterator[tuple[str, torch.Tensor]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The bucket's bytes, and the checksum of each of its tensors: uint8 [num_bytes], int64 [tensors]."""
+        alone = len(bucket.offsets) == 1
+        buffer = torch.empty(0 if alone else bucket.num_bytes, dtype=torch.uint8)
+        sums = []
+        for offset, (_, tensor) in zip(bucket.offsets, itertools.islice(iterator, len(bucket.offsets)), strict=True):
+            data = _bytes(tensor)
+            if self._info.checksum:
+                sums.append(checksum(data.cpu()))
+            if alone:
+                buffer = data.cpu()
+            else:
+                buffer[offset : offset + data.numel()].copy_(data)
+        return buffer, torch.tensor(sums, dtype=torch.int64)
+
+    def _finish(self, in_flight: list[tuple[dist.Work, torch.Tensor]], check: Callable[[], None]) -> None:
+        for work, _ in in_flight:
+            _wait(work, check, self._info.timeout)
+        in_flight.clear()  # frees the buffers
+
+    def close(self) -> None:
+        """Leave the group: receivers that still wait for data get an error."""
+        if self._group is not None:
+            self._group.abort()
+        self._group = None
+
+
+class Receiver:
+    """One engine worker of a transfer group; `rank` counts from 1. Forms the group when made, blocking till then.
+
+    Raises:
+        TransportError: when the sender is not there or the group does not form in time.
+    """
+
+    def __init__(self, info: LinkInfo, rank: int) -> None:
+        self._info = info
+        timeout = datetime.timedelta(seconds=info.timeout)
+        try:
+            store = dist.TCPStore(info.address, info.port, is_master=False, timeout=timeout)
+            store.set(_arrival(rank), "here")
+            self._group: dist.ProcessGroupGloo | None = _form_group(store, rank, info)
+        except (RuntimeError, dist.DistError) as error:
+            raise TransportError(f"cannot join the weight transfer at {info.address}:{info.port}: {error}") from error
+
+    def receive(
+        self, metadata: Sequence[TensorMeta], load: Callable[[list[tuple[str, torch.Tensor]]], None]
+    ) -> None:
+        """Take one transfer and hand each bucket's tensors to `load`.
+
+        The tensors are views of the bucket's buffer, which lives as long as any of them does: `load` may keep them.
+
+        Raises:
+            TransportError: when the sender died or went silent.
+            ChecksumError: naming the first tensor that differs.
+            Exception: what `load` raised. The last two come after the whole transfer has been taken.
+        """
+        assert self._group is not None, "the receiver is closed"
+        failure: Exception | None = None
+        for bucket in plan_buckets(metadata, self._info.bucket_bytes):
+            buffer = torch.empty(bucket.num_bytes, dtype=torch.uint8)
+            self._take(buffer)
+            inside = metadata[bucket.first : bucket.first + len(bucket.offsets)]
+            sums = torch.empty(len(inside), dtype=torch.int64)
+            if self._info.checksum:
+                self._take(sums)
+            if failure is None:
+                try:
+                    tensors = _unpack(inside, bucket, buffer)
+                    if self._info.checksum:
+                        _verify(tensors, sums)
+                    load(tensors)
+                except Exception as error:  # raised at the end: the group must not wait for this receiver
+                    failure = error
+        if failure is not None:
+            raise failure
+
+    def _take(self, tensor: torch.Tensor) -> None:
+        assert self._group is not None
+        _wait(_broadcast(self._group, tensor), lambda: None, self._info.timeout)
+
+    def close(self) -> None:
+        """Leave the group."""
+        if self._group is not None:
+            self._group.abort()
+        self._group = None
+
+
+def _arrival(rank: int) -> str:
+    return f"arrived/{rank}"
+
+
+def _form_group(store: dist.Store, rank: int, info: LinkInfo) -> dist.ProcessGroupGloo:
+    options = dist.ProcessGroupGloo._Options()
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=_interface_towards(info.address))]
+    options._timeout = datetime.timedelta(seconds=info.timeout)
+    return dist.ProcessGroupGloo(store, rank, info.world_size, options)
+
+
+def _interface_towards(address: str) -> str:
+    """This machine's own address on the way to `address`; gloo would take the one its host name stands for."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, 9))  # of a datagram socket: chooses a route, sends nothing
+        return probe.getsockname()[0]
+
+
+def _broadcast(group: dist.ProcessGroupGloo, tensor: torch.Tensor) -> dist.Work:
+    options = dist.BroadcastOptions()
+    options.rootRank = 0
+    options.rootTensor = 0
+    try:
+        return group.broadcast([tensor], options)
+    except RuntimeError as error:
+        raise TransportError(f"weight transfer broke: {error}") from error
+
+
+def _wait(work: dist.Work, check: Callable[[], None], timeout: float) -> None:
+    _poll(work.is_completed, check, timeout, "a bucket of weights to be taken")
+    try:
+        work.wait()
+    except RuntimeError as error:
+        raise TransportError(f"weight transfer broke: {str(error).splitlines()[0]}") from error
+
+
+def _poll(done: Callable[[], bool], check: Callable[[], None], timeout: float, what: str) -> None:
+    deadline = time.monotonic() + timeout
+    pause = 20e-6
+    while not done():
+        check()
+        if time.monotonic() > deadline:
+            raise TransportError(f"waited {timeout:.0f} s for {what}")
+        time.sleep(pause)
+        pause = min(2 * pause, 5e-3)
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _unpack(metadata: Sequence[TensorMeta], bucket: Bucket, buffer: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    return [
+        (meta.name, buffer[offset : offset + meta.num_bytes].view(meta.dtype).view(meta.shape))
+        for meta, offset in zip(metadata, bucket.offsets, strict=True)
+    ]
+
+
+def _verify(tensors: Sequence[tuple[str, torch.Tensor]], sums: torch.Tensor) -> None:
+    for (name, tensor), expected in zip(tensors, sums.tolist(), strict=True):
+        if checksum(tensor) != expected:
+            raise ChecksumError(f"{name}: arrived with other bytes than were sent (checksum {expected:08x})")
+
+
+def _agreeing(
+    metadata: Sequence[TensorMeta], pairs: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The pairs, each compared with what the receivers were told to expect."""
+    for meta, pair in itertools.zip_longest(metadata, pairs):
+        if meta is None or pair is None:
+            name = pair[0] if meta is None else meta.name
+            raise ValueError(f"{name}: the source of weights yielded other tensors than it announced")
+        name, tensor = pair
+        if (name, tensor.dtype, tuple(tensor.shape)) != (meta.name, meta.dtype, meta.shape):
+            raise ValueError(
+                f"the source of weights announced {meta.name} {meta.dtype} {list(meta.shape)} and yielded "
+                f"{name} {tensor.dtype} {list(tensor.shape)}"
+            )
+        yield name, tensor

