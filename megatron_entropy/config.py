@@ -85,14 +85,14 @@ class ParallelConfig(Section):
 class OptimizerConfig(Section):
     """AdamW with warm-up and decay, in optimizer steps."""
 
-    lr: float = Field(1e-6, ge=0)
-    min_lr: float = Field(0.0, ge=0)
+    lr: float = Field(default=1e-6, ge=0)
+    min_lr: float = Field(default=0.0, ge=0)
     warmup_steps: NonNegativeInt = 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    clip_grad: float = Field(1.0, ge=0)
+    eps: float = Field(default=1e-8, gt=0)
+    clip_grad: float = Field(default=1.0, ge=0)
     """Global gradient norm above which gradients are scaled down; 0: never."""
 
 
@@ -116,15 +116,15 @@ class RolloutConfig(Section):
 
     num_engines: PositiveInt = 1
     tensor_parallel: PositiveInt = 1
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
     max_response_tokens: PositiveInt = 2048
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     max_num_seqs: PositiveInt = 256
     """Most sequences an engine decodes at a time."""
     kv_cache_gib: PositiveInt = 1
     """KV cache of an engine on a CPU."""
-    gpu_memory_utilization: float = Field(0.6, gt=0, le=1)
+    gpu_memory_utilization: float = Field(default=0.6, gt=0, le=1)
     max_restarts: NonNegativeInt = 3
     """How often each engine may die and be started again."""
 
@@ -134,7 +134,7 @@ class RewardConfig(Section):
 
     verifier: str = "math_verify"
     workers: PositiveInt = 2
-    timeout: float = Field(10.0, gt=0)
+    timeout: float = Field(default=10.0, gt=0)
     """Seconds one answer may take before its worker is killed."""
 
 
@@ -154,7 +154,7 @@ class EvaluationConfig(Section):
     every: NonNegativeInt = 0
     """Steps between evaluations; 0: only before and after."""
     samples: PositiveInt = 1
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     limit: NonNegativeInt = 0
     """First so many test questions; 0: all."""
 

@@ -210,7 +210,10 @@ def run(feature: str = "") -> int:
             remedy = "" if check.holds else f": {escape(check.remedy)}"
             console.print(f"{mark} {check.needs}{remedy}", soft_wrap=True)
         return 0 if all(check.holds for check in checks) else 1
-    found = problems(machine, metadata.requires("megatron-entropy") or [])
+    try:
+        found = problems(machine, metadata.requires("megatron-entropy") or [])
+    except metadata.PackageNotFoundError:
+        found = ["megatron-entropy itself is not installed: pip install --no-deps --editable ."]
     _print_tables(console, machine)
     for line in found:
         console.print(f"[red]problem[/] {escape(line)}", soft_wrap=True)

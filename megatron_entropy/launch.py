@@ -24,6 +24,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
+import psutil
+
 from megatron_entropy import config as configuration
 from megatron_entropy.architecture import ModelShape, read_shape
 from megatron_entropy.config import Config, MethodConfig
@@ -31,7 +33,6 @@ from megatron_entropy.errors import ConfigError, DataError, Fault, UserError
 from megatron_entropy.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    import psutil
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 RANK_MODULE = "megatron_entropy.train"
@@ -231,12 +232,15 @@ def first_failure(failures: Sequence[RankFailure]) -> RankFailure:
     """The one that explains the others.
 
     Our own errors come first, since a rank that loses its neighbour reports a broken connection, not one of ours;
-    then by time. The time of a death is when the agent noticed it, up to a second late.
+    then by time, where a death counts as a second earlier than the agent noticed it; last the ranks that the agent
+    ended because of another.
     """
 
     def order(failure: RankFailure) -> tuple[int, float]:
-        late = 1.0 if failure.kind == "death" else 0.0
-        return {"user": 0, "fault": 1}.get(failure.kind, 2), failure.time - late
+        death = failure.kind == "death"
+        if death and failure.exit_code in STOPPED:
+            return 3, failure.time
+        return {"user": 0, "fault": 1}.get(failure.kind, 2), failure.time - death
 
     return min(failures, key=order)
 
@@ -256,10 +260,10 @@ class _Ranks:
 
     def stop(self, number: int, frame: FrameType | None) -> None:
         """Act on signal `number`."""
+        first, self.stop_signal = self.stop_signal is None, self.stop_signal or number
         ranks = self._processes()
         self._started = self._started or len(ranks) == self._world_size
-        if self.stop_signal is None:
-            self.stop_signal = number
+        if first:
             if not self._started:
                 for rank in ranks:
                     rank.kill()
@@ -274,8 +278,6 @@ class _Ranks:
 
     @staticmethod
     def _processes() -> list[psutil.Process]:
-        import psutil
-
         found = []
         for child in psutil.Process().children():
             try:

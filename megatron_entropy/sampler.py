@@ -54,6 +54,7 @@ class Sampler:
         self.actor = actor
         self.clock = clock
         self.version = 0
+        self._is_stale = True
         self._tokenizer = tokenizer
         self._push = push
         self._pool = pool
@@ -107,14 +108,9 @@ class Sampler:
             scored = iter(self.actor.score(samples, temperature=temperature, entropy=entropy))
         return [group.with_samples([next(scored) for _ in group.samples]) for group in groups]
 
-    def push(self) -> None:
-        """Send the actor's weights to every engine, restarting engines that die on the way."""
-        if self._push is None:
-            return
-        self.version += 1
-        with self.clock("push"):
-            while not self._try_push():
-                pass
+    def weights_changed(self) -> None:
+        """The actor was updated: its weights are pushed before the engines are next asked."""
+        self._is_stale = True
 
     def close(self) -> None:
         """Leave the engines (they stay) and stop the verifier's workers."""
@@ -122,8 +118,13 @@ class Sampler:
             self._push.close()
         self._grader.close()
 
+    def _push_weights(self) -> None:
+        """Send the actor's weights to every engine, restarting engines that die on the way."""
+        while not self._try_push():
+            pass
+
     def _try_push(self) -> bool:
-        assert self._push is not None
+        assert self._push is not None, "the stage was built without engines"
 
         def attempt() -> list[int]:
             assert self._push is not None and self._pool is not None
@@ -161,6 +162,11 @@ class Sampler:
             for place, (prompt, key) in enumerate(zip(prompts, keys, strict=True))
             for number in range(samples)
         ]
+        if self._is_stale:
+            self.version += 1
+            with self.clock("push"):
+                self._push_weights()
+            self._is_stale = False
         with self.clock("generate"):
             completions = self._complete(requests, purpose)
         with self.clock("reward"):
@@ -179,8 +185,7 @@ class Sampler:
             return bool(dead)
 
         while parallel.on_first_rank(attempt):
-            while not self._try_push():
-                pass
+            self._push_weights()
         return answered
 
     def _graded(

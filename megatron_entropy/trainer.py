@@ -1,7 +1,7 @@
 """The training loop, the same on every rank.
 
 `train` runs the stages of a configuration one after the other. A stage restores or loads its weights, then repeats:
-generate, score, teacher, reward, credit, update, push, log, evaluate, save. Rank 0 drives engines and verifier and
+push, generate, score, teacher, reward, credit, update, log, evaluate, save. Rank 0 drives engines and verifier and
 writes the files; nothing random is decided twice.
 """
 
@@ -88,8 +88,10 @@ class Stage:
         self.method = build_method(config)
         self.shape = read_shape(config.model.path)
         self.tokenizer = load_tokenizer(config.data.tokenizer or config.model.path, vocab_size=self.shape.vocab_size)
-        self.prompts = self.method.select(self._load(config.data.train))
-        self.held_out = self._load(config.data.test) if config.data.test else []
+        imitates = not self.method.uses_rollouts
+        longest_target = config.rollout.max_response_tokens if imitates else None
+        self.prompts = self.method.select(self._load(config.data.train, longest_target))
+        self.held_out = self._load(config.data.test, None) if config.data.test else []
         self.actor = Actor(self.shape, config.actor, total_updates=config.steps * config.batch.updates)
         self.source = weights.ShardedSource(
             self.shape, self.actor.named_shards(), resolve_dtype(config.rollout.dtype)
@@ -112,7 +114,6 @@ class Stage:
         """Train to the end and export the model."""
         config = self.config
         with self._open_writer() as self.writer, contextlib.closing(self.sampler):
-            self.sampler.push()
             if self.progress.step == 0:
                 self._log(0, self._evaluate(0), [])
             for step in range(self.progress.step + 1, config.steps + 1):
@@ -138,7 +139,7 @@ class Stage:
             part = method.credit(part)
             trained += part
             metrics = _add(metrics, self._update(step, [s for group in part for s in group.samples]))
-        sampler.push()
+        sampler.weights_changed()
         self.progress = dataclasses.replace(
             self.progress, step=step, updates=step * config.batch.updates, position=sampler.stream.position
         )
@@ -201,13 +202,13 @@ class Stage:
         log.info("resuming stage %s after step %d from %s", self.config.name, progress.step, path)
         return dataclasses.replace(progress, fingerprint=fresh.fingerprint)
 
-    def _load(self, files: Sequence[str]) -> list[Prompt]:
+    def _load(self, files: Sequence[str], max_target_tokens: int | None) -> list[Prompt]:
         data = self.config.data
         loaded = load_prompts(
             files,
             self.tokenizer,
             max_prompt_tokens=data.max_prompt_tokens,
-            max_target_tokens=None if self.method.uses_rollouts else self.config.rollout.max_response_tokens,
+            max_target_tokens=max_target_tokens,
             schema=data.columns,
             template=data.template or None,
         )

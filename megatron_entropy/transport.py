@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import itertools
+import re
 import socket
 import time
 import zlib
@@ -94,19 +95,20 @@ class WeightClient(Protocol):
     it is alive but refused.
     """
 
-    @property
-    def index(self) -> int: ...
+    index: int
+    num_workers: int
 
-    @property
-    def num_workers(self) -> int: ...
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Join the transfer group that a `LinkInfo` describes."""
 
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None: ...
+    def start_weight_update(self) -> None:
+        """Make the model ready to take weights."""
 
-    def start_weight_update(self) -> None: ...
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Receive the tensors listed as `names`, `dtype_names` and `shapes`."""
 
-    def update_weights(self, update_info: dict[str, Any]) -> None: ...
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None: ...
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Put the received weights to use."""
 
 
 def plan_buckets(metadata: Sequence[TensorMeta], bucket_bytes: int) -> list[Bucket]:
@@ -131,7 +133,7 @@ def plan_buckets(metadata: Sequence[TensorMeta], bucket_bytes: int) -> list[Buck
 
 def checksum(data: torch.Tensor) -> int:
     """CRC-32 of a tensor's bytes (CPU, contiguous)."""
-    return zlib.crc32(memoryview(_bytes(data).numpy()))
+    return zlib.crc32(_bytes(data).numpy().data)
 
 
 class Sender:
@@ -156,7 +158,7 @@ class Sender:
             address, 0, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=timeout)
         )
         self._info = LinkInfo(address, self._store.port, num_receivers + 1, 0, bucket_bytes, checksum, timeout)
-        self._group: dist.ProcessGroupGloo | None = None
+        self._link: _Link | None = None
 
     def init_info(self, rank_offset: int) -> dict[str, Any]:
         """What the engine whose first worker has rank `rank_offset` must be told to join."""
@@ -171,7 +173,7 @@ class Sender:
         # Forming a gloo group blocks until all are there, so absent peers are waited for here, where `check` runs.
         ranks = [_arrival(rank) for rank in range(1, self._info.world_size)]
         _poll(lambda: self._store.check(ranks), check, self._info.timeout, "engines to join the weight transfer")
-        self._group = _form_group(self._store, 0, self._info)
+        self._link = _Link(self._store, 0, self._info)
 
     def send(
         self,
@@ -187,23 +189,22 @@ class Sender:
             TransportError: when a receiver died or the group made no progress in time.
             ValueError: when `pairs` do not agree with `metadata`.
         """
-        assert self._group is not None, "connect() comes first"
+        assert self._link is not None, "connect() comes first"
         iterator = _agreeing(metadata, pairs)
-        in_flight: list[tuple[dist.Work, torch.Tensor]] = []
         total = 0
         for bucket in plan_buckets(metadata, self._info.bucket_bytes):
             buffer, sums = self._fill(bucket, iterator)
-            self._finish(in_flight, check)
-            payload = [buffer, sums] if self._info.checksum else [buffer]
-            in_flight = [(_broadcast(self._group, tensor), tensor) for tensor in payload]
+            self._link.finish(check)
+            self._link.start(buffer)
+            if self._info.checksum:
+                self._link.start(sums)
             total += buffer.numel()
-        self._finish(in_flight, check)
+            del buffer
+        self._link.finish(check)
         next(iterator, None)  # the source must be at its end too
         return total
 
-    def _fill(
-        self, bucket: Bucket, iterator: Iterator[tuple[str, torch.Tensor]]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _fill(self, bucket: Bucket, iterator: Iterator[tuple[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
         """The bucket's bytes, and the checksum of each of its tensors: uint8 [num_bytes], int64 [tensors]."""
         alone = len(bucket.offsets) == 1
         buffer = torch.empty(0 if alone else bucket.num_bytes, dtype=torch.uint8)
@@ -218,16 +219,11 @@ class Sender:
                 buffer[offset : offset + data.numel()].copy_(data)
         return buffer, torch.tensor(sums, dtype=torch.int64)
 
-    def _finish(self, in_flight: list[tuple[dist.Work, torch.Tensor]], check: Callable[[], None]) -> None:
-        for work, _ in in_flight:
-            _wait(work, check, self._info.timeout)
-        in_flight.clear()  # frees the buffers
-
     def close(self) -> None:
         """Leave the group: receivers that still wait for data get an error."""
-        if self._group is not None:
-            self._group.abort()
-        self._group = None
+        if self._link is not None:
+            self._link.close()
+        self._link = None
 
 
 class Receiver:
@@ -243,13 +239,13 @@ class Receiver:
         try:
             store = dist.TCPStore(info.address, info.port, is_master=False, timeout=timeout)
             store.set(_arrival(rank), "here")
-            self._group: dist.ProcessGroupGloo | None = _form_group(store, rank, info)
+            self._link: _Link | None = _Link(store, rank, info)
         except (RuntimeError, dist.DistError) as error:
-            raise TransportError(f"cannot join the weight transfer at {info.address}:{info.port}: {error}") from error
+            raise TransportError(
+                f"cannot join the weight transfer at {info.address}:{info.port}: {_reason(error)}"
+            ) from error
 
-    def receive(
-        self, metadata: Sequence[TensorMeta], load: Callable[[list[tuple[str, torch.Tensor]]], None]
-    ) -> None:
+    def receive(self, metadata: Sequence[TensorMeta], load: Callable[[list[tuple[str, torch.Tensor]]], None]) -> None:
         """Take one transfer and hand each bucket's tensors to `load`.
 
         The tensors are views of the bucket's buffer, which lives as long as any of them does: `load` may keep them.
@@ -259,7 +255,7 @@ class Receiver:
             ChecksumError: naming the first tensor that differs.
             Exception: what `load` raised. The last two come after the whole transfer has been taken.
         """
-        assert self._group is not None, "the receiver is closed"
+        assert self._link is not None, "the receiver is closed"
         failure: Exception | None = None
         for bucket in plan_buckets(metadata, self._info.bucket_bytes):
             buffer = torch.empty(bucket.num_bytes, dtype=torch.uint8)
@@ -280,25 +276,66 @@ class Receiver:
             raise failure
 
     def _take(self, tensor: torch.Tensor) -> None:
-        assert self._group is not None
-        _wait(_broadcast(self._group, tensor), lambda: None, self._info.timeout)
+        assert self._link is not None
+        self._link.start(tensor)
+        self._link.finish()
 
     def close(self) -> None:
         """Leave the group."""
-        if self._group is not None:
-            self._group.abort()
+        if self._link is not None:
+            self._link.close()
+        self._link = None
+
+
+class _Link:
+    """A gloo group and the broadcasts from rank 0 that are under way.
+
+    Gloo closes its connections, which is how the peers learn of an end, only when the group and every piece of work
+    on it are gone. All of them are kept here and nowhere else, for a local variable would live on in the traceback of
+    the very error that makes us close.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, info: LinkInfo) -> None:
+        gloo: Any = dist.ProcessGroupGloo  # torch's type stubs lack most of it
+        options = gloo._Options()
+        options._devices = [gloo.create_device(hostname=_interface_towards(info.address))]
+        options._timeout = datetime.timedelta(seconds=info.timeout)
+        self._timeout = info.timeout
+        self._group: Any = gloo(store, rank, info.world_size, options)
+        self._under_way: list[tuple[dist.Work, torch.Tensor]] = []
+
+    def start(self, tensor: torch.Tensor) -> None:
+        """Begin to broadcast a contiguous tensor."""
+        assert self._group is not None, "the link is closed"
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        options.rootTensor = 0
+        try:
+            self._under_way.append((self._group.broadcast([tensor], options), tensor))
+        except RuntimeError as error:
+            raise TransportError(f"weight transfer broke: {_reason(error)}") from error
+
+    def finish(self, check: Callable[[], None] = lambda: None) -> None:
+        """Wait for all broadcasts under way and let go of their tensors."""
+        while self._under_way:
+            _poll(self._first_is_done, check, self._timeout, "a bucket of weights to be taken")
+            try:
+                self._under_way[0][0].wait()
+            except RuntimeError as error:
+                raise TransportError(f"weight transfer broke: {_reason(error)}") from error
+            del self._under_way[0]
+
+    def _first_is_done(self) -> bool:
+        return self._under_way[0][0].is_completed()
+
+    def close(self) -> None:
+        """Break off what is under way and leave the group."""
+        self._under_way.clear()
         self._group = None
 
 
 def _arrival(rank: int) -> str:
     return f"arrived/{rank}"
-
-
-def _form_group(store: dist.Store, rank: int, info: LinkInfo) -> dist.ProcessGroupGloo:
-    options = dist.ProcessGroupGloo._Options()
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=_interface_towards(info.address))]
-    options._timeout = datetime.timedelta(seconds=info.timeout)
-    return dist.ProcessGroupGloo(store, rank, info.world_size, options)
 
 
 def _interface_towards(address: str) -> str:
@@ -308,22 +345,9 @@ def _interface_towards(address: str) -> str:
         return probe.getsockname()[0]
 
 
-def _broadcast(group: dist.ProcessGroupGloo, tensor: torch.Tensor) -> dist.Work:
-    options = dist.BroadcastOptions()
-    options.rootRank = 0
-    options.rootTensor = 0
-    try:
-        return group.broadcast([tensor], options)
-    except RuntimeError as error:
-        raise TransportError(f"weight transfer broke: {error}") from error
-
-
-def _wait(work: dist.Work, check: Callable[[], None], timeout: float) -> None:
-    _poll(work.is_completed, check, timeout, "a bucket of weights to be taken")
-    try:
-        work.wait()
-    except RuntimeError as error:
-        raise TransportError(f"weight transfer broke: {str(error).splitlines()[0]}") from error
+def _reason(error: BaseException) -> str:
+    """What gloo says, without its source position and its guess at the cause."""
+    return re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).split(". This is typically")[0]
 
 
 def _poll(done: Callable[[], bool], check: Callable[[], None], timeout: float, what: str) -> None:
@@ -360,7 +384,7 @@ def _agreeing(
     """The pairs, each compared with what the receivers were told to expect."""
     for meta, pair in itertools.zip_longest(metadata, pairs):
         if meta is None or pair is None:
-            name = pair[0] if meta is None else meta.name
+            name = meta.name if meta is not None else pair and pair[0]
             raise ValueError(f"{name}: the source of weights yielded other tensors than it announced")
         name, tensor = pair
         if (name, tensor.dtype, tuple(tensor.shape)) != (meta.name, meta.dtype, meta.shape):

@@ -7,6 +7,7 @@ itself stops and resumes is tested with the trainer.
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -84,7 +85,7 @@ elif mode == "bug":
     time.sleep(0.2 * (1 - rank))
     fail(KeyError("boom") if rank == 1 else LOST)
 elif mode == "fault":
-    time.sleep(0.2 * rank)
+    time.sleep(0.2 * (1 - rank))
     fail(NonFiniteLossError("loss of step 3 is nan") if rank == 1 else LOST)
 elif mode == "death":
     if rank == 1:
@@ -128,13 +129,11 @@ def run_cli(capsys, *arguments):
 
 
 def test_help_answers_at_once_and_imports_nothing_heavy():
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = python("-m", "megatron_entropy", "--help")
-        seconds.append(time.perf_counter() - start)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = python("-m", "megatron_entropy", "--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0 and "train" in done.stdout and "doctor" in done.stdout
-    assert min(seconds) < 0.5
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5  # busy neighbours do not count
     code = f"import sys, megatron_entropy.cli; print([name for name in {HEAVY} if name in sys.modules])"
     assert python("-c", code).stdout.strip() == "[]"
 
@@ -306,7 +305,7 @@ def test_second_stop_signal_kills_ranks_that_will_not_end(tmp_path):
     wait_for(tmp_path / "ready1", process)
     wait_for(tmp_path / "ready0", process)
     process.send_signal(signal.SIGINT)
-    time.sleep(0.3)
+    assert process.stderr.readline().startswith("stopping after this step")
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 130
@@ -317,7 +316,9 @@ def test_first_failure_prefers_our_errors_then_time():
     later = RankFailure(2, "bug", "connection closed", 1, 11.0)
     ours = RankFailure(1, "fault", "loss is nan", 1, 12.0)
     dead = RankFailure(3, "death", "killed", -9, 10.9)
-    assert first_failure([later, lost, ours, dead]) is ours
+    ended = RankFailure(4, "death", "killed", -15, 9.0)
+    assert first_failure([ended, later, lost, ours, dead]) is ours
+    assert first_failure([ended, lost]) is lost
     assert first_failure([later, lost]) is lost
     assert first_failure([later, lost, dead]) is dead
 
@@ -373,5 +374,5 @@ def test_doctor_lists_packages_and_fused_parts(capsys):
 
 def test_doctor_knows_every_dependency_of_setup():
     text = (ROOT / "setup.py").read_text().partition("EXTRAS_REQUIRE")[0]
-    named = set(re.findall(r'^    "([a-z-]+)[>=,.0-9; <]', text, re.MULTILINE))
+    named = set(re.findall(r'^    "([a-z0-9-]+)[>=; ]', text, re.MULTILINE))
     assert named == set(doctor.PURPOSES)

@@ -28,13 +28,13 @@ from megatron_entropy.transport import Bucket, ChecksumError, EngineLost, Sender
 
 EOS = 1
 MAX_LEN = 256
-SHAPE = {
+SHAPE = {  # vLLM's attention on a CPU takes heads of 32 and more
     "vocab_size": 90,  # vLLM pads it to a multiple of 64
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
     "max_position_embeddings": MAX_LEN,
     "initializer_range": 0.1,
     "eos_token_id": EOS,
@@ -64,7 +64,13 @@ class Source:
 
 def qwen3(seed: int, tied: bool = True) -> Qwen3ForCausalLM:
     torch.manual_seed(seed)
-    return Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=tied)).float().eval()
+    return Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=32, tie_word_embeddings=tied)).float().eval()
+
+
+def save_config(model: PreTrainedModel, folder: Path) -> None:
+    """Write the only file an engine reads."""
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +81,7 @@ def model() -> Qwen3ForCausalLM:
 @pytest.fixture(scope="module")
 def spec(model: Qwen3ForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> EngineSpec:
     folder = tmp_path_factory.mktemp("qwen3")
-    model.config.save_pretrained(folder)
+    save_config(model, folder)
     return EngineSpec(str(folder), MAX_LEN, (EOS,), threads=1)
 
 
@@ -97,7 +103,9 @@ def requests(count: int, max_tokens: int = 40, **sampling: float) -> list[Reques
     generator = np.random.default_rng(5)
     sampling = {"temperature": 0.7} | sampling
     return [
-        Request((7, index), tuple(generator.integers(2, 90, 5 + index % 20).tolist()), 100 + index, max_tokens, **sampling)
+        Request(
+            (7, index), tuple(generator.integers(2, 90, 5 + index % 20).tolist()), 100 + index, max_tokens, **sampling
+        )
         for index in range(count)
     ]
 
@@ -152,23 +160,25 @@ def test_top_p_keeps_to_the_nucleus(pool: EnginePool, push: WeightPush) -> None:
     assert min(completion.logprobs.min() for completion in nucleus) > min(c.logprobs.min() for c in full)
 
 
-def test_completion_does_not_depend_on_its_batch(pool: EnginePool, push: WeightPush) -> None:
+def test_completion_does_not_depend_on_batch_or_engine(pool: EnginePool, push: WeightPush) -> None:
     push.push(1, pool.clients())
     wanted = requests(48)
     done = answers(pool, wanted)
     assert_same(answers(pool, wanted[5:8]), done[5:8])
     assert_same(answers(pool, wanted[::-1])[::-1], done)
+    # One at a time all go to the first engine; above half of them went to the second.
+    assert_same([answers(pool, [request])[0] for request in wanted[:8]], done[:8])
 
 
 def test_push_replaces_the_weights(pool: EnginePool, push: WeightPush, model: Qwen3ForCausalLM) -> None:
     wanted = requests(8)
     before = answers(pool, wanted)
     other = qwen3(1)
+    push.close()  # engines listen to one sender at a time
     WeightPush(Source(other), timeout=60).push(2, pool.clients())
     changed = answers(pool, wanted)
     assert worst_difference(other, wanted, changed) < 1e-4
     assert worst_difference(model, wanted, changed) > 0.1
-    push.close()
     push.push(3, pool.clients())
     assert_same(answers(pool, wanted), before)
 
@@ -198,6 +208,7 @@ def test_killed_while_pushing(pool: EnginePool, push: WeightPush, model: Qwen3Fo
                 os.kill(victim, signal.SIGKILL)
 
     source = Killing(model)
+    push.close()
     with pytest.raises(EngineLost) as caught:
         WeightPush(source, bucket_bytes=2**12, timeout=60).push(2, pool.clients())
     assert caught.value.indices == (0,)
@@ -232,20 +243,21 @@ def test_changed_bytes_are_named(
 def test_missing_tensor_is_named(pool: EnginePool, push: WeightPush, model: Qwen3ForCausalLM) -> None:
     source = Source(model)
     del source.tensors[-1]
+    push.close()
     with pytest.raises(Fault, match=r"lack 1 of the engine's parameters, first model\.norm\.weight"):
         WeightPush(source, timeout=60).push(4, pool.clients())
     push.push(4, pool.clients())
     assert len(answers(pool, requests(4))) == 4
 
 
-def test_other_pool(pool: EnginePool, push: WeightPush, tmp_path: Path) -> None:
-    """One engine, untied head, biases: the log-probs are right; it hangs, is noticed, and may not be restarted."""
+def test_untied_head_and_biases_and_a_hanging_engine(pool: EnginePool, tmp_path: Path) -> None:
+    """One engine of another model: its log-probs are right; it hangs, is noticed, and may not be restarted."""
     torch.manual_seed(2)
     model = Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=False)).float().eval()
     for parameter in model.parameters():
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, 0.5, 0.2)  # biases start at zero, norms at one
-    model.config.save_pretrained(tmp_path)
+    save_config(model, tmp_path)
     config = RolloutConfig(num_engines=1, max_restarts=0)
     single = EnginePool(config, EngineSpec(str(tmp_path), MAX_LEN, (EOS,), threads=1), timeout=4)
     try:
@@ -260,20 +272,6 @@ def test_other_pool(pool: EnginePool, push: WeightPush, tmp_path: Path) -> None:
         assert (done, dead) == ([], [0])
         with pytest.raises(EngineFault, match="silent for 4 s.*rollout.max_restarts=0"):
             single.restart(dead)
-    finally:
-        single.shutdown()
-
-
-def test_results_do_not_depend_on_the_number_of_engines(pool: EnginePool, push: WeightPush, spec: EngineSpec) -> None:
-    push.push(1, pool.clients())
-    wanted = requests(48)
-    single = EnginePool(RolloutConfig(num_engines=1), spec)
-    try:
-        single.wait_ready()
-        other = WeightPush(push._source, timeout=60)
-        other.push(1, single.clients())
-        assert_same(answers(single, wanted), answers(pool, wanted))
-        other.close()
     finally:
         single.shutdown()
 

@@ -33,7 +33,7 @@ Pairs = list[tuple[str, torch.Tensor]]
 
 
 def tensors() -> Pairs:
-    """Several types and shapes: a scalar, odd sizes that need alignment, a transposed view, one larger than a bucket."""
+    """Several types and shapes: a scalar, odd sizes that need alignment, a transposed view, a large one."""
     generator = torch.Generator().manual_seed(0)
     return [
         ("odd", torch.randn(7, 3, generator=generator).bfloat16()),

@@ -16,6 +16,8 @@ from megatron_entropy.errors import ConfigError
 
 if TYPE_CHECKING:
     import jinja2
+    from jinja2.nodes import Node
+    from jinja2.parser import Parser
 
 
 def render_chat(source: str, messages: Sequence[Message], names: Mapping[str, object]) -> str:
@@ -41,8 +43,6 @@ def render_chat(source: str, messages: Sequence[Message], names: Mapping[str, ob
 @functools.lru_cache(maxsize=8)
 def _compile(source: str) -> jinja2.Template:
     import jinja2.ext
-    import jinja2.nodes
-    import jinja2.parser
     import jinja2.sandbox
 
     class GenerationBlock(jinja2.ext.Extension):
@@ -50,7 +50,7 @@ def _compile(source: str) -> jinja2.Template:
 
         tags = {"generation"}
 
-        def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        def parse(self, parser: Parser) -> list[Node]:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 

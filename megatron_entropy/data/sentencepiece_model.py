@@ -11,9 +11,13 @@ import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from megatron_entropy.data.tokenizer import PLAIN_CHAT_TEMPLATE, SentencePieceTokenizer
 from megatron_entropy.errors import TokenizerError
+
+if TYPE_CHECKING:
+    import tokenizers
 
 SPACE = "▁"  # SentencePiece's sign for a space
 
@@ -72,12 +76,13 @@ def save_for_transformers(tokenizer: SentencePieceTokenizer, folder: str | Path)
         TokenizerError: the model normalises text, adds a space in front, or is not a byte-pair model, which
             `train_sentencepiece` never does; such a model cannot be converted exactly here.
     """
-    from sentencepiece import sentencepiece_model_pb2
+    from sentencepiece import sentencepiece_model_pb2 as protos
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model.serialized_model_proto())
-    kinds = sentencepiece_model_pb2.TrainerSpec.ModelType
+    messages: Any = protos  # generated classes, invisible to type checkers
+    proto = messages.ModelProto.FromString(tokenizer.model.serialized_model_proto())
+    kinds = messages.TrainerSpec.ModelType
     rules = proto.normalizer_spec
     if (
         proto.trainer_spec.model_type != kinds.Value("BPE")
@@ -103,7 +108,7 @@ def save_for_transformers(tokenizer: SentencePieceTokenizer, folder: str | Path)
         shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
 
 
-def _convert(proto: object, tokenizer: SentencePieceTokenizer) -> object:
+def _convert(proto: Any, tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
     """The same byte-pair model in the `tokenizers` library."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 

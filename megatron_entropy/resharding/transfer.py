@@ -40,11 +40,13 @@ Result = TypeVar("Result")
 class WeightSource(Protocol):
     """Re-iterable source of a model's tensors under their Hugging Face names.
 
-    `metadata` announces what iteration yields, in order: name, type, full shape. Iteration is a collective over the trainer's ranks and yields
-    the tensor on rank 0; what it yields elsewhere is not looked at.
+    Iteration is a collective over the trainer's ranks and yields the tensor on rank 0; what it yields elsewhere is
+    not looked at.
     """
 
-    def metadata(self) -> Sequence[tuple[str, torch.dtype, tuple[int, ...]]]: ...
+    def metadata(self) -> Sequence[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Name, type and full shape of what iteration yields, in order."""
+        ...
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor | None]]: ...
 

@@ -44,7 +44,7 @@ UNBOXED = re.compile(r"\\boxed\{(.*)\}")
 def dapo(response: str, answer: str) -> Grade:
     r"""Grade the last `Answer: ...` within the last 300 characters of a response.
 
-    `\boxed{}` and `$...$` inside the answer are taken off. `extracted` is the normalised answer, `[INVALID]` without one.
+    `\boxed{}` and `$...$` inside the answer are taken off. `extracted` is the normalised answer, or `[INVALID]`.
     Of a branched sample only the generated part is the response, so an `Answer:` in its given prefix does not count.
     """
     found = ANSWER.findall(response[-TAIL:])

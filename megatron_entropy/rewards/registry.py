@@ -38,7 +38,7 @@ def load_verifier(name: str) -> Verifier:
         known = ", ".join(sorted(VERIFIERS))
         raise ConfigError(f"unknown verifier {name!r}: use one of {known}, or package.module:function")
     try:
-        found = getattr(importlib.import_module(module), function)
+        found: Verifier = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"verifier {name!r} cannot be imported: {error}") from error
     if not callable(found):

@@ -97,7 +97,7 @@ def _is_word(match: re.Match[str], text: str) -> bool:
 
 
 def _single_choice(text: str) -> str | None:
-    """The letter that a short text consists of or begins with: `C`, `(c)`, `\text{C}`, `C. 12 apples`."""
+    r"""The letter that a short text consists of or begins with: `C`, `(c)`, `\text{C}`, `C. 12 apples`."""
     plain = TEXT_COMMAND.sub("", text).translate(BRACKETS).strip(" \t\n*")
     match = CHOICE_ALONE.fullmatch(plain)
     return match[1].upper() if match else None

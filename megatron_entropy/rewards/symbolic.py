@@ -12,8 +12,8 @@ EXTRACTED_LENGTH = 200  # characters of the parsed answer that are kept for the 
 def math_verify(response: str, answer: str) -> Grade:
     r"""Whether the answer found in a response equals the ground truth mathematically.
 
-    math-verify finds the answer (a `\boxed{}` first, then other LaTeX, then plain expressions) and sympy compares it. Its
-    own limits are signal alarms, which neither work outside a main thread nor interrupt compiled code; they are
+    math-verify finds the answer (a `\boxed{}` first, then other LaTeX, then plain expressions), sympy compares it.
+    Its own limits are signal alarms, which neither work outside a main thread nor interrupt compiled code; they are
     switched off, the pool kills the worker instead. A response without a mathematical answer is wrong.
 
     Raises:

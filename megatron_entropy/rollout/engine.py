@@ -58,8 +58,8 @@ class EngineSpec:
 
     `model_folder`: Hugging Face folder with a `config.json`; its weights are not read, they come by a push.
     `max_model_len`: most tokens of a sequence, given and generated. `eos_ids`: tokens that end a response.
-    `dtype`: `float32` or `bfloat16`. `device`: `cpu` or `cuda`. `backend`: how weights arrive, see `transport`.
-    `threads`: of an engine on a CPU; 0: half of this machine's cores, shared out among the engines.
+    `dtype`: `float32` or `bfloat16`. `device`: `cpu` or `cuda`. `threads`: of an engine on a CPU; 0: half of this
+    machine's cores, shared out among the engines.
     """
 
     model_folder: str
@@ -67,7 +67,6 @@ class EngineSpec:
     eos_ids: tuple[int, ...]
     dtype: str = "float32"
     device: Literal["cpu", "cuda"] = "cpu"
-    backend: Literal["gloo", "nccl"] = "gloo"
     threads: int = 0
 
 

@@ -25,14 +25,14 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
-from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.actor import ActorProxy
+from ray.exceptions import RayError, RayTaskError
 
 from megatron_entropy.config import RolloutConfig
 from megatron_entropy.errors import EngineFault, Fault, UserError
@@ -42,6 +42,8 @@ from megatron_entropy.rollout.vllm_engine import VllmEngine
 from megatron_entropy.transport import EngineLost
 
 logger = logging.getLogger(__name__)
+
+Actor = ActorProxy[VllmEngine]
 
 _SOURCE_ROOT = str(Path(__file__).resolve().parents[2])
 
@@ -53,7 +55,7 @@ START_TIMEOUT = 600.0
 class _Slot:
     """One engine and its history; a restart puts a new actor into the slot."""
 
-    actor: ActorHandle
+    actor: Actor
     client: EngineClient
     pid: int | None = None
     restarts: int = 0
@@ -68,7 +70,7 @@ class EngineClient:
         Fault: when it is alive and could not do as told.
     """
 
-    def __init__(self, index: int, actor: ActorHandle, num_workers: int) -> None:
+    def __init__(self, index: int, actor: Actor, num_workers: int) -> None:
         self.index = index
         self.num_workers = num_workers
         self.has_weights = False
@@ -130,7 +132,9 @@ class EnginePool:
             EngineFault: when one could not be made, with the reason.
             UserError: when the reason is a mistake of the user's.
         """
-        waiting = {slot.actor.ready.remote(): index for index, slot in enumerate(self._slots) if slot.pid is None}
+        waiting: dict[Any, int] = {
+            slot.actor.ready.remote(): index for index, slot in enumerate(self._slots) if slot.pid is None
+        }
         for reference, index in waiting.items():
             try:
                 self._slots[index].pid = ray.get(reference, timeout=START_TIMEOUT)
@@ -191,8 +195,8 @@ class EnginePool:
                 )
             actor, client = self._create(index)
             self._slots[index] = _Slot(actor, client, restarts=slot.restarts + 1)
-            logger.warning("rollout engine %d is restarted (%d of %d)", index, slot.restarts + 1,
-                           self._config.max_restarts)
+            allowed = self._config.max_restarts
+            logger.warning("rollout engine %d is restarted (%d of %d times)", index, slot.restarts + 1, allowed)
 
     def shutdown(self) -> None:
         """Stop the engines, and Ray where this pool started it."""
@@ -202,7 +206,7 @@ class EnginePool:
         if self._owns_ray:
             ray.shutdown()
 
-    def _create(self, index: int) -> tuple[ActorHandle, EngineClient]:
+    def _create(self, index: int) -> tuple[Actor, EngineClient]:
         on_gpu = self._spec.device == "cuda"
         engine = ray.remote(VllmEngine).options(  # type: ignore[attr-defined]
             num_cpus=1,
@@ -223,10 +227,8 @@ class EnginePool:
 
     def _reports(self, shares: list[list[Request]]) -> Iterator[tuple[int, list[Completion] | str]]:
         """What the engines answer, as it comes: completions, or why an engine is taken for dead."""
-        streams = {
-            self._slots[index].actor.generate_stream.remote(share): index
-            for index, share in enumerate(shares)
-            if share
+        streams: dict[Any, int] = {
+            self._slots[index].actor.generate_stream.remote(share): index for index, share in enumerate(shares) if share
         }
         heard = {index: time.monotonic() for index in streams.values()}
         while streams:
@@ -235,7 +237,7 @@ class EnginePool:
                 index = streams[stream]
                 heard[index] = time.monotonic()
                 try:
-                    report: Progress = ray.get(next(stream))
+                    report: Progress = ray.get(next(cast(Iterator[Any], stream)))
                     yield index, report.completions
                 except StopIteration:
                     del streams[stream]
@@ -279,5 +281,6 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _one_line(error: BaseException) -> str:
+    """The last line of what Ray or vLLM says; Ray's long advice on how processes die is left out."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return lines[-1].split(" Some common causes include:")[0] if lines else type(error).__name__

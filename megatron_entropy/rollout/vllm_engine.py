@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -47,10 +47,9 @@ class VllmEngine:
             from vllm.v1.engine.llm_engine import LLMEngine
         except ImportError as error:
             raise MissingPackageError(f"rollout needs vLLM, which cannot be imported here: {error}") from error
-        if spec.backend == "gloo":
-            from megatron_entropy.rollout import vllm_receiver
+        from megatron_entropy.rollout import vllm_receiver
 
-            vllm_receiver.register()
+        vllm_receiver.register()
         self._engine = LLMEngine.from_engine_args(_engine_args(spec, config))
 
     def ready(self) -> int:
@@ -65,18 +64,20 @@ class VllmEngine:
         """
         if not self._has_weights:
             raise RuntimeError("the engine has no weights yet; push them first")
+        from vllm.inputs import TokensPrompt
+
         by_id: dict[str, Request] = {}
         for request in requests:
             longest = len(request.tokens) + request.max_tokens
             assert longest <= self._spec.max_model_len, f"{request.key}: {longest} > {self._spec.max_model_len} tokens"
             self._num_added += 1
             by_id[str(self._num_added)] = request
-            prompt = {"prompt_token_ids": list(request.tokens)}
+            prompt = TokensPrompt(prompt_token_ids=list(request.tokens))
             self._engine.add_request(str(self._num_added), prompt, self._sampling(request))
         finished: list[Completion] = []
         reported = time.monotonic()
         while self._engine.has_unfinished_requests():
-            finished += [_completion(by_id[output.request_id], output) for output in self._engine.step()]
+            finished += [_completion(by_id[output.request_id], output) for output in self._step()]
             if time.monotonic() - reported > REPORT_SECONDS:
                 yield Progress(finished)
                 finished, reported = [], time.monotonic()
@@ -108,6 +109,9 @@ class VllmEngine:
         self._engine.reset_prefix_cache()
         self._updating = False
         self._has_weights = True
+
+    def _step(self) -> list[RequestOutput]:
+        return cast("list[RequestOutput]", self._engine.step())  # a pooling model's outputs are of another type
 
     def _sampling(self, request: Request) -> SamplingParams:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -150,6 +154,7 @@ def _engine_args(spec: EngineSpec, config: RolloutConfig) -> EngineArgs:
 
     common: dict[str, Any] = {
         "model": spec.model_folder,
+        "runner": "generate",  # a config.json without `architectures` would become a pooling model
         "skip_tokenizer_init": True,  # prompts are token ids
         "load_format": "dummy",  # weights come by a push
         "dtype": spec.dtype,
@@ -158,7 +163,7 @@ def _engine_args(spec: EngineSpec, config: RolloutConfig) -> EngineArgs:
         "tensor_parallel_size": config.tensor_parallel,
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",  # not the model folder's sampling settings
-        "weight_transfer_config": {"backend": spec.backend},
+        "weight_transfer_config": {"backend": "gloo"},
         "disable_log_stats": True,
         "seed": 0,
     }

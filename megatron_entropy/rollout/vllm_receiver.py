@@ -111,7 +111,8 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
             raise
 
     def _load(self, tensors: list[tuple[str, torch.Tensor]]) -> set[str]:
-        names = self.model.load_weights(tensors)
+        model: Any = self.model
+        names = model.load_weights(tensors)
         return self._expected if names is None else names
 
     def finish_weight_update(self) -> None:

@@ -32,10 +32,7 @@ def compiled(kernel: object, out: str, constants: dict[str, object]) -> str:
         "out": out,
     }
     constants = constants | PRODUCT
-    signature = {
-        name: "constexpr" if name in constants else types.get(name, "i32")
-        for name in kernel.arg_names
-    }
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     result = triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=constants),
         target=GPUTarget("cuda", 90, 32),

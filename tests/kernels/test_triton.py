@@ -27,9 +27,7 @@ def run_python(arguments: list[str], tmp_path: Path, interpret: bool) -> str:
         "TRITON_CACHE_DIR": str(tmp_path),
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

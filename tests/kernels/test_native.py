@@ -1,0 +1,43 @@
+"""Proves the compiled bfloat16 product equals the float64 product, for any shape and layout.
+
+Skipped where the CPU lacks AVX512-BF16 or a C compiler; there the library widens instead, which
+test_without_native shows to give the same statistics.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import operands, relative, run
+
+from entropy_kernels import native
+
+
+# One element; less than a block; odd depth; a full block plus one in every direction.
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (5, 63, 9), (7, 65, 256), (13, 129, 611)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("add", [False, True])
+def test_equals_float64(m: int, n: int, k: int, transposed: bool, add: bool) -> None:
+    if native.kernel() is None:
+        pytest.skip("needs AVX512-BF16 and a C compiler")
+    left = torch.randn(m, k + 3).bfloat16()[:, :k]
+    right = torch.randn(n, k).bfloat16().t() if transposed else torch.randn(k, n).bfloat16()
+    start = torch.randn(m, n + 5)
+    out = start.clone()
+    native.product(left, right, out[:, :n], add=add)
+    expected = left.double() @ right.double() + (start[:, :n] if add else 0.0)
+    # Products are exact in float32; sums of k terms of size about 1 round each step.
+    assert (out[:, :n] - expected).abs().max() < 3e-7 * k**0.5 * 4
+    assert torch.equal(out[:, n:], start[:, n:])
+
+
+def test_without_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = operands(9, 40, 150, torch.bfloat16)
+    built = run(*inputs, row_chunk=4, vocab_tile=64)
+    monkeypatch.setattr(native, "kernel", lambda: None)
+    widened = run(*inputs, row_chunk=4, vocab_tile=64)
+    assert relative(built[0].logprob, widened[0].logprob) < 1e-6
+    assert relative(built[0].entropy, widened[0].entropy) < 1e-6
+    # Without it the hidden gradient is summed from products rounded to bfloat16 (2^-9 each).
+    assert relative(built[1], widened[1]) < 2e-2
+    assert relative(built[2], widened[2]) < 1e-2

@@ -1,0 +1,241 @@
+"""The actor agrees with transformers on real checkpoints of every family, and does what its docstrings say.
+
+Tiny random checkpoints are written by transformers and read by the actor. Tolerance 1e-4 in fp32: two
+implementations of 2-4 layers in different operation orders differ by about 1e-6. Runs on CPU ranks.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_entropy import parallel
+from megatron_entropy.architecture import read_shape
+from megatron_entropy.config import ActorConfig, OptimizerConfig, ParallelConfig
+from megatron_entropy.errors import ModelError, NonFiniteLossError
+from megatron_entropy.records import Metric, Sample
+
+pytestmark = pytest.mark.actor
+
+TOLERANCE = 1e-4
+TEMPERATURE = 0.7
+SIZES = dict(
+    vocab_size=151, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2,
+)  # fmt: skip
+ROPE = {
+    "default": {},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+}  # fmt: skip
+
+
+def write_checkpoint(folder: Path, family: str, tied: bool, rope: str = "default", **changes) -> Path:
+    import transformers
+
+    names = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}
+    settings = {**SIZES, "tie_word_embeddings": tied, **changes}
+    if ROPE[rope]:
+        settings["rope_parameters"] = {"rope_theta": 10000.0, **ROPE[rope]}
+    if family == "qwen3":
+        settings["head_dim"] = 32  # Qwen3's head_dim need not be hidden_size / heads
+    config = getattr(transformers, names[family] + "Config")(**settings)
+    torch.manual_seed(0)
+    model = getattr(transformers, names[family] + "ForCausalLM")(config)
+    for parameter in model.parameters():  # biases and norms start at 0 and 1, which would hide a wrong order
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_samples(seed: int = 0) -> list[Sample]:
+    generator = np.random.default_rng(seed)
+    lengths = ((5, 40), (3, 9), (20, 1), (2, 60))
+    return [Sample(generator.integers(0, 151, p + r).astype(np.int32), p, "stop", "") for p, r in lengths]
+
+
+def reference(folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
+    """transformers' log-probabilities and entropies of the response tokens, one sequence at a time."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    result = []
+    for sample in make_samples():
+        tokens = torch.tensor(sample.tokens[None].astype(np.int64))
+        with torch.no_grad():
+            logprobs = (model(tokens).logits[0, :-1].double() / TEMPERATURE).log_softmax(-1)
+        chosen = logprobs.gather(1, tokens[0, 1:, None])[:, 0]
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        start = sample.prompt_length - 1
+        result.append((chosen[start:].numpy(), entropy[start:].numpy()))
+    return result
+
+
+def score(folder: str, layout: ParallelConfig):
+    from megatron_entropy.actor.actor import Actor
+    from megatron_entropy.resharding.folder import TensorFolder
+    from megatron_entropy.resharding.source import load
+
+    parallel.lay_out(layout, seed=1)
+    shape = read_shape(folder)
+    actor = Actor(shape, ActorConfig(parallel=layout, dtype="float32", token_budget=128), total_updates=1)
+    load(TensorFolder(folder), shape, actor.named_shards())
+    actor.after_load()
+    scored = actor.score(make_samples(), temperature=TEMPERATURE)
+    return [(s.response("logprob"), s.response("entropy")) for s in scored]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("layout", [ParallelConfig(), ParallelConfig(tp=2, pp=2)], ids=["1x1", "TP2xPP2"])
+def test_scores_equal_transformers(tmp_path, family, tied, layout):
+    folder = write_checkpoint(tmp_path, family, tied)
+    for answers in parallel.run_on_ranks(score, layout.world_size, str(folder), layout):
+        for (logprob, entropy), (expected_logprob, expected_entropy) in zip(answers, reference(folder), strict=True):
+            np.testing.assert_allclose(logprob, expected_logprob, atol=TOLERANCE)
+            np.testing.assert_allclose(entropy, expected_entropy, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("rope", ["linear", "llama3", "yarn"])
+def test_rotary_scaling_equals_transformers(tmp_path, rope):
+    folder = write_checkpoint(tmp_path, "llama", False, rope)
+    plain = write_checkpoint(tmp_path / "plain", "llama", False)
+    expected, unscaled = reference(folder), reference(plain)
+    assert max(np.abs(a[0] - b[0]).max() for a, b in zip(expected, unscaled, strict=True)) > 0.01
+    for (logprob, _), (want, _) in zip(
+        parallel.run_on_ranks(score, 1, str(folder), ParallelConfig())[0], expected, strict=True
+    ):
+        np.testing.assert_allclose(logprob, want, atol=TOLERANCE)
+
+
+def round_trip(folder: str, target: str, layout: ParallelConfig) -> None:
+    from megatron_entropy.actor.actor import Actor
+    from megatron_entropy.resharding.folder import TensorFolder, write_folder
+    from megatron_entropy.resharding.source import ShardedSource, load
+
+    parallel.lay_out(layout, seed=1)
+    shape = read_shape(folder)
+    actor = Actor(shape, ActorConfig(parallel=layout, dtype="float32"), total_updates=1)
+    load(TensorFolder(folder), shape, actor.named_shards())
+    stream = ((name, tensor) for name, tensor in ShardedSource(shape, actor.named_shards(), torch.float32))
+    if parallel.rank() == 0:
+        write_folder(Path(target), stream, like=Path(folder), max_shard_bytes=100_000)
+    else:
+        list(stream)
+
+
+@pytest.mark.parametrize("family,tied", [("qwen2", True), ("qwen3", False), ("llama", True)])
+@pytest.mark.parametrize("layout", [ParallelConfig(tp=2), ParallelConfig(pp=2, vpp=2)], ids=["TP2", "PP2+VPP2"])
+def test_a_checkpoint_survives_the_actor_bit_for_bit(tmp_path, family, tied, layout):
+    from megatron_entropy.resharding.folder import TensorFolder
+
+    source, target = write_checkpoint(tmp_path / "a", family, tied), tmp_path / "b"
+    parallel.run_on_ranks(round_trip, layout.world_size, str(source), str(target), layout)
+    before, after = TensorFolder(source), TensorFolder(target)
+    assert set(before.names()) - {"lm_head.weight"} <= set(after.names())
+    assert len(list(target.glob("*.safetensors"))) > 1, "small shards: the index is exercised"
+    for name in after.names():
+        tensor = before._files[before._file_of[name]].get_tensor(name)
+        assert torch.equal(after.read(name, tuple(tensor.shape)), tensor), name
+
+
+def update_with(folder: str, layout: ParallelConfig, poison: int) -> str:
+    from megatron_entropy.actor.actor import Actor
+    from megatron_entropy.resharding.folder import TensorFolder
+    from megatron_entropy.resharding.source import load
+
+    parallel.lay_out(layout, seed=1)
+    shape = read_shape(folder)
+    actor = Actor(shape, ActorConfig(parallel=layout, dtype="float32", token_budget=64), total_updates=1)
+    load(TensorFolder(folder), shape, actor.named_shards())
+    actor.after_load()
+    before = {name: p.detach().clone() for name, p in actor.named_shards().items()}
+    samples = [
+        dataclasses.replace(s, weight=s.constant(1.0), advantage=s.constant(float("nan") if i == poison else 1.0))
+        for i, s in enumerate(make_samples())
+    ]
+    try:
+        actor.update(samples, lambda stats, batch: (stats.logprob * batch.advantage, {}), temperature=1.0)
+    except NonFiniteLossError as error:
+        assert all(torch.equal(p, before[name]) for name, p in actor.named_shards().items())
+        return str(error)
+    return "no error"
+
+
+def test_a_nan_stops_every_rank_before_the_step_and_names_the_sample(tmp_path):
+    folder = write_checkpoint(tmp_path, "qwen3", True)
+    answers = parallel.run_on_ranks(update_with, 2, str(folder), ParallelConfig(dp=2), 2)
+    assert answers == ["loss is not finite for sample(s) 2 of the step"] * 2
+
+
+def learning_rates(folder: str, optimizer: OptimizerConfig) -> list[float]:
+    from megatron_entropy.actor.actor import Actor
+    from megatron_entropy.resharding.folder import TensorFolder
+    from megatron_entropy.resharding.source import load
+
+    parallel.lay_out(ParallelConfig(), seed=1)
+    shape = read_shape(folder)
+    actor = Actor(shape, ActorConfig(optimizer=optimizer, dtype="float32"), total_updates=8)
+    load(TensorFolder(folder), shape, actor.named_shards())
+    actor.after_load()
+    samples = [dataclasses.replace(s, weight=s.constant(1e-3)) for s in make_samples()]
+
+    def loss(stats, batch):
+        return -stats.logprob, {"one": Metric(1.0)}
+
+    return [actor.update(samples, loss, temperature=1.0)["train/lr"].value for _ in range(8)]
+
+
+def test_the_learning_rate_warms_up_and_decays(tmp_path):
+    folder = write_checkpoint(tmp_path, "qwen3", True, num_hidden_layers=1)
+    optimizer = OptimizerConfig(lr=1.0e-3, min_lr=1.0e-4, warmup_steps=4, schedule="linear")
+    rates = parallel.run_on_ranks(learning_rates, 1, str(folder), optimizer)[0]
+    np.testing.assert_allclose(rates[:5], [0, 2.5e-4, 5e-4, 7.5e-4, 1e-3], rtol=1e-6)
+    np.testing.assert_allclose(np.diff(rates[4:]), -2.25e-4, rtol=1e-6)
+
+
+def load_error(folder: str) -> str:
+    from megatron_entropy.actor.actor import Actor
+    from megatron_entropy.resharding.folder import TensorFolder
+    from megatron_entropy.resharding.source import load
+
+    parallel.lay_out(ParallelConfig(), seed=1)
+    try:
+        shape = read_shape(folder)
+        actor = Actor(shape, ActorConfig(dtype="float32"), total_updates=1)
+        load(TensorFolder(folder), shape, actor.named_shards())
+    except ModelError as error:
+        return str(error)
+    return "no error"
+
+
+def test_broken_model_folders_give_one_line(tmp_path):
+    folder = write_checkpoint(tmp_path / "m", "qwen3", True)
+    weights = folder / "model.safetensors"
+    config = json.loads((folder / "config.json").read_text())
+
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 128}))
+    answer = parallel.run_on_ranks(load_error, 1, str(folder))[0]
+    assert "mlp.gate_proj.weight" in answer and "(96, 64)" in answer and "(128, 64)" in answer
+
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    assert "layers.2." in parallel.run_on_ranks(load_error, 1, str(folder))[0]
+
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["GPT2LMHeadModel"]}))
+    assert "GPT2LMHeadModel" in parallel.run_on_ranks(load_error, 1, str(folder))[0]
+
+    (folder / "config.json").write_text(json.dumps(config))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    answer = parallel.run_on_ranks(load_error, 1, str(folder))[0]
+    assert "model.safetensors" in answer and "\n" not in answer
+
+    weights.unlink()
+    assert "safetensors" in parallel.run_on_ranks(load_error, 1, str(folder))[0]

@@ -1,0 +1,114 @@
+#!/usr/bin/env python3
+"""Peak memory of the actor's `score` and `update` against tokens and vocabulary: it must not grow with T x V.
+
+For each vocabulary a small random model is scored and updated on packs of two sizes, each in a fresh process; the
+difference of the peaks over the difference in tokens is the memory a token costs. It should not depend on the
+vocabulary, where keeping fp32 logits would cost 4 * V bytes a token.
+
+    python tools/benchmark_memory.py [--vocabularies 16384 65536] [--tokens 1024 5120] [--out memory.json]
+
+CPU figures (process memory read from /proc); activations of the layers are part of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_entropy import parallel
+from megatron_entropy.architecture import read_shape
+from megatron_entropy.config import ActorConfig, ParallelConfig
+from megatron_entropy.records import Sample
+
+LENGTH = 256
+"""Tokens of each sequence of the pack."""
+
+
+def peak_mib(folder: str, tokens: int, layout: ParallelConfig) -> dict[str, float]:
+    """Peak process memory in MiB beyond what was held before, for a score and an update of one pack."""
+    from megatron_entropy.actor.actor import Actor
+    from megatron_entropy.resharding.folder import TensorFolder
+    from megatron_entropy.resharding.source import load
+
+    parallel.lay_out(layout, seed=1)
+    shape = read_shape(folder)
+    actor = Actor(shape, ActorConfig(parallel=layout, dtype="float32", token_budget=tokens), total_updates=1)
+    load(TensorFolder(folder), shape, actor.named_shards())
+    actor.after_load()
+    generator = np.random.default_rng(0)
+    samples = []
+    for _ in range(tokens // LENGTH):
+        sample = Sample(generator.integers(0, shape.vocab_size, LENGTH + 1).astype(np.int32), 1, "stop", "")
+        samples.append(dataclasses.replace(sample, weight=sample.constant(1 / tokens)))
+
+    def work(name: str) -> None:
+        if name == "score":
+            actor.score(samples, temperature=1.0)
+        else:
+            actor.update(samples, lambda stats, batch: (-stats.logprob - 0.01 * stats.entropy, {}), temperature=1.0)
+
+    peaks = {}
+    for name in ("score", "update"):
+        work(name)  # the first call allocates what stays: optimizer state, allocator pools
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        before = _status("VmRSS")
+        work(name)
+        peaks[name] = (_status("VmHWM") - before) / 1024
+    return peaks
+
+
+def _status(field: str) -> int:
+    """A field of this process's memory status, in KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field + ":")).split()[1])
+
+
+def measure(vocabulary: int, tokens: list[int], layout: ParallelConfig) -> dict:
+    """Peaks of one vocabulary at every pack size, and what a token costs in bytes."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = Qwen3Config(
+            vocab_size=vocabulary, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=32, max_position_embeddings=LENGTH + 1, tie_word_embeddings=True,
+        )  # fmt: skip
+        Qwen3ForCausalLM(config).to(torch.float32).save_pretrained(folder)
+        # The allocator keeps what it once had, which would blur a second measurement: every size has its own process.
+        peaks = [max(parallel.run_on_ranks(peak_mib, layout.world_size, folder, t, layout), key=str) for t in tokens]
+    span = tokens[-1] - tokens[0]
+    row: dict = {"vocabulary": vocabulary, "logits_bytes_per_token": 4 * vocabulary // layout.tp}
+    for name in ("score", "update"):
+        row[f"{name}_mib"] = [peak[name] for peak in peaks]
+        row[f"{name}_bytes_per_token"] = (peaks[-1][name] - peaks[0][name]) * 2**20 / span
+    return row
+
+
+def main() -> None:
+    """Print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=[16384, 65536])
+    parser.add_argument("--tokens", type=int, nargs=2, default=[1024, 5120])
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("memory.json"))
+    arguments = parser.parse_args()
+    layout = ParallelConfig(tp=arguments.tp)
+    rows = [measure(vocabulary, arguments.tokens, layout) for vocabulary in arguments.vocabularies]
+    print(f"peak beyond what was held before, T = {arguments.tokens[0]} and {arguments.tokens[1]}, TP{arguments.tp}, fp32")
+    print(f"{'V':>8}{'score MiB':>18}{'update MiB':>18}{'score B/token':>16}{'update B/token':>16}{'fp32 logits B/token':>22}")
+    for row in rows:
+        pair = {k: " / ".join(f"{x:.0f}" for x in row[f"{k}_mib"]) for k in ("score", "update")}
+        print(
+            f"{row['vocabulary']:>8}{pair['score']:>18}{pair['update']:>18}{row['score_bytes_per_token']:>16.0f}"
+            f"{row['update_bytes_per_token']:>16.0f}{row['logits_bytes_per_token']:>22}"
+        )
+    arguments.out.write_text(json.dumps({"tokens": arguments.tokens, "tp": arguments.tp, "rows": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
