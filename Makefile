@@ -4,7 +4,7 @@ SEED ?= 1
 RUN ?= runs/quickstart
 VENV := .venv
 MODERN := .venv-modern
-PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-deps --no-compile
+PIP_INSTALL := -m pip install -qq --disable-pip-version-check --no-deps --no-compile
 # One import of the large packages checks them and compiles just the modules in use, in half the time pip takes for all.
 LARGE_IMPORTS := import torch, ray, transformers, matplotlib.pyplot, megatron.core.models.gpt, vllm
 

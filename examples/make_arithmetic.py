@@ -30,6 +30,7 @@ from megatron_entropy.data.sentencepiece_model import save_for_transformers, tra
 from megatron_entropy.data.tokenizer import Tokenizer
 
 OPERANDS = (3, 4, 5, 6)  # the levels, each as frequent as the others
+RIGHT = (1, 5)  # smallest and largest digit behind a sign: 150 different steps to learn in all
 STYLES = (
     "{left}{sign}{right}={result}\n",
     "{left}{sign}{right}={result};",
@@ -68,7 +69,7 @@ def draw_question(rng: random.Random) -> str:
     """A chain of 3 to 6 digits."""
     question = str(rng.randrange(10))
     for _ in range(rng.choice(OPERANDS) - 1):
-        question += rng.choice("+-*") + str(rng.randrange(10))
+        question += rng.choice("+-*") + str(rng.randint(*RIGHT))
     return question
 
 
@@ -112,7 +113,10 @@ def initial_weights(vocab_size: int, seed: int) -> dict[str, np.ndarray]:
         return (rng.standard_normal((rows, columns)) * INITIAL_DEVIATION * scale).astype(np.float32)
 
     residual = (2 * LAYERS) ** -0.5  # keeps the variance of the residual stream as layers are added
-    weights = {"model.embed_tokens.weight": matrix(vocab_size, HIDDEN), "model.norm.weight": np.ones(HIDDEN, np.float32)}
+    weights = {
+        "model.embed_tokens.weight": matrix(vocab_size, HIDDEN),
+        "model.norm.weight": np.ones(HIDDEN, np.float32),
+    }
     for layer in range(LAYERS):
         attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
         weights[f"{attention}.q_proj.weight"] = matrix(HEADS * HEAD_DIM, HIDDEN)
@@ -165,15 +169,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--train", type=int, default=20000, help="number of training problems")
+    parser.add_argument("--train", type=int, default=12000, help="number of training problems")
     parser.add_argument("--test", type=int, default=400, help="number of held-out problems")
     parser.add_argument("--slip", type=float, default=0.2, help="probability that a training step is wrong")
     arguments = parser.parse_args()
     model = arguments.out / "model"
     model.mkdir(parents=True, exist_ok=True)
-    train, test = make_problems(
-        train=arguments.train, test=arguments.test, seed=arguments.seed, slip=arguments.slip
-    )
+    train, test = make_problems(train=arguments.train, test=arguments.test, seed=arguments.seed, slip=arguments.slip)
     write_rows(arguments.out / "train.jsonl", train)
     write_rows(arguments.out / "test.jsonl", test)
     texts = (f"{problem.question}\n{problem.solution}" for problem in train)

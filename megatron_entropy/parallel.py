@@ -117,7 +117,10 @@ def run_on_ranks(function: Callable[..., T], ranks: int, *args: object, timeout_
         for process in processes:
             process.start()
         try:
-            return _collect(queue, processes, ranks, timeout_s)
+            answers = _collect(queue, processes, ranks, timeout_s)
+            for process in processes:
+                process.join(timeout=30)
+            return answers
         finally:
             for process in processes:
                 process.kill()

@@ -6,6 +6,6 @@ torch; uses Triton on CUDA where it is installed. See README.md beside this pack
 """
 
 from .api import token_stats, token_stats_from_logits
-from .types import TokenStats
+from .records import TokenStats
 
 __all__ = ["TokenStats", "token_stats", "token_stats_from_logits"]

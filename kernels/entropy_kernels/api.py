@@ -11,7 +11,7 @@ from .collectives import locate
 from .head import TokenStatsFunction
 from .logits import LogitStatsFunction
 from .prepare import Settings, masked, prepare
-from .types import TokenStats
+from .records import TokenStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -114,9 +114,7 @@ def token_stats(
     tokens = hidden.shape[0] * (shard.size if sequence_parallel else 1)
     call = prepare(hidden, tokens, target, shard, vocab_size, settings)
     if call.engine is None:
-        values = reference.from_hidden(
-            hidden, weight, call.request, vocab_size, call.sequence_parallel
-        )
+        values = reference.from_hidden(hidden, weight, call.request, vocab_size, call.sequence_parallel)
         return masked(values, call)
     results = TokenStatsFunction.apply(hidden, weight, call)
     return TokenStats(**dict(zip(call.outputs, results, strict=True)))

@@ -30,9 +30,7 @@ def check_operands(hidden: Tensor, weight: Tensor) -> None:
     check_matrix("hidden", hidden)
     check_matrix("weight", weight)
     if hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"weight has {weight.shape[1]} columns but hidden has {hidden.shape[1]} (H)"
-        )
+        raise ValueError(f"weight has {weight.shape[1]} columns but hidden has {hidden.shape[1]} (H)")
     if hidden.dtype != weight.dtype:
         raise ValueError(f"weight has dtype {weight.dtype} but hidden has {hidden.dtype}")
     if hidden.device != weight.device:
@@ -60,9 +58,7 @@ def check_target_values(target: Tensor, ignore_index: int, vocab_size: int) -> N
         )
 
 
-def check_temperature(
-    name: str, value: float | Tensor, tokens: int, device: torch.device, values: bool
-) -> None:
+def check_temperature(name: str, value: float | Tensor, tokens: int, device: torch.device, values: bool) -> None:
     """A positive number, or a vector of one positive number per token."""
     if not isinstance(value, Tensor):
         if not 0 < value < float("inf"):
@@ -81,9 +77,7 @@ def check_temperature(
             raise ValueError(f"{name}[{row}] is {float(value[row])}; it must be finite and > 0")
 
 
-def check_vocabulary(
-    vocab_size: int | None, local_rows: int, group: dist.ProcessGroup | None, validate: bool
-) -> int:
+def check_vocabulary(vocab_size: int | None, local_rows: int, group: dist.ProcessGroup | None, validate: bool) -> int:
     """The true vocabulary size, which the shards of the group must be able to hold."""
     size = 1 if group is None else dist.get_world_size(group)
     total = local_rows * size
@@ -92,9 +86,7 @@ def check_vocabulary(
     if vocab_size is None:
         vocab_size = total
     if not 0 < vocab_size <= total:
-        raise ValueError(
-            f"vocab_size is {vocab_size}, but {size} shard(s) of {local_rows} rows hold {total}"
-        )
+        raise ValueError(f"vocab_size is {vocab_size}, but {size} shard(s) of {local_rows} rows hold {total}")
     if validate and group is not None and size > 1:
         sizes: list[int | None] = [None] * size
         dist.all_gather_object(sizes, local_rows, group=group)
@@ -132,9 +124,7 @@ def check_main_grad(main_grad: Tensor | None, weight: Tensor) -> None:
     if main_grad is None:
         return
     if main_grad.shape != weight.shape:
-        raise ValueError(
-            f"main_grad has shape {tuple(main_grad.shape)} but weight {tuple(weight.shape)}"
-        )
+        raise ValueError(f"main_grad has shape {tuple(main_grad.shape)} but weight {tuple(weight.shape)}")
     expected = torch.float64 if weight.dtype == torch.float64 else torch.float32
     if main_grad.dtype != expected:
         raise ValueError(f"main_grad must be {expected}, got {main_grad.dtype}")

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .moments import FLOOR, Coefficients, Moments, merge
+from .records import Request, column, take
 from .tiles import HiddenTiles, LogitTiles
-from .types import Request, column, take
 
 Tiles = HiddenTiles | LogitTiles
 
@@ -31,7 +31,7 @@ class Saved:
 
 def tile_sizes(request: Request, rows: int, cuda: bool) -> tuple[int, int]:
     """(row_chunk, vocab_tile): the caller's, or sizes whose tile stays in the last-level cache."""
-    default_rows, default_columns = (8192, 8192) if cuda else (2048, 512)
+    default_rows, default_columns = (4096, 8192) if cuda else (4096, 512)
     chunk = request.row_chunk or default_rows
     return max(1, min(chunk, rows)), request.vocab_tile or default_columns
 
@@ -55,9 +55,7 @@ class Workspace:
         return self.first[:count].view(rows, columns), self.second[:count].view(rows, columns)
 
 
-def forward(
-    tiles: Tiles, rows: int, request: Request, device: torch.device
-) -> tuple[Moments, Saved | None, bool]:
+def forward(tiles: Tiles, rows: int, request: Request, device: torch.device) -> tuple[Moments, Saved | None, bool]:
     """Moments of this shard's part of the vocabulary.
 
     Returns the moments, what save mode keeps, and whether a -inf logit was met (backward then
@@ -82,15 +80,11 @@ def forward(
             if saved is not None:
                 saved.shifted[first:last, start:stop].copy_(z)
                 saved.maxima[index, first:last] = part.maximum
-            parts[first, last] = merge(
-                parts[first, last], part, [take(b, slice(first, last)) for b in request.betas]
-            )
+            parts[first, last] = merge(parts[first, last], part, [take(b, slice(first, last)) for b in request.betas])
     return _joined(list(parts.values()), rows, request, like), saved, infinite
 
 
-def tile_moments(
-    z: Tensor, e: Tensor, request: Request, rows: slice, start: int, clamp: bool
-) -> tuple[Moments, bool]:
+def tile_moments(z: Tensor, e: Tensor, request: Request, rows: slice, start: int, clamp: bool) -> tuple[Moments, bool]:
     """Moments of one tile. On return `z` holds z - row maximum and `e` is scratch."""
     labels = request.labels[rows] - start
     maximum = z.amax(dim=1)
@@ -203,15 +197,13 @@ def backward(
                 where = slice(first, last) if kept is None else kept[first:last]
                 z.copy_(saved.shifted[where, start:stop])
                 z.add_((saved.maxima[index, where] - coef.shift)[:, None])
-            if infinite:
+            if infinite or saved is not None:
                 z.clamp_(min=FLOOR)
             gradient = logit_gradient(z, e, coef, start, request.softcap)
             tiles.write(slice(first, last), gradient)
 
 
-def logit_gradient(
-    delta: Tensor, e: Tensor, coef: Coefficients, start: int, softcap: float | None
-) -> Tensor:
+def logit_gradient(delta: Tensor, e: Tensor, coef: Coefficients, start: int, softcap: float | None) -> Tensor:
     """The gradient tile, in the buffer `e`; `delta` (z - shift) is overwritten."""
     factor = None
     if softcap is not None:
@@ -233,15 +225,14 @@ def logit_gradient(
         e.add_(teacher)
     local = coef.spike_ids - start
     inside = (local >= 0) & (local < e.shape[1])
-    e.scatter_add_(
-        1, local.clamp(0, e.shape[1] - 1), coef.spikes.masked_fill(~inside, 0.0)
-    )
+    e.scatter_add_(1, local.clamp(0, e.shape[1] - 1), coef.spikes.masked_fill(~inside, 0.0))
     return e if factor is None else e.mul_(factor)
 
 
 def _teacher_term(delta: Tensor, coef: Coefficients) -> Tensor | None:
     if coef.k0 is None or coef.k1 is None or coef.teacher_log is None:
         return None
+    assert coef.teacher_beta is not None
     q = delta * column(coef.teacher_beta)
     q.add_(coef.teacher_log[:, None]).exp_()
     return q.mul_((delta * coef.k1[:, None]).add_(coef.k0[:, None]))

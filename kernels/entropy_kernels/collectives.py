@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .moments import Moments, merge
-from .types import Request, Shard
+from .records import Request, Shard
 
 
 def locate(group: dist.ProcessGroup | None, local_rows: int, vocab_size: int | None) -> Shard:

@@ -12,7 +12,7 @@ float16 [N, V_l].
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,9 +20,9 @@ from torch.autograd.function import once_differentiable
 
 from . import chunked
 from .collectives import gather_rows, merge_over_ranks, reduce_gradient
-from .moments import Statistics, coefficients, finish
+from .moments import Coefficients, Moments, Statistics, coefficients, finish
+from .records import Request, take
 from .tiles import HiddenTiles
-from .types import Request, take
 
 OUTPUTS = (
     "logprob",
@@ -37,6 +37,29 @@ OUTPUTS = (
 )
 
 
+class Engine(Protocol):
+    """What an implementation offers: the modules `chunked` and `triton_engine`."""
+
+    def forward(
+        self, tiles: HiddenTiles, rows: int, request: Request, device: torch.device
+    ) -> tuple[Moments, chunked.Saved | None, bool]:
+        """Moments of the shard, what save mode keeps, whether backward must clamp."""
+        ...
+
+    def backward(
+        self,
+        tiles: HiddenTiles,
+        rows: int,
+        request: Request,
+        coefs: Coefficients,
+        saved: chunked.Saved | None,
+        kept: Tensor | None,
+        infinite: bool,
+    ) -> None:
+        """Hand every tile of the logit gradient to `tiles.write`."""
+        ...
+
+
 @dataclass
 class Call:
     """One call's settings that are not per-row numbers."""
@@ -49,7 +72,8 @@ class Call:
     entropy_grad: bool
     sequence_parallel: bool
     main_grad: Tensor | None
-    engine: Any
+    engine: Engine | None
+    """None: the reference."""
     compact: bool
 
 
@@ -103,10 +127,7 @@ def upstream(
     if not call.compact:
         keeps = {n: call.keep if g.dim() == 1 else call.keep[:, None] for n, g in present.items()}
         present = {n: g.masked_fill(~keeps[n], 0.0) for n, g in present.items()}
-    return {
-        name: (gradient if rows is None else gradient[rows]).to(dtype)
-        for name, gradient in present.items()
-    }
+    return {name: (gradient if rows is None else gradient[rows]).to(dtype) for name, gradient in present.items()}
 
 
 class TokenStatsFunction(torch.autograd.Function):
@@ -114,6 +135,7 @@ class TokenStatsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, call: Call) -> tuple[Tensor, ...]:
+        """The outputs of the call, [T] each."""
         shard = call.request.shard
         full = gather_rows(hidden, shard) if call.sequence_parallel else hidden
         total = full.shape[0]
@@ -121,9 +143,8 @@ class TokenStatsFunction(torch.autograd.Function):
         request = select_rows(call.request, rows)
         active = full if rows is None else full[rows]
         tiles = HiddenTiles(active, weight)
-        moments, saved, infinite = call.engine.forward(
-            tiles, active.shape[0], request, hidden.device
-        )
+        assert call.engine is not None
+        moments, saved, infinite = call.engine.forward(tiles, active.shape[0], request, hidden.device)
         statistics = finish(merge_over_ranks(moments, request), request)
         ctx.call, ctx.rows, ctx.total, ctx.infinite = call, rows, total, infinite
         _remember(ctx, active, weight, statistics, saved)
@@ -133,6 +154,7 @@ class TokenStatsFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of hidden and weight from those of the outputs."""
         call: Call = ctx.call
         active, weight, statistics, saved, top_ids = _recall(ctx)
         request = select_rows(call.request, ctx.rows)
@@ -143,16 +165,14 @@ class TokenStatsFunction(torch.autograd.Function):
             coefs, active = coefs.select(live), active[live]
             request = select_rows(request, live)
         tiles = HiddenTiles(active, weight)
-        tiles.begin_backward((ctx.needs_input_grad[0], ctx.needs_input_grad[1]), call.main_grad)
-        call.engine.backward(
-            tiles, active.shape[0], request, coefs, saved, live, ctx.infinite
-        )
+        need = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+        tiles.begin_backward(need, call.main_grad, request.shard.valid)
+        assert call.engine is not None
+        call.engine.backward(tiles, active.shape[0], request, coefs, saved, live, ctx.infinite)
         return _hidden_gradient(ctx, tiles.grad_hidden, live), _weight_gradient(tiles, weight), None
 
 
-def _remember(
-    ctx: Any, active: Tensor, weight: Tensor, statistics: Statistics, saved: chunked.Saved | None
-) -> None:
+def _remember(ctx: Any, active: Tensor, weight: Tensor, statistics: Statistics, saved: chunked.Saved | None) -> None:
     kept = [active, weight, statistics.outputs.get("topk_ids")]
     kept += [None, None] if saved is None else [saved.shifted, saved.maxima]
     ctx.save_for_backward(*kept, *statistics.kept())
@@ -189,5 +209,5 @@ def _weight_gradient(tiles: HiddenTiles, weight: Tensor) -> Tensor | None:
         return tiles.grad_weight
     if not hasattr(weight, "grad_added_to_main_grad"):
         return None
-    weight.grad_added_to_main_grad = True
+    setattr(weight, "grad_added_to_main_grad", True)  # noqa: B010 - not an attribute of Tensor
     return torch.zeros_like(weight)

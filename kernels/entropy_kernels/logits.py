@@ -20,6 +20,7 @@ class LogitStatsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, call: Call) -> tuple[Tensor, ...]:
+        """The outputs of the call, [T] each."""
         rows = kept_rows(call.keep, call.compact)
         request = select_rows(call.request, rows)
         tiles = LogitTiles(logits, rows)
@@ -34,6 +35,7 @@ class LogitStatsFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None]:
+        """The gradient of the logits, in their dtype."""
         call: Call = ctx.call
         logits, top_ids, *numbers = ctx.saved_tensors
         statistics = Statistics.restore(numbers, len(call.request.betas))

@@ -8,12 +8,13 @@ difference of two small numbers instead of two large ones. One m serves every te
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .types import Request, take
+from .records import Request
 
 FLOOR = -1e18
 """Stands for -inf where a shift is multiplied: its square is finite in float32, and e^FLOOR is 0."""
@@ -196,8 +197,11 @@ class Coefficients:
 
     def select(self, rows: Tensor | slice) -> Coefficients:
         """The same numbers for some of the rows."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return Coefficients(**{k: None if v is None else take(v, rows) for k, v in values.items()})
+        changed: dict[str, Any] = {}
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            changed[name] = value[rows] if isinstance(value, Tensor) else value
+        return replace(self, **changed)
 
     def active(self) -> Tensor:
         """[N] bool: rows whose gradient is not identically zero."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import checks, chunked
-from .head import OUTPUTS, Call
-from .types import Request, Shard, TokenStats, accumulate_dtype
+from .head import OUTPUTS, Call, Engine
+from .records import Request, Shard, TokenStats, accumulate_dtype
 
 
 @dataclass(frozen=True)
@@ -49,18 +48,14 @@ class Settings:
         return tuple(name for name in OUTPUTS if name in asked)
 
 
-def prepare(
-    source: Tensor, tokens: int, target: Tensor, shard: Shard, vocab_size: int, settings: Settings
-) -> Call:
+def prepare(source: Tensor, tokens: int, target: Tensor, shard: Shard, vocab_size: int, settings: Settings) -> Call:
     """Check everything per-token and build the call; `source` is hidden or logits."""
     device, dtype = source.device, accumulate_dtype(source.dtype)
     look = settings.validate or device.type == "cpu"
     checks.check_target(target, tokens, device)
     checks.check_temperature("temperature", settings.temperature, tokens, device, look)
     if settings.teacher_temperature is not None:
-        checks.check_temperature(
-            "teacher_temperature", settings.teacher_temperature, tokens, device, look
-        )
+        checks.check_temperature("teacher_temperature", settings.teacher_temperature, tokens, device, look)
     checks.check_options(
         vocab_size=vocab_size,
         top_k=settings.top_k,
@@ -114,7 +109,7 @@ def _saves(settings: Settings, dtype: torch.dtype, size: int) -> bool:
     return settings.save == "half"
 
 
-def engine(settings: Settings, source: Tensor) -> Any:
+def engine(settings: Settings, source: Tensor) -> Engine | None:
     """The module that computes tiles; None stands for the reference."""
     if settings.impl == "reference":
         return None

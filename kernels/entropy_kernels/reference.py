@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .collectives import gather_rows, reduce_gradient
-from .types import Request, Shard, accumulate_dtype, column
+from .records import Request, Shard, accumulate_dtype, column
 
 
 class _GatherHidden(torch.autograd.Function):
@@ -67,22 +67,23 @@ def from_logits(logits: Tensor, request: Request, vocab_size: int) -> dict[str, 
         logits = request.softcap * torch.tanh(logits / request.softcap)
     labels = (request.labels + request.shard.start).clamp(0, vocab_size - 1)
     logp = torch.log_softmax(logits * column(request.beta), dim=1)
-    p = logp.exp()
+    p, finite = logp.exp(), _finite(logp)
     outputs = {"logprob": logp.gather(1, labels[:, None])[:, 0]}
-    outputs["entropy"] = -_expect(p, logp)
-    outputs["varentropy"] = _expect(p, (logp + outputs["entropy"][:, None]) ** 2)
+    outputs["entropy"] = -(p * finite).sum(dim=1)
+    surprise = finite + outputs["entropy"][:, None]
+    outputs["varentropy"] = (p * surprise**2).sum(dim=1)
     if request.topk:
         outputs["topk_logprobs"], outputs["topk_ids"] = logp.topk(request.topk, dim=1)
     if request.teacher_beta is not None:
         logq = torch.log_softmax(logits * column(request.teacher_beta), dim=1)
-        q = logq.exp()
+        q, finite_q = logq.exp(), _finite(logq)
         outputs["teacher_logprob"] = logq.gather(1, labels[:, None])[:, 0]
-        outputs["teacher_entropy"] = -_expect(q, logq)
-        outputs["kl_forward"] = _expect(q.detach(), logq.detach() - logp)
-        outputs["kl_reverse"] = _expect(p, logp - logq.detach())
+        outputs["teacher_entropy"] = -(q * finite_q).sum(dim=1)
+        outputs["kl_forward"] = (q.detach() * (finite_q.detach() - finite)).sum(dim=1)
+        outputs["kl_reverse"] = (p * (finite - finite_q.detach())).sum(dim=1)
     return outputs
 
 
-def _expect(weights: Tensor, values: Tensor) -> Tensor:
-    """sum_j weights_j values_j with 0 * inf = 0: an impossible token contributes nothing."""
-    return (weights * values.masked_fill(weights == 0, 0.0)).sum(dim=1)
+def _finite(logp: Tensor) -> Tensor:
+    """Log-probs with 0 for impossible tokens, so that 0 * log 0 is 0 there, gradient included."""
+    return logp.masked_fill(logp == -torch.inf, 0.0)

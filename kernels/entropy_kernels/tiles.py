@@ -9,20 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .types import accumulate_dtype
+from . import native
+from .records import accumulate_dtype
 
 
 def product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """`left @ right` into `out`, accumulated in float32 and never rounded to a 16-bit type.
-
-    Torch has no CPU product of 16-bit operands with a float32 result, so there the operands are
-    widened (exactly) and multiplied in float32.
-    """
+    """`left @ right` into `out`, accumulated in float32 and never rounded to a 16-bit type."""
     if left.dtype == out.dtype:
         return torch.mm(left, right, out=out)
     if left.is_cuda:
         return torch.mm(left, right, out_dtype=out.dtype, out=out)
-    return torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
+    return native.product(left, right, out)
 
 
 class HiddenTiles:
@@ -32,9 +29,8 @@ class HiddenTiles:
         self.hidden = hidden
         self.weight = weight
         self.dtype = accumulate_dtype(hidden.dtype)
-        self.wide_hidden = hidden
-        if hidden.dtype != self.dtype and not hidden.is_cuda:
-            self.wide_hidden = hidden.to(self.dtype)
+        exact = hidden.dtype == self.dtype or hidden.is_cuda or native.serves(hidden, weight)
+        self.wide_hidden = hidden if exact else hidden.to(self.dtype)
         self.rows = hidden.shape[0]
 
     def load_weight(self, start: int, stop: int) -> None:
@@ -47,15 +43,16 @@ class HiddenTiles:
         """Write the logits of `rows` and the current columns into `out`."""
         product(self.wide_hidden[rows], self.wide_tile.t(), out)
 
-    def begin_backward(self, need: tuple[bool, bool], main_grad: Tensor | None) -> None:
-        """Allocate what the gradient products write to."""
+    def begin_backward(self, need: tuple[bool, bool], main_grad: Tensor | None, valid: int) -> None:
+        """Allocate what the gradient products write to; rows from `valid` on are padding."""
         need_hidden, need_weight = need
         self.grad_hidden = self.grad_weight = None
         self.main_grad = main_grad if need_weight else None
         if need_hidden:
             self.grad_hidden = self.hidden.new_zeros(self.hidden.shape, dtype=self.dtype)
         if need_weight and main_grad is None:
-            self.grad_weight = torch.zeros_like(self.weight, memory_format=torch.contiguous_format)
+            self.grad_weight = torch.empty_like(self.weight, memory_format=torch.contiguous_format)
+            self.grad_weight[valid if self.rows else 0 :].zero_()
         self.narrow: Tensor | None = None
         self.weight_tile: Tensor | None = None
 
@@ -83,6 +80,8 @@ class HiddenTiles:
             target.addmm_(left, right)
         elif left.is_cuda:
             torch.addmm(target, left, right, out_dtype=target.dtype, out=target)
+        elif native.serves(left, right):
+            native.product(left, right, target, add=True)
         else:
             target.add_(torch.mm(left, right))
 
@@ -101,9 +100,7 @@ class HiddenTiles:
                 target.addmm_(gradient.t(), hidden)
             return
         if rows.start == 0:
-            self.weight_tile = torch.zeros(
-                target.shape, dtype=self.dtype, device=target.device
-            )
+            self.weight_tile = torch.zeros(target.shape, dtype=self.dtype, device=target.device)
         assert self.weight_tile is not None
         self._add_product(self.weight_tile, gradient.t(), hidden)
         if rows.stop == self.rows:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -18,12 +19,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .chunked import Saved, spans
 from .moments import Coefficients, Moments, merge
+from .records import Request
 from .tiles import HiddenTiles
 from .triton_kernels import gradient_kernel, moments_kernel
-from .types import Request
 
+MOMENTS_KERNEL: Any = moments_kernel
+GRADIENT_KERNEL: Any = gradient_kernel
+"""Launchable by [grid], which their decorator does not tell a type checker."""
 FIELDS = 7
 GRADIENT_COLUMNS = 8192
+GRADIENT_ELEMENTS = 1 << 26
+"""Elements of the gradient block; long batches get fewer columns at a time."""
 TILES_PER_SPLIT = 16
 
 
@@ -57,9 +63,7 @@ def blocks(tiles: HiddenTiles, request: Request) -> Blocks:
 def _uses_tma(tiles: HiddenTiles) -> bool:
     """TMA needs 16-byte aligned rows and a device (or an interpreter) that has it."""
     operands = (tiles.hidden, tiles.weight)
-    aligned = all(
-        x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0 for x in operands
-    )
+    aligned = all(x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0 for x in operands)
     if not aligned or tiles.hidden.dtype == torch.float32:
         return False
     return interpreted() or torch.cuda.get_device_capability(tiles.hidden.device)[0] >= 9
@@ -107,7 +111,7 @@ def forward(
     saved = _saved(request, rows, count, device) if request.save else None
     h, w, tma = _operands(tiles, valid, block)
     tasks = triton.cdiv(rows, block.rows) * splits
-    moments_kernel[_programs(tiles, tasks)](
+    MOMENTS_KERNEL[_programs(tiles, tasks)](
         h, w, request.labels, _vector(request.beta, rows, device),
         _vector(request.teacher_beta, rows, device), out,
         out if saved is None else saved.shifted, out if saved is None else saved.maxima,
@@ -168,7 +172,7 @@ def backward(
     if rows == 0 or valid == 0:
         return
     block = blocks(tiles, request)
-    wanted = request.vocab_tile or GRADIENT_COLUMNS
+    wanted = request.vocab_tile or min(GRADIENT_COLUMNS, GRADIENT_ELEMENTS // rows)
     width = max(block.columns, wanted // block.columns * block.columns)
     buffer = torch.empty(rows * min(width, valid), dtype=tiles.weight.dtype, device=device)
     numbers = _numbers(coefs, rows, device)
@@ -177,7 +181,7 @@ def backward(
     for start, stop in spans(valid, width):
         tasks = triton.cdiv(rows, block.rows) * triton.cdiv(stop - start, block.columns)
         gradient = buffer[: rows * (stop - start)].view(rows, stop - start)
-        gradient_kernel[_programs(tiles, tasks)](
+        GRADIENT_KERNEL[_programs(tiles, tasks)](
             h, w, labels, numbers, numbers if saved is None else saved.shifted,
             numbers if saved is None else saved.maxima, labels if kept is None else kept,
             gradient, tiles.hidden.stride(0), tiles.weight.stride(0), stop - start, rows,

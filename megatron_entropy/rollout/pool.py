@@ -220,7 +220,7 @@ class EnginePool:
         return actor, EngineClient(index, actor, self._config.tensor_parallel)
 
     def _kill(self, slot: _Slot) -> None:
-        ray.kill(slot.actor, no_restart=True)
+        ray.kill(cast(Any, slot.actor), no_restart=True)
         if slot.pid is not None and self._owns_ray:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(slot.pid, signal.SIGKILL)  # a stopped process does not hear Ray

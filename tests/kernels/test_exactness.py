@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import EVERYTHING, assert_stats_close, combine, operands, relative, run
+from cases import EVERYTHING, assert_stats_close, operands, relative, run
 
 import entropy_kernels as ek
 

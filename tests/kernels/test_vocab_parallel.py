@@ -70,7 +70,9 @@ def compare(results: list[dict], expected: tuple, sequence_parallel: bool, limit
 def test_equals_unsharded(ranks: Any, tp: int, sequence_parallel: bool, vocab: int, padding: int) -> None:
     hidden, weight, target = operands(8, 10, vocab, torch.float64)
     target[2] = -100
-    target[5] = vocab - 1
+    rows = -(-vocab // tp) + padding
+    target[3], target[4] = min(rows, vocab - 1), min(rows, vocab) - 1
+    target[5], target[6] = vocab - 1, 0
     options = OPTIONS | {"temperature": torch.linspace(0.3, 2.0, 8, dtype=torch.float64)}
     expected = run(hidden, weight, target, **options)
     case = {"inputs": (hidden, weight, target), "padding": padding}
@@ -100,3 +102,48 @@ def test_reference_is_parallel_too(ranks: Any, tp: int) -> None:
         case = {"inputs": inputs, "padding": 1}
         results = ranks.run(sharded, tp, sequence_parallel, case, options)
         compare(results, expected, sequence_parallel, 1e-11)
+
+
+def counted(rank: int, group: Any, sequence_parallel: bool) -> tuple[list[str], list[str]]:
+    """Names of the collectives of a forward and of its backward."""
+    import torch.distributed as dist
+
+    calls: list[str] = []
+    originals = {}
+    for name in ("all_gather_into_tensor", "all_reduce", "reduce_scatter_tensor", "all_gather"):
+        originals[name] = original = getattr(dist, name)
+        setattr(dist, name, lambda *a, n=name, f=original, **k: (calls.append(n), f(*a, **k))[1])
+    try:
+        hidden, weight, target = operands(8, 10, 40)
+        shard = weight.chunk(2)[rank].clone().requires_grad_()
+        hidden = (hidden.chunk(2)[rank] if sequence_parallel else hidden).requires_grad_()
+        options = {"sequence_parallel": sequence_parallel, **OPTIONS}
+        loss = combine(ek.token_stats(hidden, shard, target, group=group, **options))
+        forward, calls[:] = list(calls), []
+        loss.backward()
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+    return forward, calls
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_one_statistics_collective(ranks: Any, sequence_parallel: bool) -> None:
+    for forward, backward in ranks.run(counted, 2, sequence_parallel):
+        gathers = 2 if sequence_parallel else 1
+        assert forward == ["all_gather_into_tensor"] * gathers, "statistics, and hidden with SP"
+        # gloo has no reduce-scatter of its own, so there SP reduces and slices.
+        assert backward == ["all_reduce"]
+
+
+def mismatched(rank: int, group: Any) -> str:
+    """The message of a call whose ranks hold shards of different sizes."""
+    hidden, weight, target = operands(4, 10, 20 + rank)
+    with pytest.raises(ValueError) as caught:
+        ek.token_stats(hidden, weight, target, group=group, validate=True)
+    return str(caught.value)
+
+
+def test_group_that_does_not_match_the_shards(ranks: Any) -> None:
+    for message in ranks.run(mismatched, 2):
+        assert message == "group: its ranks hold shards of different sizes [20, 21]"

@@ -1,0 +1,356 @@
+"""Time, peak memory and error of every implementation and installed peer, on the same tensors.
+
+    python kernels/benchmark.py --tokens 2048 --hidden 896 --vocab 151936 --dtype bfloat16
+
+One run = forward and backward of sum(a * logprob + b * entropy). Contestants run in a new random
+order in every round; reported are medians, and medians of each round's ratio to the floor: the
+four matrix products that a method without logits in memory must do (one forward, three
+backward), in the inputs' type, best blocking. Masked rows have target -100 (peers without an
+ignore index compute them with coefficient 0). Peak memory is beyond the inputs and both
+gradients. Errors are the largest against float64, on `--check` rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import platform
+import random
+import socket
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from benchmark_peers import CONTESTANTS, Case, Contestant, Unavailable
+from torch import Tensor
+
+FLOOR = "floor: 4 products"
+
+
+@dataclass
+class Measurement:
+    """What one contestant showed; times in seconds, memory in bytes."""
+
+    times: list[float] = field(default_factory=list)
+    cpu_times: list[float] = field(default_factory=list)
+    """Processor time of the process: immune to other programs, but counts waiting threads."""
+    peak: int = 0
+    logprob_error: float | None = None
+    entropy_error: float | None = None
+    hidden_gradient_error: float | None = None
+
+
+@dataclass
+class Problem:
+    """The tensors of one rank."""
+
+    hidden: Tensor
+    weight: Tensor
+    target: Tensor
+    weights: Tensor
+    """[2, T]: coefficients of log-prob and entropy in the loss, 0 on masked rows."""
+
+
+def make_problem(options: argparse.Namespace, rank: int) -> Problem:
+    """Random hidden states and weights that give logits of standard deviation 2."""
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    generator = torch.Generator().manual_seed(0)
+    shape = (options.tokens, options.hidden)
+    hidden = torch.randn(shape, generator=generator).to(device, dtype)
+    target = torch.randint(options.vocab, (options.tokens,), generator=generator)
+    masked = torch.rand(options.tokens, generator=generator) < options.masked
+    weights = torch.randn((2, options.tokens), generator=generator).masked_fill(masked, 0.0)
+    rows = options.vocab // options.tp
+    generator.manual_seed(1 + rank)
+    weight = torch.randn((rows, options.hidden), generator=generator)
+    weight = weight.mul_(2 / options.hidden**0.5).to(device, dtype)
+    target = target.masked_fill(masked, -100).to(device)
+    return Problem(hidden, weight, target, weights.to(device))
+
+
+def floor(problem: Problem) -> Callable[[], None]:
+    """The bare products, tiled [all rows, 4096 columns], results into fixed buffers."""
+    hidden, weight = problem.hidden, problem.weight
+    grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
+    width = min(4096, weight.shape[0])
+    logits = torch.randn(hidden.shape[0], width, device=hidden.device).to(hidden.dtype)
+    out = torch.empty_like(logits)
+
+    def run() -> None:
+        for start in range(0, weight.shape[0], width):
+            tile = weight[start : start + width]
+            count = tile.shape[0]
+            for _ in range(2):
+                if count == width:
+                    torch.mm(hidden, tile.t(), out=out)
+                else:
+                    hidden @ tile.t()
+            torch.mm(logits[:, :count], tile, out=grad_hidden)
+            torch.mm(logits[:, :count].t(), hidden, out=grad_weight[start : start + width])
+
+    return run
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the device, so that a clock means something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def resident(key: str) -> int:
+    """VmRSS or VmHWM of this process in bytes."""
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def reset_peak(device: torch.device) -> int:
+    """Give freed memory back, start a peak measurement; returns the memory in use now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as control:
+        control.write("5")
+    return resident("VmRSS")
+
+
+def peak_memory(device: torch.device) -> int:
+    """The peak since `reset_peak`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resident("VmHWM")
+
+
+def run_once(run: Contestant, problem: Problem, record: Measurement | None) -> tuple[Any, ...]:
+    """Forward and backward, timed into `record`; returns (logprob, entropy, hidden gradient)."""
+    device = problem.hidden.device
+    hidden = problem.hidden.detach().requires_grad_()
+    weight = problem.weight.detach().requires_grad_()
+    dist.barrier()
+    synchronise(device)
+    start, cpu_start = time.perf_counter(), time.process_time()
+    logprob, entropy = run(hidden, weight)
+    loss = (problem.weights[0] * logprob.float()).sum()
+    if entropy is not None:
+        loss = loss + (problem.weights[1] * entropy.float()).sum()
+    loss.backward()
+    synchronise(device)
+    stop, cpu_stop = time.perf_counter(), time.process_time()
+    if record is not None:
+        record.times.append(stop - start)
+        record.cpu_times.append(cpu_stop - cpu_start)
+    return logprob.detach(), None if entropy is None else entropy.detach(), hidden.grad
+
+
+def measure_peak(run: Contestant, problem: Problem) -> int:
+    """Peak memory of one more run, beyond the inputs and both gradients."""
+    device = problem.hidden.device
+    before = reset_peak(device)
+    run_once(run, problem, None)
+    return peak_memory(device) - before - problem.hidden.nbytes - problem.weight.nbytes
+
+
+def exact_rows(problem: Problem, rows: Tensor, group: Any, with_entropy: bool) -> tuple[Any, ...]:
+    """float64 log-prob, entropy and hidden gradient of some rows."""
+    hidden = problem.hidden[rows].double()
+    logits = hidden @ problem.weight.double().t()
+    parts = [torch.empty_like(logits) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, logits, group=group)
+    logp = torch.log_softmax(torch.cat(parts, dim=1), dim=1)
+    p = logp.exp()
+    entropy = -(p * logp).sum(dim=1)
+    target = problem.target[rows]
+    a, b = problem.weights[:, rows].double()
+    gradient = -a[:, None] * p
+    gradient.scatter_add_(1, target[:, None], a[:, None])
+    if with_entropy:
+        gradient -= b[:, None] * p * (logp + entropy[:, None])
+    rank, width = dist.get_rank(group), problem.weight.shape[0]
+    own = gradient[:, rank * width : (rank + 1) * width] @ problem.weight.double()
+    dist.all_reduce(own, group=group)
+    return logp.gather(1, target[:, None])[:, 0], entropy, own
+
+
+def measure_error(results: tuple[Any, ...], problem: Problem, count: int, group: Any) -> dict:
+    """Largest errors on the first `count` rows that count."""
+    rows = (problem.target >= 0).nonzero()[:count, 0]
+    logprob, entropy, gradient = results
+    exact = exact_rows(problem, rows, group, entropy is not None)
+    errors = {"logprob_error": (logprob[rows] - exact[0]).abs().max().item()}
+    if entropy is not None:
+        errors["entropy_error"] = (entropy[rows] - exact[1]).abs().max().item()
+    scale = exact[2].abs().max()
+    errors["hidden_gradient_error"] = ((gradient[rows] - exact[2]).abs().max() / scale).item()
+    return errors
+
+
+def prepare(options: argparse.Namespace, case: Case) -> tuple[dict[str, Contestant], dict]:
+    """The contestants that can run, and why the others cannot."""
+    ready, absent = {}, {}
+    for name, make in CONTESTANTS.items():
+        if options.only and not any(o in name for o in options.only):
+            continue
+        try:
+            ready[name] = make(case)
+        except (Unavailable, ImportError) as reason:
+            absent[name] = str(reason)
+    return ready, absent
+
+
+def worker(rank: int, options: argparse.Namespace, port: int, outbox: Any) -> None:
+    """One rank's benchmark."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(max(1, options.threads // options.tp))
+    device = torch.device(options.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(rank)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=options.tp)
+    group = dist.group.WORLD
+    assert group is not None
+    try:
+        from megatron.core import parallel_state
+
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=options.tp)
+    except ImportError:
+        pass  # only verl's pair needs it, and it is then listed as unavailable
+    problem = make_problem(options, rank)
+    case = Case(problem.target, group, options.tp, device, problem.hidden.dtype)
+    contestants, absent = prepare(options, case)
+    measured = {name: Measurement() for name in (FLOOR, *contestants)}
+    for name in list(contestants):
+        try:
+            results = run_once(contestants[name], problem, None)
+        except Exception as error:  # a peer's own failure is a finding, listed with its message
+            if name.startswith("ours"):
+                raise
+            absent[name] = f"failed: {type(error).__name__}: {str(error)[:200]}"
+            del contestants[name], measured[name]
+            continue
+        errors = measure_error(results, problem, options.check, group)
+        measured[name] = Measurement(**errors)
+        del results
+        measured[name].peak = measure_peak(contestants[name], problem)
+    rounds(options, problem, contestants, measured)
+    gathered: list[Any] = [None] * options.tp
+    dist.all_gather_object(gathered, measured)
+    if rank == 0:
+        outbox.put((slowest(gathered), absent))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def rounds(
+    options: argparse.Namespace,
+    problem: Problem,
+    contestants: dict[str, Contestant],
+    measured: dict[str, Measurement],
+) -> None:
+    """Every contestant once per round, in an order that is new each round."""
+    shuffle = random.Random(0)
+    bare = floor(problem)
+    names = list(measured)
+    for _ in range(options.repeats):
+        shuffle.shuffle(names)
+        for name in names:
+            if name != FLOOR:
+                run_once(contestants[name], problem, measured[name])
+                continue
+            dist.barrier()
+            synchronise(problem.hidden.device)
+            start, cpu_start = time.perf_counter(), time.process_time()
+            bare()
+            synchronise(problem.hidden.device)
+            measured[name].times.append(time.perf_counter() - start)
+            measured[name].cpu_times.append(time.process_time() - cpu_start)
+
+
+def slowest(ranks: list[dict[str, Measurement]]) -> dict[str, Measurement]:
+    """Per round the slowest rank's time; the largest memory of any rank."""
+    merged = ranks[0]
+    for name, measurement in merged.items():
+        others = [r[name] for r in ranks]
+        measurement.times = [max(t) for t in zip(*(o.times for o in others), strict=True)]
+        measurement.cpu_times = [max(t) for t in zip(*(o.cpu_times for o in others), strict=True)]
+        measurement.peak = max(o.peak for o in others)
+    return merged
+
+
+def relative_time(times: list[float], floor_times: list[float]) -> float:
+    """Median over the rounds of the time in units of the same round's floor."""
+    return statistics.median(t / f for t, f in zip(times, floor_times, strict=True))
+
+
+def report(options: argparse.Namespace, measured: dict[str, Measurement], absent: dict) -> dict:
+    """Print the table; return what goes to the JSON file."""
+    logits = 4 * options.tokens * (options.vocab // options.tp)
+    print(f"T={options.tokens} H={options.hidden} V={options.vocab} tp={options.tp} "
+          f"{options.dtype} masked={options.masked} on {options.device}, "
+          f"{options.threads} threads, torch {torch.__version__}; "
+          f"fp32 logits {logits / 2**20:.0f} MiB per rank")  # fmt: skip
+    print(f"{'':20s} {'median s':>9s} {'best s':>8s} {'x floor':>8s} {'cpu x':>6s} {'peak MiB':>9s} "
+          f"{'/logits':>8s} {'logp err':>9s} {'H err':>9s} {'dh err':>9s}")  # fmt: skip
+    rows = {}
+    for name, m in sorted(measured.items(), key=lambda item: statistics.median(item[1].times)):
+        ratio = relative_time(m.times, measured[FLOOR].times)
+        cpu_ratio = relative_time(m.cpu_times, measured[FLOOR].cpu_times)
+        errors = [m.logprob_error, m.entropy_error, m.hidden_gradient_error]
+        shown = " ".join(f"{'-' if e is None else format(e, '.1e'):>9s}" for e in errors)
+        median, best = statistics.median(m.times), min(m.times)
+        print(f"{name:20s} {median:9.3f} {best:8.3f} {ratio:8.2f} {cpu_ratio:6.2f} {m.peak / 2**20:9.0f} "
+              f"{m.peak / logits:8.2f} {shown}")  # fmt: skip
+        rows[name] = vars(m) | {"median": median, "ratio_to_floor": ratio, "cpu_ratio_to_floor": cpu_ratio}
+    for name, reason in absent.items():
+        print(f"{name:20s} not run: {reason}")
+    machine = {"platform": platform.platform(), "torch": torch.__version__,
+               "load": os.getloadavg()}  # fmt: skip
+    if options.device == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name()
+    return {"options": vars(options), "machine": machine, "results": rows, "not_run": absent}
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--hidden", type=int, default=896)
+    parser.add_argument("--vocab", type=int, default=151936)
+    parser.add_argument("--tp", type=int, default=1, help="ranks; they share --threads")
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--masked", type=float, default=0.0, help="fraction of ignored rows")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--check", type=int, default=32, help="rows compared with float64")
+    parser.add_argument("--only", nargs="*", default=[], help="contestants whose name contains")
+    parser.add_argument("--json", help="file for the numbers")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Start the ranks, wait, report."""
+    options = parse()
+    if options.vocab % options.tp:
+        raise SystemExit(f"--vocab {options.vocab} is not divisible by --tp {options.tp}")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    outbox = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(worker, (options, port, outbox), nprocs=options.tp, join=True)
+    result = report(options, *outbox.get())
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(result, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
