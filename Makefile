@@ -39,7 +39,7 @@ $(VENV)/.setup-dev: $(VENV)/.setup requirements/dev.txt
 
 demo: setup
 	$(VENV)/bin/python examples/make_arithmetic.py --out $(RUN)/inputs --seed $(SEED)
-	$(VENV)/bin/megatron-entropy train examples/quickstart.toml --overwrite --run=$(RUN) --seed=$(SEED) \
+	$(VENV)/bin/megatron-entropy train examples/quickstart.toml --overwrite --output=$(RUN) --seed=$(SEED) \
 		--model.path=$(RUN)/inputs/model --data.train='["$(RUN)/inputs/train.jsonl"]' --data.test='["$(RUN)/inputs/test.jsonl"]'
 
 test: $(VENV)/.setup-dev

@@ -1,8 +1,8 @@
 """Make a small reasoning task and a model to learn it: data, tokenizer and random weights, all from one seed.
 
-A question is a chain of single digits joined by `+ - *`, to be worked from left to right modulo 10 (`3+5*2-1`). The
-worked solution takes one step a line, each in a style drawn at random, and ends in `#5`. So the tokens of a solution
-differ in entropy as those of real reasoning do: copied digits have none, the start of a line is a free choice.
+A question is a chain of digits below 5 joined by `+ - *`, to be worked from left to right modulo 5 (`3+4*2-1`). The
+worked solution takes one step after the other, each in a style drawn at random, and ends in `#3`. So the tokens of a
+solution differ in entropy as those of real reasoning do: copied digits have none, the style of a step is a free choice.
 
 The solutions of the training file hold slips: with probability `--slip` a step's result is wrong and carried on. A
 model fitted to them slips as often when it samples, whatever the seed, and reinforcement learning on the (always true)
@@ -29,15 +29,17 @@ from safetensors.numpy import save_file
 from megatron_entropy.data.sentencepiece_model import save_for_transformers, train_sentencepiece
 from megatron_entropy.data.tokenizer import Tokenizer
 
-OPERANDS = (3, 4, 5, 6)  # the levels, each as frequent as the others
-RIGHT = (1, 5)  # smallest and largest digit behind a sign: 150 different steps to learn in all
+MODULUS = 5
+OPERANDS = (4, 5, 6, 7)  # the levels, each as frequent as the others
+RIGHT = (1, 4)  # smallest and largest digit behind a sign; no 0, whose product would forgive every slip before it
 STYLES = (
     "{left}{sign}{right}={result}\n",
     "{left}{sign}{right}={result};",
     "{left}{sign}{right}->{result}\n",
     "{left}{sign}{right}->{result};",
 )
-VOCAB_SIZE = 22
+ALPHABET = "01234+-*=>;#\n" + 4 * "->"  # so that few problems, too, fill the vocabulary
+VOCAB_SIZE = 17  # the alphabet, `->`, and three special ids
 HIDDEN, LAYERS, HEADS, KEY_VALUE_HEADS, HEAD_DIM, FEED_FORWARD = 160, 4, 4, 2, 32, 480
 INITIAL_DEVIATION = 0.05  # of all matrices; about 1/sqrt(HIDDEN)
 
@@ -54,11 +56,11 @@ class Problem:
 
 def evaluate(left: int, sign: str, right: int) -> int:
     """One step: a digit."""
-    return {"+": left + right, "-": left - right, "*": left * right}[sign] % 10
+    return {"+": left + right, "-": left - right, "*": left * right}[sign] % MODULUS
 
 
 def answer_of(question: str) -> int:
-    """The true answer of a question, worked from left to right modulo 10."""
+    """The true answer of a question, worked from left to right."""
     value = int(question[0])
     for sign, right in zip(question[1::2], question[2::2], strict=True):
         value = evaluate(value, sign, int(right))
@@ -66,8 +68,8 @@ def answer_of(question: str) -> int:
 
 
 def draw_question(rng: random.Random) -> str:
-    """A chain of 3 to 6 digits."""
-    question = str(rng.randrange(10))
+    """A chain of as many digits as one of `OPERANDS` says."""
+    question = str(rng.randrange(MODULUS))
     for _ in range(rng.choice(OPERANDS) - 1):
         question += rng.choice("+-*") + str(rng.randint(*RIGHT))
     return question
@@ -79,7 +81,7 @@ def solve(question: str, rng: random.Random, *, slip: float) -> Problem:
     for sign, right in zip(question[1::2], question[2::2], strict=True):
         result = evaluate(value, sign, int(right))
         if rng.random() < slip:
-            result = (result + rng.randrange(1, 10)) % 10
+            result = (result + rng.randrange(1, MODULUS)) % MODULUS
         lines += rng.choice(STYLES).format(left=value, sign=sign, right=right, result=result)
         value = result
     level = (len(question) + 1) // 2
@@ -152,7 +154,7 @@ def write_model(folder: Path, tokenizer: Tokenizer, seed: int) -> None:
         "initializer_range": INITIAL_DEVIATION,
         "max_position_embeddings": 512,
         "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
+        "rope_theta": 100.0,  # solutions are short; nearby positions are told apart sooner than with 10,000
         "tie_word_embeddings": True,
         "use_sliding_window": False,
         "dtype": "float32",
@@ -171,14 +173,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--train", type=int, default=12000, help="number of training problems")
     parser.add_argument("--test", type=int, default=400, help="number of held-out problems")
-    parser.add_argument("--slip", type=float, default=0.2, help="probability that a training step is wrong")
+    parser.add_argument("--slip", type=float, default=0.15, help="probability that a training step is wrong")
     arguments = parser.parse_args()
+    if arguments.train < 1 or arguments.test < 1 or not 0 <= arguments.slip <= 1:
+        parser.error("--train and --test must be at least 1, --slip between 0 and 1")
     model = arguments.out / "model"
     model.mkdir(parents=True, exist_ok=True)
     train, test = make_problems(train=arguments.train, test=arguments.test, seed=arguments.seed, slip=arguments.slip)
     write_rows(arguments.out / "train.jsonl", train)
     write_rows(arguments.out / "test.jsonl", test)
-    texts = (f"{problem.question}\n{problem.solution}" for problem in train)
+    texts = [ALPHABET, *(f"{problem.question}\n{problem.solution}" for problem in train)]
     tokenizer = train_sentencepiece(texts, vocab_size=VOCAB_SIZE, path=model / "tokenizer.model")
     save_for_transformers(tokenizer, model)
     write_model(model, tokenizer, arguments.seed)

@@ -179,7 +179,7 @@ class LogConfig(Section):
 class Config(Section):
     """One stage of training."""
 
-    run: str = "runs/default"
+    output: str = "runs/default"
     """Folder for everything the run writes."""
     name: str = "train"
     """Name of the stage."""
@@ -198,7 +198,7 @@ class Config(Section):
 
     def fingerprint(self) -> str:
         """Short hash of every setting that changes the numbers of a run; a resume compares it."""
-        settings = self.model_dump(mode="json", exclude={"run", "steps", "checkpoint", "log", "evaluation"})
+        settings = self.model_dump(mode="json", exclude={"output", "steps", "checkpoint", "log", "evaluation"})
         settings["actor"].pop("parallel")
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -287,8 +287,8 @@ def check_stages(configs: Sequence[Config]) -> None:
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{name}: {size}" for name, size in sizes.items())
         raise ConfigError(f"stages need the same number of ranks, found {listed}; change actor.parallel.dp of a stage")
-    if len({config.run for config in configs}) > 1:
-        raise ConfigError("stages share one folder; set `run` at the top of the file only")
+    if len({config.output for config in configs}) > 1:
+        raise ConfigError("stages share one folder; set `output` at the top of the file only")
     if not configs[0].model.path:
         raise ConfigError("model.path is empty; name the Hugging Face folder to start from")
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,9 @@ def _redirect_devices() -> None:
     cuda.current_device = lambda: cpu
     cuda.synchronize = lambda *args, **kwargs: None
     cuda.set_device = lambda *args, **kwargs: None
+    # `with torch.device(...)` (transformers loads under it) recognises factories by a list it makes on first use; it
+    # must hold the originals, or tensors made under it stay uninitialised on the wrong device.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     tensor: Any = torch.Tensor

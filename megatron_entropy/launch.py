@@ -60,7 +60,7 @@ class Stages:
     @property
     def folder(self) -> RunFolder:
         """Where the run writes."""
-        return RunFolder(Path(self.configs[0].run))
+        return RunFolder(Path(self.configs[0].output))
 
 
 def resolve(
@@ -112,13 +112,13 @@ def prepare_run_folder(stages: Stages, *, resume: bool, overwrite: bool) -> None
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other; give one of them")
     if folder.root.exists() and not folder.root.is_dir():
-        raise ConfigError(f"run={folder.root} is not a folder; choose another")
+        raise ConfigError(f"output={folder.root} is not a folder; choose another")
     written = [path for path in written_paths(folder) if path.exists()]
     holds_run = any(path in written for path in (folder.config, folder.metrics, folder.checkpoints("any").parent))
     if holds_run and not resume and not overwrite:
         raise ConfigError(
-            f"run={folder.root} holds a run already; continue it with --resume, delete it with --overwrite, or choose "
-            "another folder with --run=..."
+            f"output={folder.root} holds a run already; continue it with --resume, delete it with --overwrite, or choose "
+            "another folder with --output=..."
         )
     if overwrite:
         for key, path in _inputs(stages.configs):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of one run; `config.run` is its root.
+    """Paths of one run; `config.output` is its root.
 
     ```
     config.toml  metrics.jsonl  summary.json  report.html  plots/  hf/   of the whole run (hf/: the last stage's model)

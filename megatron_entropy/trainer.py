@@ -57,7 +57,7 @@ def train(configs: Sequence[Config], *, resume: bool) -> None:
         UserError: on every rank, for what the user can mend.
         Fault: on every rank, for what cannot go on.
     """
-    folder = RunFolder(Path(configs[0].run))
+    folder = RunFolder(Path(configs[0].output))
     stop = _StopSignal()
     done = parallel.on_first_rank(lambda: read_summary(folder) if resume else [])
     model = configs[0].model.path

@@ -36,7 +36,7 @@ MODEL = {
     "tie_word_embeddings": True,
 }
 CONFIG = """
-run = "{folder}/run"
+output = "{folder}/run"
 steps = 4
 [model]
 path = "{folder}/model"
@@ -191,7 +191,7 @@ def test_dry_run_prints_settings_and_plan_without_torch_and_writes_nothing(proje
 
 
 def stages_of(folder, **changes):
-    config = Config(run=str(folder), steps=1, method=MethodConfig(name="m"), **changes)
+    config = Config(output=str(folder), steps=1, method=MethodConfig(name="m"), **changes)
     return Stages([config], shape=None)
 
 
@@ -211,7 +211,7 @@ def old_run(folder):
 @pytest.mark.parametrize("left", ["metrics.jsonl", "config.toml", "checkpoints"])
 def test_folder_that_holds_a_run_is_refused(tmp_path, left):
     (tmp_path / left).mkdir() if left == "checkpoints" else (tmp_path / left).touch()
-    with pytest.raises(ConfigError, match=r"run=.* holds a run already; .*--resume.*--overwrite"):
+    with pytest.raises(ConfigError, match=r"output=.* holds a run already; .*--resume.*--overwrite"):
         launch.prepare_run_folder(stages_of(tmp_path), resume=False, overwrite=False)
     assert (tmp_path / left).exists()
     launch.prepare_run_folder(stages_of(tmp_path), resume=True, overwrite=False)

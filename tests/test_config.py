@@ -157,14 +157,14 @@ def test_override_of_unknown_stage_names_the_nearest(load_text):
 def test_overrides_win_and_read_toml_values_or_bare_words(load_text):
     config = one(
         load_text,
-        "--run=runs/of mine",
+        "--output=runs/of mine",
         "--actor.parallel.tp=2",
         '--data.test=["a", "b"]',
         "--actor.optimizer.betas=[0.9, 0.95]",
         "--actor.parallel.sequence_parallel=true",
         "--log.wandb_project=",
     )
-    assert config.run == "runs/of mine" and config.actor.parallel.tp == 2 and config.data.test == ["a", "b"]
+    assert config.output == "runs/of mine" and config.actor.parallel.tp == 2 and config.data.test == ["a", "b"]
     assert config.actor.optimizer.betas == (0.9, 0.95) and config.actor.parallel.sequence_parallel
     assert config.log.wandb_project == ""
 
@@ -183,7 +183,7 @@ def test_stages_that_cannot_run_in_a_row_are_refused(load_text):
         configuration.check_stages(load_text(TWO_STAGES))
     configuration.check_stages(load_text(TWO_STAGES, "--stages.first.actor.parallel.dp=2"))
     with pytest.raises(ConfigError, match="one folder"):
-        configuration.check_stages(load_text(TWO_STAGES, "--stages.first.run=a", "--stages.first.actor.parallel.dp=2"))
+        configuration.check_stages(load_text(TWO_STAGES, "--stages.first.output=a", "--stages.first.actor.parallel.dp=2"))
     with pytest.raises(ConfigError, match=r"model\.path is empty"):
         configuration.check_stages(load_text(MINIMAL, "--model.path="))
 
@@ -233,13 +233,13 @@ def test_a_layout_passes_exactly_when_it_divides_the_model(tp, pp, vpp, dp, sequ
 @given(
     seed=st.integers(0, 2**31),
     lr=st.floats(0, 1),
-    run=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20),
+    output=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20),
     betas=st.tuples(st.floats(0, 1), st.floats(0, 1)),
     teacher=st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
 )
-def test_written_configuration_reads_back_equal(tmp_path_factory, seed, lr, run, betas, teacher):
+def test_written_configuration_reads_back_equal(tmp_path_factory, seed, lr, output, betas, teacher):
     optimizer = {"lr": lr, "betas": betas}
-    first = Config(name="a", run=run, seed=seed, steps=3, method=PlainConfig(), actor={"optimizer": optimizer})
+    first = Config(name="a", output=output, seed=seed, steps=3, method=PlainConfig(), actor={"optimizer": optimizer})
     second = first.model_copy(update={"name": "b", "method": OtherConfig(teacher=teacher)})
     path = tmp_path_factory.mktemp("config") / "config.toml"
     configuration.write([first, second], path)
@@ -248,7 +248,7 @@ def test_written_configuration_reads_back_equal(tmp_path_factory, seed, lr, run,
 
 def test_fingerprint_follows_what_changes_the_numbers_only(load_text):
     base = one(load_text)
-    same = one(load_text, "--run=elsewhere", "--steps=9", "--actor.parallel.dp=2", "--log.rollouts_every=5")
+    same = one(load_text, "--output=elsewhere", "--steps=9", "--actor.parallel.dp=2", "--log.rollouts_every=5")
     assert same.fingerprint() == base.fingerprint()
     for override in ("--seed=9", "--method.clip=0.3", "--rollout.temperature=0.7", "--actor.optimizer.lr=0.1"):
         assert one(load_text, override).fingerprint() != base.fingerprint()

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
 
 CONFIG = """
-run = "{run}"
+output = "{run}"
 seed = 3
 [model]
 path = "{inputs}/model"

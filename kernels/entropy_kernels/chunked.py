@@ -31,7 +31,7 @@ class Saved:
 
 def tile_sizes(request: Request, rows: int, cuda: bool) -> tuple[int, int]:
     """(row_chunk, vocab_tile): the caller's, or sizes whose tile stays in the last-level cache."""
-    default_rows, default_columns = (4096, 8192) if cuda else (4096, 512)
+    default_rows, default_columns = (4096, 8192) if cuda else (4096, 384 if request.save else 512)
     chunk = request.row_chunk or default_rows
     return max(1, min(chunk, rows)), request.vocab_tile or default_columns
 
@@ -200,7 +200,7 @@ def backward(
             if infinite or saved is not None:
                 z.clamp_(min=FLOOR)
             gradient = logit_gradient(z, e, coef, start, request.softcap)
-            tiles.write(slice(first, last), gradient)
+            tiles.write(slice(first, last), gradient, z)
 
 
 def logit_gradient(delta: Tensor, e: Tensor, coef: Coefficients, start: int, softcap: float | None) -> Tensor:

@@ -53,27 +53,21 @@ class HiddenTiles:
         if need_weight and main_grad is None:
             self.grad_weight = torch.empty_like(self.weight, memory_format=torch.contiguous_format)
             self.grad_weight[valid if self.rows else 0 :].zero_()
-        self.narrow: Tensor | None = None
         self.weight_tile: Tensor | None = None
 
-    def write(self, rows: slice, gradient: Tensor) -> None:
-        """Take the logit gradient [rows, current columns] and multiply it out."""
+    def write(self, rows: slice, gradient: Tensor, scratch: Tensor) -> None:
+        """Multiply out the logit gradient [rows, current columns]; `scratch` has its shape."""
         start, stop = self.span
         weight, hidden = self.weight[start:stop], self.hidden[rows]
         if gradient.dtype != weight.dtype:
-            gradient = self._narrowed(gradient, weight.dtype)
+            narrow = scratch.view(-1).view(weight.dtype)[: gradient.numel()]
+            gradient = narrow.view(gradient.shape).copy_(gradient)
         if self.grad_hidden is not None:
             self._add_product(self.grad_hidden[rows], gradient, weight)
         if self.main_grad is not None:
             self._add_product(self.main_grad[start:stop], gradient.t(), hidden)
         elif self.grad_weight is not None:
             self._write_weight(rows, gradient, hidden)
-
-    def _narrowed(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-        if self.narrow is None or self.narrow.numel() < gradient.numel():
-            self.narrow = torch.empty(gradient.numel(), dtype=dtype, device=gradient.device)
-        narrow = self.narrow[: gradient.numel()].view(gradient.shape)
-        return narrow.copy_(gradient)
 
     def _add_product(self, target: Tensor, left: Tensor, right: Tensor) -> None:
         if target.dtype == left.dtype:
@@ -129,7 +123,7 @@ class LogitTiles:
         """Allocate the gradient; padded columns and rows that were not chosen stay zero."""
         self.gradient = torch.zeros_like(self.logits, memory_format=torch.contiguous_format)
 
-    def write(self, rows: slice, gradient: Tensor) -> None:
-        """Store the gradient tile."""
+    def write(self, rows: slice, gradient: Tensor, scratch: Tensor) -> None:
+        """Store the gradient tile; `scratch` is not needed."""
         where = rows if self.chosen is None else self.chosen[rows]
         self.gradient[:, self.span[0] : self.span[1]][where] = gradient.to(self.gradient.dtype)

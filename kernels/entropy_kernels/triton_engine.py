@@ -195,7 +195,7 @@ def backward(
             num_warps=block.warps, num_stages=block.stages,
         )  # fmt: skip
         tiles.load_weight(start, stop)
-        tiles.write(slice(0, rows), gradient)
+        tiles.write(slice(0, rows), gradient, gradient)
 
 
 def _numbers(coefs: Coefficients, rows: int, device: torch.device) -> Tensor:

@@ -81,7 +81,7 @@ def load_prompts(
             index += 1
     skipped = Skipped(long_prompts, long_targets)
     if not prompts:
-        names = ", ".join(str(file) for file in files) or "data.files is an empty list"
+        names = ", ".join(str(file) for file in files) or "data.train is an empty list"
         raise DataError(f"{names}: no row is left ({skipped}; limits {max_prompt_tokens}, {max_target_tokens})")
     return PromptSet(tuple(prompts), skipped)
 

@@ -18,9 +18,8 @@ CHOICE_TAIL = 2000  # characters of a response in which `choice` looks for its p
 CHOICE_ALONE = re.compile(r"\(?([A-J])(?:[.):].*)?", re.DOTALL | re.IGNORECASE)
 BRACKETS = str.maketrans("", "", "{}$")
 CHOICE_PHRASE = re.compile(
-    r"\b[Aa](?:nswer|NSWER)\b"  # answer
-    r"(?:\s+(?:is|IS)\b)?\s?:?"  # is, :
-    r"(?P<open>[\s*_$\\({\[]{0,8})"  # brackets and emphasis before the letter
+    r"\b[Aa](?:nswer|NSWER)\b(?:\s+(?:is|IS)\b)?\s?:?"
+    r"(?P<between>(?:[\s*_$\\({\[]|(?:option|choice|boxed|text(?:bf|rm)?|math(?:bf|rm))\b){0,12})"
     r"(?P<letter>[A-J])(?![\w'])"
 )
 
@@ -92,7 +91,7 @@ def _last_choice(response: str) -> str | None:
 
 def _is_word(match: re.Match[str], text: str) -> bool:
     """Whether the "letter" of a phrase is the article "a" or the pronoun "I"."""
-    bare = not match["open"].strip()
+    bare = not match["between"].strip()
     return bare and match["letter"] in "AI" and re.match(r"\s+\w", text[match.end() :]) is not None
 
 

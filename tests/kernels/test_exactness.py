@@ -45,3 +45,13 @@ def test_gradcheck() -> None:
         return stats.logprob, stats.entropy, stats.varentropy, stats.topk_logprobs
 
     assert torch.autograd.gradcheck(outputs, (hidden, weight))
+
+
+@pytest.mark.parametrize("cut", [1, 17, 39])
+def test_merge_of_any_split_is_the_whole(cut: int) -> None:
+    hidden, weight, target = operands(5, 8, 40, torch.float64)
+    logits = hidden @ weight.t()
+    options = {"varentropy": True, "teacher_temperature": 0.4, "top_k": 3}
+    whole = ek.token_stats_from_logits(logits, target, vocab_tile=40, **options)
+    parts = ek.token_stats_from_logits(logits, target, vocab_tile=cut, **options)
+    assert_stats_close(whole, parts, 1e-12)

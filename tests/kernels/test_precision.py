@@ -37,12 +37,12 @@ def rms(error: torch.Tensor) -> float:
 def test_against_float64(scale: float, dtype: torch.dtype, save: str) -> None:
     if save == "half" and dtype == torch.float32:
         pytest.skip("half keeps 11 bits of an exponent: promised for 16-bit inputs only")
-    hidden, weight, target = operands(64, 256, 4099, dtype, scale=scale)
-    temperature = torch.linspace(0.5, 2.0, 64)
+    hidden, weight, target = operands(32, 256, 2051, dtype, scale=scale)
+    temperature = torch.linspace(0.5, 2.0, 32)
     wide = (hidden.double(), weight.double(), target)
     exact = gradients(*wide, temperature=temperature, impl="reference")
     plain = gradients(hidden, weight, target, temperature=temperature, impl="reference")
-    got = gradients(hidden, weight, target, temperature=temperature, row_chunk=48, vocab_tile=512, save=save)
+    got = gradients(hidden, weight, target, temperature=temperature, row_chunk=20, vocab_tile=512, save=save)
     for name in ("logprob", "entropy"):
         error = (getattr(got[0], name) - getattr(exact[0], name)).abs().max().item()
         assert error < 2e-5, (name, error)

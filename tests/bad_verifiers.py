@@ -1,0 +1,39 @@
+"""Verifiers that misbehave for real, each in the way its response names; imported by the reward workers."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import time
+
+from megatron_entropy.records import Grade
+
+
+def misbehave(response: str, answer: str) -> Grade | bool | str:
+    """Hang, crash or raise as `response` says; anything else is graded by equality."""
+    if response == "hang":
+        while True:
+            time.sleep(1)
+    if response == "hang in compiled code":
+        return bool(10 ** (10**9))
+    if response == "exit":
+        os._exit(3)
+    if response == "segfault":
+        ctypes.string_at(0)
+    if response == "memory":
+        return bool(bytearray(2**40))
+    if response == "sys.exit":
+        sys.exit(1)
+    if response == "raise":
+        raise ValueError("two\nlines " + 200 * "x")
+    if response == "wrong type":
+        return "yes"
+    if response == "bool":
+        return True
+    return Grade(response == answer, response)
+
+
+def modules(response: str, answer: str) -> Grade:
+    """Whether the worker has imported the module named by the response."""
+    return Grade(response in sys.modules, str(getattr(sys.modules["__main__"], "__file__", None)))
