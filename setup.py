@@ -73,7 +73,7 @@ setup(
     # kernels/ holds more than the package, and has no __init__.py: a top-level `kernels` would shadow
     # a Hugging Face package of that name.
     package_dir={"entropy_kernels": "kernels/entropy_kernels", "megatron_entropy": "megatron_entropy"},
-    package_data={"megatron_entropy": ["report.html.j2"]},
+    package_data={"megatron_entropy": ["report.html.j2"], "entropy_kernels": ["*.c"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={

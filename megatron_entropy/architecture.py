@@ -90,7 +90,10 @@ def _shape(raw: dict[str, Any], architecture: str, path: Path) -> ModelShape:
     family = FAMILIES[architecture]
     if raw.get("hidden_act", "silu") != "silu":
         raise ModelError(f"{path}: hidden_act={raw['hidden_act']} is not supported, only silu")
-    if raw.get("use_sliding_window") and (raw.get("sliding_window") or raw["max_position_embeddings"]) < raw["max_position_embeddings"]:
+    if (
+        raw.get("use_sliding_window")
+        and (raw.get("sliding_window") or raw["max_position_embeddings"]) < raw["max_position_embeddings"]
+    ):
         raise ModelError(f"{path}: use_sliding_window=true is not supported")
     if raw.get("mlp_bias") or (family != "qwen2" and raw.get("attention_bias")):
         raise ModelError(f"{path}: attention_bias/mlp_bias=true is not supported for {architecture}")

@@ -117,8 +117,8 @@ def prepare_run_folder(stages: Stages, *, resume: bool, overwrite: bool) -> None
     holds_run = any(path in written for path in (folder.config, folder.metrics, folder.checkpoints("any").parent))
     if holds_run and not resume and not overwrite:
         raise ConfigError(
-            f"output={folder.root} holds a run already; continue it with --resume, delete it with --overwrite, or choose "
-            "another folder with --output=..."
+            f"output={folder.root} holds a run already; continue it with --resume, delete it with --overwrite, or "
+            "choose another folder with --output=..."
         )
     if overwrite:
         for key, path in _inputs(stages.configs):

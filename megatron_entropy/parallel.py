@@ -151,7 +151,10 @@ def _rank_main(
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     try:
         dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks,
+            "gloo",
+            init_method=f"file://{folder}/store",
+            rank=rank,
+            world_size=ranks,
             timeout=datetime.timedelta(minutes=5),
         )
         queue.put((rank, None, function(*args)))

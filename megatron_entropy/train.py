@@ -1,4 +1,4 @@
-"""What every rank runs: `torchrun ... -m megatron_entropy.train CONFIG.toml [--resume | --overwrite] [--key=value ...]`.
+"""What every rank runs: `torchrun ... -m megatron_entropy.train CONFIG.toml [--resume | --overwrite] [--key=value]`.
 
 `megatron-entropy train` starts the ranks of one machine this way; on several, start torchrun yourself.
 """

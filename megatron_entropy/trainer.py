@@ -7,8 +7,8 @@ writes the files; nothing random is decided twice.
 
 from __future__ import annotations
 
-import dataclasses
 import contextlib
+import dataclasses
 import logging
 import signal
 import time
@@ -24,7 +24,7 @@ from megatron_entropy.actor.model import resolve_dtype
 from megatron_entropy.architecture import read_shape
 from megatron_entropy.config import Config
 from megatron_entropy.data.dataset import PromptStream, load_prompts
-from megatron_entropy.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_entropy.data.tokenizer import load_tokenizer
 from megatron_entropy.errors import NonFiniteLossError
 from megatron_entropy.evaluation import evaluate
 from megatron_entropy.log import MetricsWriter, StepClock, dump_rollouts, summary_line
@@ -93,12 +93,11 @@ class Stage:
         self.prompts = self.method.select(self._load(config.data.train, longest_target))
         self.held_out = self._load(config.data.test, None) if config.data.test else []
         self.actor = Actor(self.shape, config.actor, total_updates=config.steps * config.batch.updates)
-        self.source = weights.ShardedSource(
-            self.shape, self.actor.named_shards(), resolve_dtype(config.rollout.dtype)
-        )
+        self.source = weights.ShardedSource(self.shape, self.actor.named_shards(), resolve_dtype(config.rollout.dtype))
         self.progress = self._restore(resume)
         needs_engines = self.method.uses_rollouts or bool(self.held_out)
         pool = engines.start() if needs_engines else None
+        stop.listen()
         address = parallel.share(pool.address if pool else None)
         self.sampler = Sampler(
             config,
@@ -269,6 +268,10 @@ class _StopSignal:
 
     def __init__(self) -> None:
         self._asked = False
+        self.listen()
+
+    def listen(self) -> None:
+        """Install the handlers; to be called again after Ray has started, which puts its own in their place."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._ask)
 

@@ -183,7 +183,9 @@ def test_stages_that_cannot_run_in_a_row_are_refused(load_text):
         configuration.check_stages(load_text(TWO_STAGES))
     configuration.check_stages(load_text(TWO_STAGES, "--stages.first.actor.parallel.dp=2"))
     with pytest.raises(ConfigError, match="one folder"):
-        configuration.check_stages(load_text(TWO_STAGES, "--stages.first.output=a", "--stages.first.actor.parallel.dp=2"))
+        configuration.check_stages(
+            load_text(TWO_STAGES, "--stages.first.output=a", "--stages.first.actor.parallel.dp=2")
+        )
     with pytest.raises(ConfigError, match=r"model\.path is empty"):
         configuration.check_stages(load_text(MINIMAL, "--model.path="))
 

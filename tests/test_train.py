@@ -1,4 +1,4 @@
-"""Whole runs of the real program: Megatron ranks under torchrun, a vLLM engine under Ray, verifier, checkpoints, export.
+"""Whole runs of the real program: Megatron ranks under torchrun, a vLLM engine under Ray, checkpoints, export.
 
 Each run is a few steps of a tiny model. Proves: the engine's and the actor's log-probabilities agree after a push at a
 temperature other than 1, under TP2 and PP2; a run repeats bit for bit; a run that is stopped or killed resumes without
@@ -113,8 +113,17 @@ def test_a_run_leaves_its_evidence(finished):
         *(("rl", step) for step in range(5)),
     ]
     summary = json.loads((finished / "summary.json").read_text())["stages"]
-    assert [(stage["name"], stage["method"], stage["steps"]) for stage in summary] == [("sft", "sft", 2), ("rl", "grpo", 4)]
-    for name in ("config.toml", "report.html", "plots/accuracy.png", "hf/model.safetensors", "checkpoints/rl/step_000004"):
+    assert [(stage["name"], stage["method"], stage["steps"]) for stage in summary] == [
+        ("sft", "sft", 2),
+        ("rl", "grpo", 4),
+    ]
+    for name in (
+        "config.toml",
+        "report.html",
+        "plots/accuracy.png",
+        "hf/model.safetensors",
+        "checkpoints/rl/step_000004",
+    ):
         assert (finished / name).exists(), name
     assert list((finished / "tensorboard" / "rl").glob("events*"))
     by_stage = {(row["stage"], row["step"]): row for row in rows(finished)}

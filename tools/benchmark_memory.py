@@ -99,8 +99,13 @@ def main() -> None:
     arguments = parser.parse_args()
     layout = ParallelConfig(tp=arguments.tp)
     rows = [measure(vocabulary, arguments.tokens, layout) for vocabulary in arguments.vocabularies]
-    print(f"peak beyond what was held before, T = {arguments.tokens[0]} and {arguments.tokens[1]}, TP{arguments.tp}, fp32")
-    print(f"{'V':>8}{'score MiB':>18}{'update MiB':>18}{'score B/token':>16}{'update B/token':>16}{'fp32 logits B/token':>22}")
+    print(
+        f"peak beyond what was held before, T = {arguments.tokens[0]} and {arguments.tokens[1]}, TP{arguments.tp}, fp32"
+    )
+    print(
+        f"{'V':>8}{'score MiB':>18}{'update MiB':>18}{'score B/token':>16}{'update B/token':>16}"
+        f"{'fp32 logits B/token':>22}"
+    )
     for row in rows:
         pair = {k: " / ".join(f"{x:.0f}" for x in row[f"{k}_mib"]) for k in ("score", "update")}
         print(

@@ -14,7 +14,6 @@ from functools import partial
 import numpy as np
 import torch
 import torch.distributed as dist
-from entropy_kernels import TokenStats, token_stats
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
@@ -22,6 +21,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from entropy_kernels import TokenStats, token_stats
 from megatron_entropy import cpu
 from megatron_entropy.actor.layers import describe_sequences
 from megatron_entropy.actor.model import build_chunks, head_weight

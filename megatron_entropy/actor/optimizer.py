@@ -30,7 +30,9 @@ def build_optimizer(config: ActorConfig, chunks: list[DistributedDataParallel]) 
     return get_megatron_optimizer(megatron_config, chunks)
 
 
-def build_schedule(config: OptimizerConfig, optimizer: MegatronOptimizer, total_updates: int) -> OptimizerParamScheduler:
+def build_schedule(
+    config: OptimizerConfig, optimizer: MegatronOptimizer, total_updates: int
+) -> OptimizerParamScheduler:
     """Linear warm-up from 0, then constant, or decay to `min_lr` over the stage's updates."""
     return OptimizerParamScheduler(
         optimizer,

@@ -13,8 +13,9 @@ from megatron_entropy.config import Config, MethodConfig
 from megatron_entropy.records import Batch, Group, Metric, Prompt
 
 if TYPE_CHECKING:
-    from entropy_kernels import TokenStats
     from torch import Tensor
+
+    from entropy_kernels import TokenStats
 
 
 class Rollouts(Protocol):

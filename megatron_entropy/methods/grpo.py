@@ -25,8 +25,9 @@ from megatron_entropy.methods.objectives import (
 from megatron_entropy.records import Batch, Group, Metric, Sample
 
 if TYPE_CHECKING:
-    from entropy_kernels import TokenStats
     from torch import Tensor
+
+    from entropy_kernels import TokenStats
 
 
 class Grpo(Method):
@@ -56,7 +57,9 @@ class Grpo(Method):
         weigh = token_mean if self.config.aggregation == "token" else sequence_mean
         weighted = iter(weigh(credited))
         return [
-            group.with_samples([next(weighted) for s in group.samples if s.reward is not None and s.response_length > 0])
+            group.with_samples(
+                [next(weighted) for s in group.samples if s.reward is not None and s.response_length > 0]
+            )
             for group in groups
         ]
 

@@ -109,9 +109,7 @@ def token_mean(samples: Sequence[Sample]) -> list[Sample]:
 def sequence_mean(samples: Sequence[Sample]) -> list[Sample]:
     """Mean over tokens of a response, then over responses. GRPO's own aggregation."""
     count = sum(s.response_length > 0 for s in samples)
-    return [
-        dataclasses.replace(s, weight=s.constant(1 / (max(s.response_length, 1) * max(count, 1)))) for s in samples
-    ]
+    return [dataclasses.replace(s, weight=s.constant(1 / (max(s.response_length, 1) * max(count, 1)))) for s in samples]
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Metric:

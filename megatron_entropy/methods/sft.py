@@ -15,8 +15,9 @@ from megatron_entropy.records import Batch, Group, Metric, Prompt, Sample
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from entropy_kernels import TokenStats
     from torch import Tensor
+
+    from entropy_kernels import TokenStats
 
 
 class Sft(Method):
@@ -38,7 +39,9 @@ class Sft(Method):
         """
         for prompt in prompts:
             if prompt.target is None:
-                raise DataError(f"method sft needs worked solutions, but row {prompt.index} of data.train has no target")
+                raise DataError(
+                    f"method sft needs worked solutions, but row {prompt.index} of data.train has no target"
+                )
         return list(prompts)
 
     def generate(self, rollouts: Rollouts) -> list[Group]:

@@ -151,9 +151,7 @@ def unshard(entry: Entry, parts: Sequence[Tensor], shape: ModelShape) -> dict[st
     groups = shape.num_query_groups
     grouped = whole.reshape(groups, -1, *whole.shape[1:])
     sizes = [rows[0] // groups for rows in entry.shapes]
-    return {
-        name: part.flatten(0, 1) for name, part in zip(entry.tensors, grouped.split(sizes, dim=1), strict=True)
-    }
+    return {name: part.flatten(0, 1) for name, part in zip(entry.tensors, grouped.split(sizes, dim=1), strict=True)}
 
 
 def match(entries_: Sequence[Entry], local: Mapping[str, Tensor]) -> dict[str, Entry]:
