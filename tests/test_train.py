@@ -2,7 +2,7 @@
 
 Each run is a few steps of a tiny model. Proves: the engine's and the actor's log-probabilities agree after a push at a
 temperature other than 1, under TP2 and PP2; a run repeats bit for bit; a run that is stopped or killed resumes without
-a step lost, repeated or changed; two stages hand the model on; the result loads in transformers. Does not prove that
+a step lost, repeated or changed; a killed engine is replaced without a sample lost or changed; two stages hand the model on; the result loads in transformers. Does not prove that
 anything is learned (`make demo` shows that).
 """
 
@@ -89,6 +89,15 @@ def rows(run: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if not key.startswith("seconds/")} for row in parsed]
 
 
+def wait_for(process: subprocess.Popen, run: Path, step: int) -> None:
+    """Until the RL stage has logged a step."""
+    deadline = time.monotonic() + 200
+    row = f'"stage": "rl", "step": {step},'
+    while not ((run / "metrics.jsonl").exists() and row in (run / "metrics.jsonl").read_text()):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+
+
 @pytest.fixture(scope="module")
 def finished(inputs, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("first") / "run"
@@ -173,10 +182,7 @@ def test_a_stopped_run_resumes_where_it_was(inputs, tmp_path, finished, number):
 
     run = tmp_path / "run"
     process = start(inputs, run)
-    deadline = time.monotonic() + 200
-    while not ((run / "metrics.jsonl").exists() and '"stage": "rl", "step": 3' in (run / "metrics.jsonl").read_text()):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
+    wait_for(process, run, step=3)
     if number == signal.SIGKILL:  # of everything at once, as when a machine goes down
         for child in psutil.Process(process.pid).children(recursive=True):
             child.kill()
@@ -188,6 +194,19 @@ def test_a_stopped_run_resumes_where_it_was(inputs, tmp_path, finished, number):
     assert not (run / "hf").exists()
     assert "already" in finish(start(inputs, run), code=2)
     finish(start(inputs, run, "--resume"))
+    assert rows(run) == rows(finished)
+
+
+def test_an_engine_that_is_killed_costs_no_sample(inputs, tmp_path, finished):
+    import psutil
+
+    run = tmp_path / "run"
+    process = start(inputs, run)
+    wait_for(process, run, step=1)
+    engines = [c for c in psutil.Process(process.pid).children(recursive=True) if "VllmEngine" in " ".join(c.cmdline())]
+    assert len(engines) == 1
+    engines[0].kill()
+    assert "engine 0 is restarted" in finish(process)
     assert rows(run) == rows(finished)
 
 

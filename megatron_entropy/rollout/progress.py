@@ -1,4 +1,4 @@
-"""How a generation shows itself: a progress bar on a terminal, one line in the log elsewhere."""
+"""How a generation shows itself: a progress bar on a terminal, where it takes long one line in the log."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 logger = logging.getLogger(__name__)
+
+WORTH_A_LINE = 10.0
+"""Seconds from which on a generation is told in the log; a shorter one shows in the line of its step."""
 
 
 class RolloutProgress:
@@ -57,13 +60,15 @@ class RolloutProgress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        logger.info(
+        seconds = time.monotonic() - self._begin
+        logger.log(
+            logging.INFO if seconds >= WORTH_A_LINE else logging.DEBUG,
             "%s: %d of %d samples, %d tokens, %.1f s, %.0f tokens/s",
             self._description,
             self._samples,
             self._num_samples,
             self._tokens,
-            time.monotonic() - self._begin,
+            seconds,
             self._rate(),
         )
 
