@@ -2,8 +2,8 @@
 
 Each run is a few steps of a tiny model. Proves: the engine's and the actor's log-probabilities agree after a push at a
 temperature other than 1, under TP2 and PP2; a run repeats bit for bit; a run that is stopped or killed resumes without
-a step lost, repeated or changed; a killed engine is replaced without a sample lost or changed; two stages hand the model on; the result loads in transformers. Does not prove that
-anything is learned (`make demo` shows that).
+a step lost, repeated or changed; a killed engine is replaced without a sample lost or changed; two stages hand the
+model on; the result loads in transformers. Does not prove that anything is learned (`make demo` shows that).
 """
 
 import json
