@@ -30,6 +30,10 @@ from megatron_entropy.run_folder import RunFolder
 
 ROOT_LOGGER = "megatron_entropy"
 
+_CHATTY = ("megatron", "torch", "vllm", "ray")
+"""Libraries whose Python warnings (fused parts that are missing, calls they deprecate) a user cannot act upon here;
+`megatron-entropy doctor` says what is missing."""
+
 
 def setup_logging(rank: int, *, level: int = logging.INFO) -> logging.Logger:
     """Send the package's log to this rank's console; safe to call twice.
@@ -49,6 +53,8 @@ def setup_logging(rank: int, *, level: int = logging.INFO) -> logging.Logger:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter(f"[rank {rank}] %(levelname)s %(message)s"))
         warnings.simplefilter("ignore")
+    for package in _CHATTY:
+        warnings.filterwarnings("ignore", module=rf"{package}\.")
     logger = logging.getLogger(ROOT_LOGGER)
     logger.handlers[:] = [handler]
     logger.propagate = False
