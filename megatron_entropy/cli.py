@@ -95,7 +95,7 @@ def _parser() -> Parser:
         dest="feature",
         metavar="FEATURE",
         default="",
-        help="one of fp8, te, cp, nccl, wandb: what it lacks here",
+        help="one of fp8, te, nccl, wandb: what it lacks here",
     )
     doctor.set_defaults(run=_doctor)
     return parser

@@ -71,7 +71,7 @@ class ParallelConfig(Section):
     """Model chunks per pipeline stage (interleaved schedule when above 1)."""
     dp: PositiveInt = 1
     cp: PositiveInt = 1
-    """Context parallel ranks; needs Transformer Engine's attention."""
+    """Context parallel ranks; only 1 for now (packs are not cut along the sequence)."""
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
     """Shard the optimizer state over data-parallel ranks (ZeRO-1)."""
@@ -252,6 +252,8 @@ def check(config: Config, shape: ModelShape, world_size: int | None = None) -> N
     _divides(layout.pp * layout.vpp, shape.num_layers, "actor.parallel.pp * actor.parallel.vpp", "layers")
     if layout.vpp > 1 and layout.pp == 1:
         raise ConfigError(f"actor.parallel.vpp={layout.vpp} needs actor.parallel.pp of at least 2")
+    if layout.cp > 1:
+        raise ConfigError(f"actor.parallel.cp={layout.cp}: context parallelism is not there yet; use tp and pp")
     if layout.sequence_parallel and layout.tp == 1:
         raise ConfigError("actor.parallel.sequence_parallel=true needs actor.parallel.tp of at least 2")
     _divides(config.rollout.tensor_parallel, shape.num_heads, "rollout.tensor_parallel", "attention heads")

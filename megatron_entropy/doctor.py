@@ -113,10 +113,6 @@ def _fp8_device(machine: Machine) -> Check:
     return Check("FP8 matrix units on every device", machine.fp8, "use GPUs of the Ada, Hopper or Blackwell generation")
 
 
-def _two_devices(machine: Machine) -> Check:
-    return Check("two CUDA devices", len(machine.devices) > 1, "actor.parallel.cp splits a sequence over GPUs")
-
-
 def _nccl(machine: Machine) -> Check:
     return Check("torch with NCCL", machine.nccl, "install torch's CUDA build; a CPU build has gloo only")
 
@@ -128,11 +124,10 @@ def _wandb(machine: Machine) -> Check:
 FEATURES: dict[str, tuple[Callable[[Machine], Check], ...]] = {
     "fp8": (_device, _fp8_device, _transformer_engine),
     "te": (_device, _transformer_engine),
-    "cp": (_two_devices, _transformer_engine),
     "nccl": (_device, _nccl),
     "wandb": (_wandb,),
 }
-"""What each feature needs: FP8 layers, Transformer Engine, context parallelism, NCCL, Weights & Biases."""
+"""What each feature needs: FP8 layers, Transformer Engine, NCCL, Weights & Biases."""
 
 
 def check_feature(machine: Machine, feature: str) -> list[Check]:

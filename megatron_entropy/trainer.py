@@ -88,14 +88,15 @@ class Stage:
         self.method = build_method(config)
         self.shape = read_shape(config.model.path)
         self.tokenizer = load_tokenizer(config.data.tokenizer or config.model.path, vocab_size=self.shape.vocab_size)
-        imitates = not self.method.uses_rollouts
-        longest_target = config.rollout.max_response_tokens if imitates else None
+        samples_itself = self.method.uses_rollouts
+        self.temperature = config.rollout.temperature if samples_itself else 1.0
+        longest_target = None if samples_itself else config.rollout.max_response_tokens
         self.prompts = self.method.select(self._load(config.data.train, longest_target))
         self.held_out = self._load(config.data.test, None) if config.data.test else []
         self.actor = Actor(self.shape, config.actor, total_updates=config.steps * config.batch.updates)
         self.source = weights.ShardedSource(self.shape, self.actor.named_shards(), resolve_dtype(config.rollout.dtype))
         self.progress = self._restore(resume)
-        needs_engines = self.method.uses_rollouts or bool(self.held_out)
+        needs_engines = samples_itself or bool(self.held_out)
         pool = engines.start() if needs_engines else None
         stop.listen()
         address = parallel.share(pool.address if pool else None)
@@ -139,9 +140,7 @@ class Stage:
             trained += part
             metrics = _add(metrics, self._update(step, [s for group in part for s in group.samples]))
         sampler.weights_changed()
-        self.progress = dataclasses.replace(
-            self.progress, step=step, updates=step * config.batch.updates, position=sampler.stream.position
-        )
+        self.progress = dataclasses.replace(self.progress, step=step, position=sampler.stream.position)
         metrics = {**metrics, **sampler.metrics(), **_rewards(trained)}
         if step == config.steps or (config.evaluation.every and step % config.evaluation.every == 0):
             metrics |= self._evaluate(step)
@@ -153,13 +152,15 @@ class Stage:
             return {"train/left_out": Metric(1.0)}
         with self.clock("update"):
             try:
-                return self.actor.update(samples, self.method.loss, temperature=self.config.rollout.temperature)
+                metrics = self.actor.update(samples, self.method.loss, temperature=self.temperature)
             except NonFiniteLossError as error:
                 kept = self.folder.checkpoints(self.config.name)
                 raise NonFiniteLossError(
-                    f"stage {self.config.name}, step {step}: {error}; nothing was updated, the last checkpoint in "
-                    f"{kept} is good; lower actor.optimizer.lr or look at the step's data"
+                    f"stage {self.config.name}, step {step}: {error}; the update was not applied, the last checkpoint "
+                    f"in {kept} is good; lower actor.optimizer.lr or look at the step's data"
                 ) from None
+        self.progress = dataclasses.replace(self.progress, updates=self.progress.updates + 1)
+        return metrics
 
     def _evaluate(self, step: int) -> dict[str, Metric]:
         if not self.held_out:
@@ -173,7 +174,7 @@ class Stage:
     def _log(self, step: int, metrics: dict[str, Metric], trained: list[Group]) -> None:
         if parallel.rank() == 0:
             every = self.config.log.rollouts_every
-            if trained and every and step % every == 0:
+            if self.method.uses_rollouts and trained and every and step % every == 0:
                 dump_rollouts(self.folder.rollouts(self.config.name, step), trained, self.tokenizer.piece)
             seconds = self.clock.split()
             assert self.writer is not None
@@ -277,7 +278,8 @@ class _StopSignal:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
-        log.warning("%s received: stopping after this step", signal.Signals(number).name)
+        if parallel.rank() == 0:
+            log.warning("%s received: stopping after this step", signal.Signals(number).name)
 
     def requested(self) -> bool:
         """Whether to stop now; a collective."""

@@ -356,7 +356,7 @@ def test_doctor_says_what_a_feature_lacks(feature):
 
 def test_doctor_does_not_know_every_feature(capsys):
     code, _, err = run_cli(capsys, "doctor", "--for", "fp9")
-    assert code == 2 and "known are fp8, te, cp, nccl, wandb" in err
+    assert code == 2 and "known are fp8, te, nccl, wandb" in err
 
 
 def test_doctor_finds_missing_old_and_harmful_packages():
