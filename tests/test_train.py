@@ -171,33 +171,29 @@ def test_engine_and_actor_agree_under_pipeline_parallelism(inputs, tmp_path, fin
     assert first_pp["train/loss"] == pytest.approx(first_tp["train/loss"], abs=1e-5)
 
 
-def test_a_run_repeats_bit_for_bit(inputs, tmp_path, finished):
-    finish(start(inputs, tmp_path / "run"))
-    assert rows(tmp_path / "run") == rows(finished)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
-def test_a_stopped_run_resumes_where_it_was(inputs, tmp_path, finished, number):
+def test_a_stopped_and_killed_run_resumes_where_it_was(inputs, tmp_path, finished):
     import psutil
 
     run = tmp_path / "run"
     process = start(inputs, run)
-    wait_for(process, run, step=3)
-    if number == signal.SIGKILL:  # of everything at once, as when a machine goes down
-        for child in psutil.Process(process.pid).children(recursive=True):
-            child.kill()
-        process.kill()
-        process.communicate()
-    else:
-        process.send_signal(number)
-        finish(process, code=128 + number)
+    wait_for(process, run, step=1)
+    process.send_signal(signal.SIGTERM)
+    assert "Traceback" not in finish(process, code=128 + signal.SIGTERM)
     assert not (run / "hf").exists()
     assert "already" in finish(start(inputs, run), code=2)
+
+    process = start(inputs, run, "--resume")
+    wait_for(process, run, step=3)
+    for child in psutil.Process(process.pid).children(recursive=True):  # as when a machine goes down
+        child.kill()
+    process.kill()
+    process.communicate()
+
     finish(start(inputs, run, "--resume"))
     assert rows(run) == rows(finished)
 
 
-def test_an_engine_that_is_killed_costs_no_sample(inputs, tmp_path, finished):
+def test_a_run_repeats_bit_for_bit_even_if_its_engine_is_killed(inputs, tmp_path, finished):
     import psutil
 
     run = tmp_path / "run"
