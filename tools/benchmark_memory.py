@@ -5,7 +5,7 @@ For each vocabulary a small random model is scored and updated on packs of two s
 difference of the peaks over the difference in tokens is the memory a token costs. It should not depend on the
 vocabulary, where keeping fp32 logits would cost 4 * V bytes a token.
 
-    python tools/benchmark_memory.py [--vocabularies 16384 65536] [--tokens 1024 5120] [--out memory.json]
+    python tools/benchmark_memory.py [--vocabularies 16384 65536] [--tokens 4096 16384] [--out memory.json]
 
 CPU figures (process memory read from /proc); activations of the layers are part of them.
 """
@@ -13,6 +13,7 @@ CPU figures (process memory read from /proc); activations of the layers are part
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import json
 import tempfile
@@ -26,6 +27,8 @@ from megatron_entropy.architecture import read_shape
 from megatron_entropy.config import ActorConfig, ParallelConfig
 from megatron_entropy.records import Sample
 
+M_MMAP_THRESHOLD = -3  # of mallopt(3)
+
 LENGTH = 256
 """Tokens of each sequence of the pack."""
 
@@ -36,6 +39,8 @@ def peak_mib(folder: str, tokens: int, layout: ParallelConfig) -> dict[str, floa
     from megatron_entropy.resharding.folder import TensorFolder
     from megatron_entropy.resharding.source import load
 
+    # Every large block from the kernel and back to it, so that resident memory is what is alive.
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 64 * 1024)
     parallel.lay_out(layout, seed=1)
     shape = read_shape(folder)
     actor = Actor(shape, ActorConfig(parallel=layout, dtype="float32", token_budget=tokens), total_updates=1)
@@ -55,7 +60,7 @@ def peak_mib(folder: str, tokens: int, layout: ParallelConfig) -> dict[str, floa
 
     peaks = {}
     for name in ("score", "update"):
-        work(name)  # the first call allocates what stays: optimizer state, allocator pools
+        work(name)  # the first call allocates what stays: optimizer state
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = _status("VmRSS")
         work(name)
@@ -93,7 +98,7 @@ def main() -> None:
     """Print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[16384, 65536])
-    parser.add_argument("--tokens", type=int, nargs=2, default=[1024, 5120])
+    parser.add_argument("--tokens", type=int, nargs=2, default=[4096, 16384])
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("memory.json"))
     arguments = parser.parse_args()
