@@ -46,7 +46,7 @@ test: $(VENV)/.setup-dev
 	$(VENV)/bin/python -m pytest -q
 
 test-modern: $(MODERN)/.setup
-	$(MODERN)/bin/python -m pytest -q -m actor
+	$(MODERN)/bin/python -m pytest -q tests/test_actor.py tests/test_layouts.py tests/test_checkpoint.py tests/kernels/test_exactness.py
 
 $(MODERN)/.setup: requirements/modern.txt setup.py
 	@python="$(PYTHON312)"; [ -n "$$python" ] || python="$$($(call find_python,3.12))"; \
