@@ -106,7 +106,7 @@ class Actor:
                     if index >= 0:
                         table[:, starts[index] + 1 : starts[index + 1]] = result["columns"][:, a:b]
         # Each entry comes from one rank, the others hold 0: the sum is exact.
-        dist.all_reduce(table, group=_cpu_group())
+        dist.all_reduce(table)
         filled = []
         for index, sample in enumerate(samples):
             columns = table[:, starts[index] : starts[index + 1]].numpy()
@@ -132,7 +132,6 @@ class Actor:
             weighted = batch.weight * per_token
             total = weighted.sum()
             bad = [] if torch.isfinite(total) else _sequences_with_nonfinite(weighted, batch)
-            # The mean entropy under the weights' support: what every method wants to watch.
             return total, {"loss": float(total.detach()), "bad": bad, "metrics": metrics}
 
         for chunk in self.chunks:
@@ -166,7 +165,7 @@ class Actor:
 
     def _gather_results(self, results: list[dict]) -> list[dict]:
         everyone: list[list[dict]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, results if self._reports else [], group=_cpu_group())
+        dist.all_gather_object(everyone, results if self._reports else [])
         return [result for rank_results in everyone for result in rank_results]
 
     def _pack(self, samples: Sequence[Sample]) -> list[Batch]:
@@ -240,8 +239,3 @@ def _sequences_with_nonfinite(values: Tensor, batch: Batch) -> list[int]:
     edges = batch.boundaries.tolist()
     parts = zip(batch.order, edges, edges[1:], strict=False)
     return [index for index, a, b in parts if not bool(torch.isfinite(values[a:b]).all())]
-
-
-def _cpu_group() -> dist.ProcessGroup | None:
-    """Results are gathered as CPU tensors and objects, which the default group's gloo half carries."""
-    return None
