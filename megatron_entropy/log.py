@@ -228,7 +228,7 @@ def dump_rollouts(path: Path, groups: Iterable[Group], tokenizer_piece: Callable
         tokenizer_piece: the text of one token id; with it each line also holds the response's `pieces`.
 
     `tokens` are those of prompt and response; `logprobs`, `rollout_logprobs`, `entropies` (nats) and `pieces` belong
-    to the response, values rounded to four decimals; `advantage` and `entropy` are means over the response. What no
+    to the response, values rounded to seven decimals; `advantage` and `entropy` are means over the response. What no
     stage has filled is null.
     """
     lines = (
@@ -276,7 +276,7 @@ def _mean(sample: Sample, field: str) -> float | None:
 def _rounded(sample: Sample, field: str) -> list[float | None] | None:
     if getattr(sample, field) is None:
         return None
-    return [_finite(round(float(value), 4)) for value in sample.response(field)]
+    return [_finite(round(float(value), 7)) for value in sample.response(field)]
 
 
 def _finite(value: float | Metric) -> float | None:

@@ -168,7 +168,7 @@ def test_dump_holds_one_line_per_sample_aligned_with_its_response(tmp_path):
     bare, row = [json.loads(line) for line in path.read_text().splitlines()]
     assert bare["entropies"] is None and bare["reward"] is None and bare["correct"] is None
     assert row["prompt"] == 9 and row["tokens"] == [5, 6, 7, 8] and row["pieces"] == ["<7>", "<8>"]
-    assert row["entropies"] == [0.5, 0.1235] and row["advantage"] == 2.0 and row["parent"] == 0
+    assert row["entropies"] == [0.5, 0.123456] and row["advantage"] == 2.0 and row["parent"] == 0
     assert (row["correct"], row["extracted"], row["error"]) == (False, "b", "timeout")
     assert list(path.parent.iterdir()) == [path]
 
