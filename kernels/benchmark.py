@@ -8,6 +8,10 @@ four matrix products that a method without logits in memory must do (one forward
 backward), in the inputs' type, best blocking. Masked rows have target -100 (peers without an
 ignore index compute them with coefficient 0). Peak memory is beyond the inputs and both
 gradients. Errors are the largest against float64, on `--check` rows.
+
+Logits have a standard deviation of 2, so every token keeps some probability. `--peaked 20` adds the
+directions of the target and of three rivals to hidden, as a trained model would: few tokens hold
+nearly everything, and tile skipping (`skip_mass`) joins the contestants.
 """
 
 from __future__ import annotations
@@ -45,6 +49,8 @@ class Measurement:
     peak: int = 0
     logprob_error: float | None = None
     entropy_error: float | None = None
+    entropy: float | None = None
+    """Mean over the rows that count, in nats."""
     hidden_gradient_error: float | None = None
 
 
@@ -72,8 +78,22 @@ def make_problem(options: argparse.Namespace, rank: int) -> Problem:
     generator.manual_seed(1 + rank)
     weight = torch.randn((rows, options.hidden), generator=generator)
     weight = weight.mul_(2 / options.hidden**0.5).to(device, dtype)
+    if options.peaked:
+        sharpen(hidden, weight, target.to(device), options.peaked)
     target = target.masked_fill(masked, -100).to(device)
     return Problem(hidden, weight, target, weights.to(device))
+
+
+def sharpen(hidden: Tensor, weight: Tensor, target: Tensor, logit: float) -> None:
+    """Raise the target's logit to about `logit`, and those of three random rivals to a little less.
+
+    A row of the weight has a squared length of 4, so a quarter of it in hidden adds 1 to its logit.
+    """
+    generator = torch.Generator().manual_seed(2)
+    hidden += weight[target] * (logit / 4)
+    for less in (2.0, 3.0, 4.0):
+        rival = torch.randint(weight.shape[0], target.shape, generator=generator).to(target.device)
+        hidden += weight[rival] * ((logit - less) / 4)
 
 
 def floor(problem: Problem) -> Callable[[], None]:
@@ -188,6 +208,7 @@ def measure_error(results: tuple[Any, ...], problem: Problem, count: int, group:
     errors = {"logprob_error": (logprob[rows] - exact[0]).abs().max().item()}
     if entropy is not None:
         errors["entropy_error"] = (entropy[rows] - exact[1]).abs().max().item()
+        errors["entropy"] = entropy[problem.target >= 0].mean().item()
     scale = exact[2].abs().max()
     errors["hidden_gradient_error"] = ((gradient[rows] - exact[2]).abs().max() / scale).item()
     return errors
@@ -224,7 +245,7 @@ def worker(rank: int, options: argparse.Namespace, port: int, outbox: Any) -> No
     except ImportError:
         pass  # only verl's pair needs it, and it is then listed as unavailable
     problem = make_problem(options, rank)
-    case = Case(problem.target, group, options.tp, device, problem.hidden.dtype)
+    case = Case(problem.target, group, options.tp, device, problem.hidden.dtype, options.peaked > 0)
     contestants, absent = prepare(options, case)
     measured = {name: Measurement() for name in (FLOOR, *contestants)}
     for name in list(contestants):
@@ -294,17 +315,18 @@ def report(options: argparse.Namespace, measured: dict[str, Measurement], absent
     """Print the table; return what goes to the JSON file."""
     logits = 4 * options.tokens * (options.vocab // options.tp)
     print(f"T={options.tokens} H={options.hidden} V={options.vocab} tp={options.tp} "
-          f"{options.dtype} masked={options.masked} on {options.device}, "
+          f"{options.dtype} masked={options.masked} peaked={options.peaked} on {options.device}, "
           f"{options.threads} threads, torch {torch.__version__}; "
           f"fp32 logits {logits / 2**20:.0f} MiB per rank")  # fmt: skip
     print(f"{'':20s} {'median s':>9s} {'best s':>8s} {'x floor':>8s} {'cpu x':>6s} {'peak MiB':>9s} "
-          f"{'/logits':>8s} {'logp err':>9s} {'H err':>9s} {'dh err':>9s}")  # fmt: skip
+          f"{'/logits':>8s} {'logp err':>9s} {'H err':>9s} {'dh err':>9s} {'mean H':>6s}")  # fmt: skip
     rows = {}
     for name, m in sorted(measured.items(), key=lambda item: statistics.median(item[1].times)):
         ratio = relative_time(m.times, measured[FLOOR].times)
         cpu_ratio = relative_time(m.cpu_times, measured[FLOOR].cpu_times)
         errors = [m.logprob_error, m.entropy_error, m.hidden_gradient_error]
         shown = " ".join(f"{'-' if e is None else format(e, '.1e'):>9s}" for e in errors)
+        shown += f" {'-' if m.entropy is None else format(m.entropy, '.2f'):>6s}"
         median, best = statistics.median(m.times), min(m.times)
         print(f"{name:20s} {median:9.3f} {best:8.3f} {ratio:8.2f} {cpu_ratio:6.2f} {m.peak / 2**20:9.0f} "
               f"{m.peak / logits:8.2f} {shown}")  # fmt: skip
@@ -328,6 +350,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--masked", type=float, default=0.0, help="fraction of ignored rows")
+    parser.add_argument("--peaked", type=float, default=0.0, help="logit of the targets; 0: as random as the others")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--check", type=int, default=32, help="rows compared with float64")
@@ -341,6 +364,8 @@ def main() -> None:
     options = parse()
     if options.vocab % options.tp:
         raise SystemExit(f"--vocab {options.vocab} is not divisible by --tp {options.tp}")
+    if options.peaked and options.tp > 1:
+        raise SystemExit("--peaked needs --tp 1: a rank has the directions of its own shard only")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

@@ -33,6 +33,8 @@ class Case:
     tp: int
     device: torch.device
     dtype: torch.dtype
+    peaked: bool
+    """Whether few tokens hold nearly all probability."""
 
     @property
     def labels(self) -> Tensor:
@@ -56,6 +58,8 @@ def _ours(**options: Any) -> Callable[[Case], Contestant]:
             case.needs_gpu("impl='triton'")
         if options.get("impl") == "reference":
             case.needs_one_rank("the benchmark of impl='reference'")
+        if options.get("skip_mass") and not case.peaked:
+            raise Unavailable("skip_mass finds no light tiles among random logits; see --peaked")
 
         def run(hidden: Tensor, weight: Tensor) -> Outputs:
             stats = ek.token_stats(hidden, weight, case.target, group=case.group, **options)
@@ -215,6 +219,7 @@ CONTESTANTS: dict[str, Callable[[Case], Contestant]] = {
     "ours recompute": _ours(),
     "ours save=half": _ours(save="half"),
     "ours chunked": _ours(impl="chunked"),
+    "ours skip_mass=1e-4": _ours(skip_mass=1e-4),
     "ours reference": _ours(impl="reference"),
     "plain torch": plain_torch,
     "verl pair": verl_pair,

@@ -39,6 +39,7 @@ def token_stats(
     impl: str = "auto",
     save: str = "recompute",
     save_budget: int = DEFAULT_SAVE_BUDGET,
+    skip_mass: float = 0.0,
     main_grad: Tensor | None = None,
     compact: bool = True,
     row_chunk: int | None = None,
@@ -70,6 +71,9 @@ def token_stats(
             spares backward one product in three; "auto" is "half" for 16-bit inputs whose
             saved logits fit in `save_budget`, else "recompute".
         save_budget: bytes "auto" may spend.
+        skip_mass: probability in [0, 1). Backward leaves out a row's tile of `vocab_tile` columns
+            that holds less than this and neither the target nor a top-k id; what a row lost is
+            returned as `skipped_mass`, which bounds the error of its gradient (README). 0 is exact.
         main_grad: float32 [V/tp, H]; the weight gradient is added here instead of returned.
         compact: drop ignored rows before forward and rows without gradient before backward. On a
             GPU each drop reads one count back (a synchronisation); False computes every row,
@@ -87,29 +91,10 @@ def token_stats(
     Source:
         The entropy contract and every formula are in the library's README.
     """
+    settings = Settings.of(locals(), from_logits=False)
     checks.check_operands(hidden, weight)
     checks.check_main_grad(main_grad, weight)
     vocab_size = checks.check_vocabulary(vocab_size, weight.shape[0], group, validate)
-    settings = Settings(
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        ignore_index=ignore_index,
-        entropy=entropy,
-        entropy_grad=entropy_grad,
-        varentropy=varentropy,
-        top_k=top_k,
-        softcap=softcap,
-        impl=impl,
-        save=save,
-        save_budget=save_budget,
-        main_grad=main_grad,
-        sequence_parallel=sequence_parallel,
-        row_chunk=row_chunk,
-        vocab_tile=vocab_tile,
-        validate=validate,
-        compact=compact,
-        from_logits=False,
-    )
     shard = locate(group, weight.shape[0], vocab_size)
     tokens = hidden.shape[0] * (shard.size if sequence_parallel else 1)
     call = prepare(hidden, tokens, target, shard, vocab_size, settings)
@@ -145,28 +130,9 @@ def token_stats_from_logits(
     The logits are read only, and kept by reference for backward; their gradient has their dtype.
     Arguments, returned values and errors are those of `token_stats`.
     """
+    settings = Settings.of(locals(), from_logits=True)
     checks.check_matrix("logits", logits)
     vocab_size = checks.check_vocabulary(vocab_size, logits.shape[1], group, validate)
-    settings = Settings(
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        ignore_index=ignore_index,
-        entropy=entropy,
-        entropy_grad=entropy_grad,
-        varentropy=varentropy,
-        top_k=top_k,
-        softcap=softcap,
-        impl=impl,
-        save="recompute",
-        save_budget=0,
-        main_grad=None,
-        sequence_parallel=False,
-        row_chunk=row_chunk,
-        vocab_tile=vocab_tile,
-        validate=validate,
-        compact=compact,
-        from_logits=True,
-    )
     shard = locate(group, logits.shape[1], vocab_size)
     call = prepare(logits, logits.shape[0], target, shard, vocab_size, settings)
     if call.engine is None:

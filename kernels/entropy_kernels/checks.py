@@ -102,6 +102,8 @@ def check_options(
     softcap: float | None,
     impl: str,
     save: str,
+    skip_mass: float,
+    compact: bool,
     row_chunk: int | None,
     vocab_tile: int | None,
 ) -> None:
@@ -114,6 +116,10 @@ def check_options(
         raise ValueError(f"impl is {impl!r}; known: {', '.join(IMPLEMENTATIONS)}")
     if save not in SAVE_MODES:
         raise ValueError(f"save is {save!r}; known: {', '.join(SAVE_MODES)}")
+    if not 0 <= skip_mass < 1:
+        raise ValueError(f"skip_mass must lie in [0, 1), got {skip_mass}")
+    if skip_mass and not compact:
+        raise ValueError(f"skip_mass is {skip_mass}: counting the rows that remain needs compact=True")
     for name, value in (("row_chunk", row_chunk), ("vocab_tile", vocab_tile)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1 or None, got {value}")

@@ -7,26 +7,43 @@ forward and backward. Tiles are visited in a fixed order, so two runs agree bitw
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .moments import FLOOR, Coefficients, Moments, merge
+from .moments import FLOOR, Coefficients, Moments, Statistics, merge
 from .records import Request, column, take
-from .tiles import HiddenTiles, LogitTiles
+from .tiles import HiddenTiles, LogitTiles, Rows
 
 Tiles = HiddenTiles | LogitTiles
 
 
 @dataclass
 class Saved:
-    """What `save` mode keeps: float16(logit - tile maximum) and the maxima themselves."""
+    """What a forward keeps of its tiles for backward."""
 
-    shifted: Tensor
-    """[N, V_l] float16."""
     maxima: Tensor
-    """[tiles, N]."""
+    """[tiles, N], the largest logit."""
+    shifted: Tensor | None = None
+    """[N, V_l] float16(logit - tile maximum), with save="half"."""
+    sums: list[Tensor] = field(default_factory=list)
+    """With `skip_mass`, until tiles are chosen: sum e^{beta (logit - tile maximum)}, [tiles, N] per temperature."""
+    alive: Tensor | None = None
+    """[tiles, N] bool, with `skip_mass`: what backward computes."""
+
+    @staticmethod
+    def allocate(request: Request, rows: int, width: int, like: Tensor) -> Saved | None:
+        """Room for tiles of `width` columns; None where backward needs nothing of them."""
+        if not (request.save or request.skip_mass):
+            return None
+        valid = request.shard.valid
+        saved = Saved(like.new_empty((-(-valid // width), rows)))
+        if request.save:
+            saved.shifted = torch.empty((rows, valid), dtype=torch.float16, device=like.device)
+        if request.skip_mass:
+            saved.sums = [torch.empty_like(saved.maxima) for _ in request.betas]
+        return saved
 
 
 def tile_sizes(request: Request, rows: int, cuda: bool) -> tuple[int, int]:
@@ -65,7 +82,7 @@ def forward(tiles: Tiles, rows: int, request: Request, device: torch.device) -> 
     like = torch.empty(0, dtype=tiles.dtype, device=device)
     chunk, width = tile_sizes(request, rows, device.type == "cuda")
     parts = {r: Moments.empty(r[1] - r[0], request, like) for r in spans(rows, chunk)}
-    saved = _allocate_saved(request, rows, width, like) if request.save else None
+    saved = Saved.allocate(request, rows, width, like)
     work = Workspace(chunk, min(width, max(valid, 1)), tiles.dtype, device)
     infinite = device.type != "cpu"
     for index, (start, stop) in enumerate(spans(valid, width)):
@@ -78,8 +95,11 @@ def forward(tiles: Tiles, rows: int, request: Request, device: torch.device) -> 
             part, clamped = tile_moments(z, e, request, slice(first, last), start, infinite)
             infinite = infinite or clamped
             if saved is not None:
-                saved.shifted[first:last, start:stop].copy_(z)
                 saved.maxima[index, first:last] = part.maximum
+                for total, values in zip(saved.sums, part.sums, strict=False):
+                    total[index, first:last] = values
+                if saved.shifted is not None:
+                    saved.shifted[first:last, start:stop].copy_(z)
             parts[first, last] = merge(parts[first, last], part, [take(b, slice(first, last)) for b in request.betas])
     return _joined(list(parts.values()), rows, request, like), saved, infinite
 
@@ -130,15 +150,6 @@ def _tile_top(z: Tensor, request: Request, start: int) -> tuple[Tensor | None, T
     return values, ids
 
 
-def _allocate_saved(request: Request, rows: int, width: int, like: Tensor) -> Saved:
-    valid = request.shard.valid
-    count = len(list(spans(valid, width)))
-    return Saved(
-        torch.empty((rows, valid), dtype=torch.float16, device=like.device),
-        like.new_empty((count, rows)),
-    )
-
-
 def _joined(parts: list[Moments], rows: int, request: Request, like: Tensor) -> Moments:
     """Concatenate the moments of row chunks."""
     if len(parts) == 1:
@@ -166,6 +177,26 @@ def _joined(parts: list[Moments], rows: int, request: Request, like: Tensor) -> 
     )
 
 
+def choose_tiles(saved: Saved, statistics: Statistics, request: Request) -> Tensor:
+    """Mark the tiles that backward computes in `saved`; returns each row's mass in the others, [N].
+
+    A tile is left out if its probability, under the teacher too, is less than `skip_mass` and it
+    holds neither the target nor one of the row's top-k.
+    """
+    sums, saved.sums = saved.sums, []
+    shift = saved.maxima - statistics.maximum
+    logs = zip(request.betas, statistics.log_sums, sums, strict=True)
+    masses = torch.stack([torch.exp(beta * shift - log_sum) * part for beta, log_sum, part in logs])
+    saved.alive = ~(masses < request.skip_mass).all(dim=0)
+    ids = request.labels[:, None]
+    if "topk_ids" in statistics.outputs:
+        ids = torch.cat([ids, statistics.outputs["topk_ids"] - request.shard.start], dim=1)
+    rows, places = ((ids >= 0) & (ids < request.shard.valid)).nonzero(as_tuple=True)
+    width = tile_sizes(request, ids.shape[0], ids.is_cuda)[1]
+    saved.alive[ids[rows, places] // width, rows] = True
+    return masses.masked_fill(saved.alive, 0.0).sum(dim=1).amax(dim=0)
+
+
 def backward(
     tiles: Tiles,
     rows: int,
@@ -184,23 +215,30 @@ def backward(
     work = Workspace(chunk, min(width, max(request.shard.valid, 1)), tiles.dtype, device)
     chunks = list(spans(rows, chunk))
     selected = [coefs.select(slice(*c)) for c in chunks]
+    maxima, shifted, alive = (None, None, None) if saved is None else (saved.maxima, saved.shifted, saved.alive)
+    if alive is not None and kept is not None:
+        alive = alive[:, kept]
     for index, (start, stop) in enumerate(spans(request.shard.valid, width)):
         tiles.load_weight(start, stop)
         for (first, last), coef in zip(chunks, selected, strict=True):
-            z, e = work.pair(last - first, stop - start)
-            if saved is None:
-                tiles.read(slice(first, last), z)
+            part: Rows = slice(first, last)
+            if alive is not None:
+                part = alive[index, part].nonzero()[:, 0] + first
+                coef = coefs.select(part)
+            z, e = work.pair(coef.shift.shape[0], stop - start)
+            if shifted is None or maxima is None:
+                tiles.read(part, z)
                 if request.softcap is not None:
                     z.div_(request.softcap).tanh_().mul_(request.softcap)
                 z.sub_(coef.shift[:, None])
             else:
-                where = slice(first, last) if kept is None else kept[first:last]
-                z.copy_(saved.shifted[where, start:stop])
-                z.add_((saved.maxima[index, where] - coef.shift)[:, None])
-            if infinite or saved is not None:
+                where = part if kept is None else kept[part]
+                z.copy_(shifted[where, start:stop])
+                z.add_((maxima[index, where] - coef.shift)[:, None])
+            if infinite or shifted is not None:
                 z.clamp_(min=FLOOR)
             gradient = logit_gradient(z, e, coef, start, request.softcap)
-            tiles.write(slice(first, last), gradient, z)
+            tiles.write(part, gradient, z, first == 0, last == rows)
 
 
 def logit_gradient(delta: Tensor, e: Tensor, coef: Coefficients, start: int, softcap: float | None) -> Tensor:

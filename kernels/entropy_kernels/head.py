@@ -5,8 +5,8 @@ all-gather of moments -> statistics. Backward: coefficients per row -> drop rows
 -> gradient tiles -> sum of the hidden gradient over the ranks (the only collective).
 
 Kept for backward: the weight (by reference), the hidden rows that were computed (a reference when
-none was dropped and nothing was gathered), a handful of numbers per row, and in save mode
-float16 [N, V_l].
+none was dropped and nothing was gathered), a handful of numbers per row, in save mode float16
+[N, V_l], and with `skip_mass` a few bytes per row and tile.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ OUTPUTS = (
     "kl_reverse",
     "topk_logprobs",
     "topk_ids",
+    "skipped_mass",
 )
 
 
@@ -111,7 +112,7 @@ def finalise_outputs(ctx: Any, call: Call, values: list[Tensor]) -> tuple[Tensor
     if not call.compact:
         keeps = [call.keep if v.dim() == 1 else call.keep[:, None] for v in values]
         values = [v.masked_fill(~k, 0) for v, k in zip(values, keeps, strict=True)]
-    fixed = [v for v, n in zip(values, call.outputs, strict=True) if n == "topk_ids"]
+    fixed = [v for v, n in zip(values, call.outputs, strict=True) if n in ("topk_ids", "skipped_mass")]
     if not call.entropy_grad and "entropy" in call.outputs:
         fixed.append(values[call.outputs.index("entropy")])
     ctx.mark_non_differentiable(*fixed)
@@ -146,6 +147,8 @@ class TokenStatsFunction(torch.autograd.Function):
         assert call.engine is not None
         moments, saved, infinite = call.engine.forward(tiles, active.shape[0], request, hidden.device)
         statistics = finish(merge_over_ranks(moments, request), request)
+        if saved is not None and request.skip_mass:
+            statistics.outputs["skipped_mass"] = chunked.choose_tiles(saved, statistics, request)
         ctx.call, ctx.rows, ctx.total, ctx.infinite = call, rows, total, infinite
         _remember(ctx, active, weight, statistics, saved)
         values = [spread(statistics.outputs[name], rows, total) for name in call.outputs]
@@ -174,16 +177,16 @@ class TokenStatsFunction(torch.autograd.Function):
 
 def _remember(ctx: Any, active: Tensor, weight: Tensor, statistics: Statistics, saved: chunked.Saved | None) -> None:
     kept = [active, weight, statistics.outputs.get("topk_ids")]
-    kept += [None, None] if saved is None else [saved.shifted, saved.maxima]
+    kept += [None, None, None] if saved is None else [saved.maxima, saved.shifted, saved.alive]
     ctx.save_for_backward(*kept, *statistics.kept())
 
 
 def _recall(
     ctx: Any,
 ) -> tuple[Tensor, Tensor, Statistics, chunked.Saved | None, Tensor | None]:
-    active, weight, top_ids, shifted, maxima, *numbers = ctx.saved_tensors
+    active, weight, top_ids, maxima, shifted, alive, *numbers = ctx.saved_tensors
     statistics = Statistics.restore(numbers, len(ctx.call.request.betas))
-    saved = None if shifted is None else chunked.Saved(shifted, maxima)
+    saved = None if maxima is None else chunked.Saved(maxima, shifted, alive=alive)
     return active, weight, statistics, saved, top_ids
 
 

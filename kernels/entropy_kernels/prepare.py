@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from .records import Request, Shard, TokenStats, accumulate_dtype
 
 @dataclass(frozen=True)
 class Settings:
-    """The keyword arguments both front doors share; see `token_stats`."""
+    """Keyword arguments of `token_stats`; what has a default is fixed for logits that exist."""
 
     temperature: float | Tensor
     teacher_temperature: float | Tensor | None
@@ -27,15 +28,22 @@ class Settings:
     top_k: int
     softcap: float | None
     impl: str
-    save: str
-    save_budget: int
-    main_grad: Tensor | None
-    sequence_parallel: bool
+    compact: bool
     row_chunk: int | None
     vocab_tile: int | None
     validate: bool
-    compact: bool
     from_logits: bool
+    sequence_parallel: bool = False
+    save: str = "recompute"
+    save_budget: int = 0
+    skip_mass: float = 0.0
+    main_grad: Tensor | None = None
+
+    @classmethod
+    def of(cls, arguments: dict[str, Any], from_logits: bool) -> Settings:
+        """The settings among a front door's arguments."""
+        names = {f.name for f in fields(cls)}
+        return cls(**{k: v for k, v in arguments.items() if k in names}, from_logits=from_logits)
 
     def outputs(self) -> tuple[str, ...]:
         """Names of the statistics asked for, in the order of OUTPUTS."""
@@ -45,6 +53,7 @@ class Settings:
         if self.teacher_temperature is not None:
             asked |= {"teacher_logprob", "teacher_entropy", "kl_forward", "kl_reverse"}
         asked |= {"topk_logprobs", "topk_ids"} if self.top_k else set()
+        asked |= {"skipped_mass"} if self.skip_mass else set()
         return tuple(name for name in OUTPUTS if name in asked)
 
 
@@ -62,13 +71,16 @@ def prepare(source: Tensor, tokens: int, target: Tensor, shard: Shard, vocab_siz
         softcap=settings.softcap,
         impl=settings.impl,
         save=settings.save,
+        skip_mass=settings.skip_mass,
+        compact=settings.compact,
         row_chunk=settings.row_chunk,
         vocab_tile=settings.vocab_tile,
     )
     if look:
         checks.check_target_values(target, settings.ignore_index, vocab_size)
-    if settings.main_grad is not None and settings.impl == "reference":
-        raise ValueError("main_grad is not supported by impl='reference'")
+    for name, given in (("main_grad", settings.main_grad is not None), ("skip_mass", settings.skip_mass > 0)):
+        if given and settings.impl == "reference":
+            raise ValueError(f"{name} is not supported by impl='reference'")
     teacher = settings.teacher_temperature
     request = Request(
         shard=shard,
@@ -82,6 +94,7 @@ def prepare(source: Tensor, tokens: int, target: Tensor, shard: Shard, vocab_siz
         row_chunk=settings.row_chunk,
         vocab_tile=settings.vocab_tile,
         save=_saves(settings, source.dtype, 2 * tokens * shard.valid),
+        skip_mass=settings.skip_mass,
     )
     return Call(
         request=request,
@@ -140,6 +153,8 @@ def _triton_obstacle(settings: Settings, source: Tensor) -> str | None:
         return "hidden is float64; its statistics are float32"
     if settings.top_k:
         return f"top_k is {settings.top_k}; its kernels have no top-k"
+    if settings.skip_mass:
+        return f"skip_mass is {settings.skip_mass}; its kernels compute every tile"
     return None
 
 

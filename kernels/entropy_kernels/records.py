@@ -41,6 +41,9 @@ class TokenStats:
     """[T, K] nats, descending: the K largest log p of each row."""
     topk_ids: Tensor | None = None
     """[T, K] int64: their ids in the true vocabulary."""
+    skipped_mass: Tensor | None = None
+    """[T], in [0, 1): probability on this rank's shard that backward leaves out (with a teacher the
+    larger of both distributions'); it differs between ranks. None unless `skip_mass` is set."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ class Request:
     vocab_tile: int | None
     save: bool
     """Keep float16(logit - tile maximum) for backward instead of recomputing the logits."""
+    skip_mass: float
+    """Backward leaves out a row's tile with less probability than this; 0: none."""
 
     @property
     def betas(self) -> list[Tensor | float]:

@@ -12,9 +12,14 @@ from torch import Tensor
 from . import native
 from .records import accumulate_dtype
 
+Rows = slice | Tensor
+"""Rows of a call: consecutive ones, or their indices."""
+
 
 def product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     """`left @ right` into `out`, accumulated in float32 and never rounded to a 16-bit type."""
+    if out.numel() == 0:
+        return out
     if left.dtype == out.dtype:
         return torch.mm(left, right, out=out)
     if left.is_cuda:
@@ -39,7 +44,7 @@ class HiddenTiles:
         tile = self.weight[start:stop]
         self.wide_tile = tile if self.wide_hidden is self.hidden else tile.to(self.dtype)
 
-    def read(self, rows: slice, out: Tensor) -> None:
+    def read(self, rows: Rows, out: Tensor) -> None:
         """Write the logits of `rows` and the current columns into `out`."""
         product(self.wide_hidden[rows], self.wide_tile.t(), out)
 
@@ -55,21 +60,29 @@ class HiddenTiles:
             self.grad_weight[valid if self.rows else 0 :].zero_()
         self.weight_tile: Tensor | None = None
 
-    def write(self, rows: slice, gradient: Tensor, scratch: Tensor) -> None:
-        """Multiply out the logit gradient [rows, current columns]; `scratch` has its shape."""
+    def write(self, rows: Rows, gradient: Tensor, scratch: Tensor, first: bool = True, last: bool = True) -> None:
+        """Multiply out the logit gradient [rows, current columns]; `scratch` has its shape.
+
+        `first` and `last` say whether these are the first and the last rows of the current columns.
+        """
         start, stop = self.span
         weight, hidden = self.weight[start:stop], self.hidden[rows]
         if gradient.dtype != weight.dtype:
             narrow = scratch.view(-1).view(weight.dtype)[: gradient.numel()]
             gradient = narrow.view(gradient.shape).copy_(gradient)
         if self.grad_hidden is not None:
-            self._add_product(self.grad_hidden[rows], gradient, weight)
+            target = self.grad_hidden[rows]
+            self._add_product(target, gradient, weight)
+            if isinstance(rows, Tensor):
+                self.grad_hidden[rows] = target
         if self.main_grad is not None:
             self._add_product(self.main_grad[start:stop], gradient.t(), hidden)
         elif self.grad_weight is not None:
-            self._write_weight(rows, gradient, hidden)
+            self._write_weight(gradient, hidden, first, last)
 
     def _add_product(self, target: Tensor, left: Tensor, right: Tensor) -> None:
+        if left.numel() == 0:
+            return
         if target.dtype == left.dtype:
             target.addmm_(left, right)
         elif left.is_cuda:
@@ -79,25 +92,22 @@ class HiddenTiles:
         else:
             target.add_(torch.mm(left, right))
 
-    def _write_weight(self, rows: slice, gradient: Tensor, hidden: Tensor) -> None:
+    def _write_weight(self, gradient: Tensor, hidden: Tensor, first: bool, last: bool) -> None:
         """A tile of the weight gradient: in place if one product makes it, else summed in fp32."""
         assert self.grad_weight is not None
         start, stop = self.span
         target = self.grad_weight[start:stop]
-        if rows.start == 0 and rows.stop == self.rows:
+        if first and (last or target.dtype == self.dtype):
             torch.mm(gradient.t(), hidden, out=target)
             return
         if target.dtype == self.dtype:
-            if rows.start == 0:
-                torch.mm(gradient.t(), hidden, out=target)
-            else:
-                target.addmm_(gradient.t(), hidden)
+            target.addmm_(gradient.t(), hidden)
             return
-        if rows.start == 0:
+        if first:
             self.weight_tile = torch.zeros(target.shape, dtype=self.dtype, device=target.device)
         assert self.weight_tile is not None
         self._add_product(self.weight_tile, gradient.t(), hidden)
-        if rows.stop == self.rows:
+        if last:
             target.copy_(self.weight_tile)
 
 
@@ -114,7 +124,7 @@ class LogitTiles:
         """Make columns [start, stop) the current ones."""
         self.span = (start, stop)
 
-    def read(self, rows: slice, out: Tensor) -> None:
+    def read(self, rows: Rows, out: Tensor) -> None:
         """Copy the logits of `rows` and the current columns into `out`."""
         where = rows if self.chosen is None else self.chosen[rows]
         out.copy_(self.logits[:, self.span[0] : self.span[1]][where])
@@ -123,7 +133,7 @@ class LogitTiles:
         """Allocate the gradient; padded columns and rows that were not chosen stay zero."""
         self.gradient = torch.zeros_like(self.logits, memory_format=torch.contiguous_format)
 
-    def write(self, rows: slice, gradient: Tensor, scratch: Tensor) -> None:
-        """Store the gradient tile; `scratch` is not needed."""
+    def write(self, rows: Rows, gradient: Tensor, scratch: Tensor, first: bool, last: bool) -> None:
+        """Store the gradient tile; the rest is what `HiddenTiles.write` needs."""
         where = rows if self.chosen is None else self.chosen[rows]
         self.gradient[:, self.span[0] : self.span[1]][where] = gradient.to(self.gradient.dtype)

@@ -52,7 +52,8 @@ def interpreted() -> bool:
 def blocks(tiles: HiddenTiles, request: Request) -> Blocks:
     """Hopper's 128 x 256 x 64 for 16-bit operands; smaller for float32 and the interpreter."""
     if interpreted():
-        return Blocks(16, min(64, request.vocab_tile or 64), 32, 1, 1)
+        columns = triton.next_power_of_2(request.vocab_tile or 64)
+        return Blocks(16, min(64, max(16, columns)), 32, 1, 1)
     if tiles.hidden.dtype == torch.float32:
         return Blocks(64, 64, 32, 4, 2)
     if torch.cuda.get_device_capability(tiles.hidden.device)[0] >= 9:
@@ -102,13 +103,13 @@ def forward(
     valid = request.shard.valid
     _contiguous_rows(tiles)
     if rows == 0 or valid == 0:
-        empty = Moments.empty(rows, request, torch.empty(0, device=device))
-        return empty, _saved(request, rows, 1, device) if request.save else None, True
+        like = torch.empty(0, device=device)
+        return Moments.empty(rows, request, like), Saved.allocate(request, rows, 1, like), True
     block = blocks(tiles, request)
     count = triton.cdiv(valid, block.columns)
     splits = triton.cdiv(count, TILES_PER_SPLIT)
     out = torch.empty((splits, FIELDS, rows), device=device)
-    saved = _saved(request, rows, count, device) if request.save else None
+    saved = Saved.allocate(request, rows, block.columns, out)
     h, w, tma = _operands(tiles, valid, block)
     tasks = triton.cdiv(rows, block.rows) * splits
     MOMENTS_KERNEL[_programs(tiles, tasks)](
@@ -136,13 +137,6 @@ def _contiguous_rows(tiles: HiddenTiles) -> None:
         tiles.hidden = tiles.hidden.contiguous()
     if tiles.weight.stride(1) != 1:
         tiles.weight = tiles.weight.contiguous()
-
-
-def _saved(request: Request, rows: int, count: int, device: torch.device) -> Saved:
-    return Saved(
-        torch.empty((rows, request.shard.valid), dtype=torch.float16, device=device),
-        torch.empty((count, rows), device=device),
-    )
 
 
 def _split_moments(part: Tensor, request: Request) -> Moments:
@@ -174,7 +168,9 @@ def backward(
     block = blocks(tiles, request)
     wanted = request.vocab_tile or min(GRADIENT_COLUMNS, GRADIENT_ELEMENTS // rows)
     width = max(block.columns, wanted // block.columns * block.columns)
-    buffer = torch.empty(rows * min(width, valid), dtype=tiles.weight.dtype, device=device)
+    # The interpreter truncates to bfloat16 where a device rounds to nearest; there torch rounds.
+    dtype = torch.float32 if interpreted() else tiles.weight.dtype
+    buffer = torch.empty(rows * min(width, valid), dtype=dtype, device=device)
     numbers = _numbers(coefs, rows, device)
     h, w, tma = _operands(tiles, valid, block)
     labels = coefs.spike_ids[:, 0].contiguous()
@@ -195,7 +191,7 @@ def backward(
             num_warps=block.warps, num_stages=block.stages,
         )  # fmt: skip
         tiles.load_weight(start, stop)
-        tiles.write(slice(0, rows), gradient, gradient)
+        tiles.write(slice(0, rows), gradient, torch.empty_like(gradient) if interpreted() else gradient)
 
 
 def _numbers(coefs: Coefficients, rows: int, device: torch.device) -> Tensor:
