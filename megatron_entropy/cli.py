@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -36,10 +38,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen, rest = parser.parse_known_args(arguments)
     if chosen.command != "train" and rest:
         parser.error(f"unknown argument {rest[0]}")
+    return exit_code(lambda: chosen.run(chosen, rest))
+
+
+def exit_code(command: Callable[[], int]) -> int:
+    """Run `command`; what is no fault of ours becomes one line and an exit code, as in `main`."""
     from megatron_entropy.errors import Fault, UserError
 
     try:
-        return chosen.run(chosen, rest)
+        return command()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -51,6 +58,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has read enough
         sys.stderr.close()
         return 0
+
+
+@contextmanager
+def byte_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar over `total` bytes; what it yields is told how many more are done."""
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda done: bar.advance(task, done)
+
+
+def byte_size(text: str) -> int:
+    """Bytes in a size as people write it: `500MB`, `4GiB`, `1000`.
+
+    Raises:
+        ValueError: when it is none.
+    """
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    hit = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", text.strip().upper())
+    if hit is None or hit[2] not in units or float(hit[1]) <= 0:
+        raise ValueError(f"{text} is no size such as 500MB or 4GiB")
+    return int(float(hit[1]) * units[hit[2]])
 
 
 def _parser() -> Parser:

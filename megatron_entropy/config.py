@@ -72,6 +72,10 @@ class ParallelConfig(Section):
     dp: PositiveInt = 1
     cp: PositiveInt = 1
     """Context parallel ranks; only 1 for now (packs are not cut along the sequence)."""
+    ep: PositiveInt = 1
+    """Expert parallel ranks, out of the `tp * dp` of a pipeline stage (mixture-of-experts models)."""
+    etp: PositiveInt = 1
+    """Tensor parallel ranks of one expert."""
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
     """Shard the optimizer state over data-parallel ranks (ZeRO-1)."""
@@ -165,6 +169,9 @@ class CheckpointConfig(Section):
     every: NonNegativeInt = 50
     """Steps between checkpoints; 0: only at the end and on a stop signal."""
     keep: PositiveInt = 2
+    """Newest complete checkpoints that stay."""
+    asynchronous: bool = True
+    """Train on while a checkpoint is written, for a copy of weights and optimizer state in host memory."""
 
 
 class LogConfig(Section):
@@ -247,9 +254,17 @@ def check(config: Config, shape: ModelShape, world_size: int | None = None) -> N
     """
     layout = config.actor.parallel
     _divides(layout.tp, shape.num_heads, "actor.parallel.tp", "attention heads")
-    _divides(layout.tp, shape.num_query_groups, "actor.parallel.tp", "query groups (key/value heads)")
-    _divides(layout.tp, shape.ffn_size, "actor.parallel.tp", "feed-forward columns")
-    _divides(layout.pp * layout.vpp, shape.num_layers, "actor.parallel.pp * actor.parallel.vpp", "layers")
+    if layout.tp % shape.num_query_groups:  # Megatron shares a key/value head between ranks where they divide evenly
+        _divides(layout.tp, shape.num_query_groups, "actor.parallel.tp", "query groups (key/value heads)")
+    _divides(layout.tp, shape.padded_vocab_size, "actor.parallel.tp", "rows of the padded vocabulary")
+    if shape.moe is None:
+        _divides(layout.tp, shape.ffn_size, "actor.parallel.tp", "feed-forward columns")
+    if layout.pp * layout.vpp > shape.num_layers:
+        raise ConfigError(
+            f"actor.parallel.pp * actor.parallel.vpp = {layout.pp * layout.vpp} stages for the model's "
+            f"{shape.num_layers} layers; lower one of them"
+        )
+    _check_experts(layout, shape)
     if layout.vpp > 1 and layout.pp == 1:
         raise ConfigError(f"actor.parallel.vpp={layout.vpp} needs actor.parallel.pp of at least 2")
     if layout.cp > 1:
@@ -381,6 +396,23 @@ def _nearest(key: str, known: typing.Iterable[str], prefix: str = "") -> str:
     names = sorted(known)
     close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     return f"; did you mean {prefix}{close[0]}?" if close else f"; known are {', '.join(names)}"
+
+
+def _check_experts(layout: ParallelConfig, shape: ModelShape) -> None:
+    if shape.moe is None:
+        if layout.ep * layout.etp > 1:
+            raise ConfigError(
+                f"actor.parallel.ep={layout.ep}, etp={layout.etp}: the model has no experts; leave both 1"
+            )
+        return
+    _divides(layout.ep, shape.moe.num_experts, "actor.parallel.ep", "experts")
+    _divides(layout.etp, shape.moe.ffn_size, "actor.parallel.etp", "columns of an expert")
+    if layout.tp * layout.dp % (layout.ep * layout.etp):
+        raise ConfigError(
+            f"actor.parallel.ep * etp = {layout.ep * layout.etp} does not divide tp * dp = {layout.tp * layout.dp}"
+        )
+    if layout.tp > 1 and not layout.sequence_parallel:
+        raise ConfigError("actor.parallel.tp above 1 needs sequence_parallel=true for a model with experts")
 
 
 def _divides(parts: int, whole: int, key: str, what: str) -> None:

@@ -42,7 +42,7 @@ def activate() -> bool:
         _redirect_random_state()
         _redirect_streams()
         _redirect_types()
-        _mend_imports()
+        _mend_experts()
         log.info("no CUDA device: Megatron-Core runs on the CPU (megatron_entropy/cpu.py)")
     return True
 
@@ -151,9 +151,18 @@ def _redirect_types() -> None:
     cuda.FloatTensor, cuda.HalfTensor, cuda.BFloat16Tensor = torch.FloatTensor, torch.HalfTensor, torch.BFloat16Tensor
 
 
-def _mend_imports() -> None:
-    """Megatron-Core 0.16 refers to a name that only Transformer Engine defines."""
+def _mend_experts() -> None:
+    """What Megatron-Core's expert layers take for granted: a name of Transformer Engine's, a copy to the host."""
     import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.moe.token_dispatcher as dispatcher
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
+    exchange = dispatcher.all_to_all
+
+    def all_to_all(group: Any, tensor: torch.Tensor, *split_sizes: Any) -> torch.Tensor:
+        """The split sizes are lists only after a copy from the GPU, which does not happen here."""
+        lists = [s.tolist() if isinstance(s, torch.Tensor) else s for s in split_sizes]
+        return exchange(group, tensor, *lists)
+
+    dispatcher.all_to_all = all_to_all

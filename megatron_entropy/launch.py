@@ -8,6 +8,7 @@ line of the rank that failed first. Under plain torchrun the ranks use `resolve`
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -43,6 +44,9 @@ LAUNCHER_VARIABLE = "MEGATRON_ENTROPY_LAUNCHER"
 
 STOPPED = (-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT)
 """Exit codes of a rank that ended because it was asked to."""
+
+DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+"""Errors of the operating system that are no bug of ours: no room, quota, read-only, limit on a file's size."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ def prepare_run_folder(stages: Stages, *, resume: bool, overwrite: bool) -> None
 
     Raises:
         ConfigError: the folder holds a run and neither is asked for, or both are, or an input of the run lies among
-            what would be deleted.
+            what would be deleted, or nothing can be written there.
     """
     folder = stages.folder
     if resume and overwrite:
@@ -124,9 +128,20 @@ def prepare_run_folder(stages: Stages, *, resume: bool, overwrite: bool) -> None
         for key, path in _inputs(stages.configs):
             if inside := [top for top in written if path.resolve().is_relative_to(top.resolve())]:
                 raise ConfigError(f"{key}={path} lies in {inside[0]}, which --overwrite would delete; move it first")
-        for path in written:
+    try:
+        for path in written if overwrite else ():
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    folder.root.mkdir(parents=True, exist_ok=True)
+        folder.root.mkdir(parents=True, exist_ok=True)
+        of_checkpoints = [folder.checkpoints(name) for name in ("", *(config.name for config in stages.configs))]
+        for place in (folder.root, *of_checkpoints):
+            if place.exists():
+                with tempfile.TemporaryFile(dir=place):
+                    pass
+    except OSError as error:
+        raise ConfigError(
+            f"output={folder.root} cannot be written to ({error.strerror}); mend that, or choose another folder with "
+            "--output=..."
+        ) from None
 
 
 def written_paths(folder: RunFolder) -> list[Path]:
@@ -164,6 +179,9 @@ def describe(error: BaseException, *, rank: int) -> RankFailure:
     message = " ".join(str(error).split())
     if isinstance(error, UserError):
         return RankFailure(rank, "user", message, 2, time.time())
+    if isinstance(error, OSError) and error.errno in DISK_REFUSES:
+        message += "; make room (checkpoint.keep, log.rollouts_every) or mend the disk, and go on with --resume"
+        return RankFailure(rank, "fault", f"rank {rank}: {message}", 1, time.time())
     if isinstance(error, Fault):
         return RankFailure(rank, "fault", f"rank {rank}: {message}", 1, time.time())
     details = "".join(traceback.format_exception(error))

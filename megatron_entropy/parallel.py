@@ -40,12 +40,12 @@ def join(timeout_minutes: float = 60.0) -> None:
 
 
 def lay_out(layout: ParallelConfig, seed: int) -> None:
-    """Arrange the ranks as tensor x context x data x pipeline parallel groups and seed every generator.
+    """Arrange the ranks as tensor x context x data x pipeline parallel groups and experts' own, seed all generators.
 
     May be called again with another layout of the same number of ranks.
     """
     cpu.activate()
-    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core import parallel_state
 
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
@@ -54,7 +54,16 @@ def lay_out(layout: ParallelConfig, seed: int) -> None:
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
     )
+    seed_generators(seed)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed every generator a rank has; all ranks alike, but for Megatron's, which differ by place as they must."""
+    from megatron.core import tensor_parallel
+
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

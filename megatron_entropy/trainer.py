@@ -22,7 +22,7 @@ from megatron_entropy import checkpoint, cpu, parallel
 from megatron_entropy.actor.actor import Actor
 from megatron_entropy.actor.model import resolve_dtype
 from megatron_entropy.architecture import read_shape
-from megatron_entropy.config import Config
+from megatron_entropy.config import Config, seed_of
 from megatron_entropy.data.dataset import PromptStream, load_prompts
 from megatron_entropy.data.tokenizer import load_tokenizer
 from megatron_entropy.errors import NonFiniteLossError
@@ -32,7 +32,8 @@ from megatron_entropy.methods import build_method
 from megatron_entropy.records import Group, Metric, Prompt, Sample
 from megatron_entropy.report import StageSummary, read_summary, write_report, write_summary
 from megatron_entropy.resharding import source as weights
-from megatron_entropy.resharding.folder import TensorFolder, write_folder
+from megatron_entropy.resharding.folder import write_folder
+from megatron_entropy.resharding.megatron_folder import open_model
 from megatron_entropy.resharding.transfer import WeightPush
 from megatron_entropy.rollout.engine import EngineSpec
 from megatron_entropy.rollout.pool import EnginePool
@@ -94,8 +95,11 @@ class Stage:
         self.prompts = self.method.select(self._load(config.data.train, longest_target))
         self.held_out = self._load(config.data.test, None) if config.data.test else []
         self.actor = Actor(self.shape, config.actor, total_updates=config.steps * config.batch.updates)
-        self.source = weights.ShardedSource(self.shape, self.actor.named_shards(), resolve_dtype(config.rollout.dtype))
+        self.source = self._stream(config.rollout.dtype)
         self.progress = self._restore(resume)
+        self.saver = checkpoint.Saver(
+            folder.checkpoints(config.name), keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
+        )
         needs_engines = samples_itself or bool(self.held_out)
         pool = engines.start() if needs_engines else None
         stop.listen()
@@ -113,20 +117,24 @@ class Stage:
     def run(self) -> None:
         """Train to the end and export the model."""
         config = self.config
-        with self._open_writer() as self.writer, contextlib.closing(self.sampler):
+        with self._open_writer() as self.writer, contextlib.closing(self.saver), contextlib.closing(self.sampler):
             if self.progress.step == 0:
                 self._log(0, self._evaluate(0), [])
             for step in range(self.progress.step + 1, config.steps + 1):
                 self._step(step)
+                self.saver.check()
                 if self.stop.requested():
                     self._save()
+                    self.saver.wait()
                     raise Stopped(f"stopped after step {step} of stage {config.name}; --resume goes on from there")
                 if step == config.steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
                     self._save()
+            self.saver.wait()
             self._export()
 
     def _step(self, step: int) -> None:
         method, sampler, config = self.method, self.sampler, self.config
+        parallel.seed_generators(seed_of(config.seed, config.name, step))
         sampler.begin_step(step)
         groups = method.generate(sampler)
         if method.scores:
@@ -183,8 +191,7 @@ class Stage:
 
     def _save(self) -> None:
         with self.clock("save"):
-            folder = self.folder.checkpoints(self.config.name)
-            checkpoint.save(folder, self.actor, self.progress, keep=self.config.checkpoint.keep)
+            self.saver.save(self.actor, dataclasses.replace(self.progress, method=self.method.state()))
 
     def _restore(self, resume: bool) -> checkpoint.Progress:
         """Load the newest checkpoint, or the model folder."""
@@ -192,13 +199,15 @@ class Stage:
         stage_folder = self.folder.checkpoints(self.config.name)
         found = parallel.on_first_rank(lambda: checkpoint.newest(stage_folder) if resume else None)
         if found is None:
-            weights.load(TensorFolder(self.config.model.path), self.shape, self.actor.named_shards())
+            layout = self.config.actor.parallel
+            weights.load(open_model(self.config.model.path, self.shape), self.shape, layout, self.actor.named_shards())
             self.actor.after_load()
             return fresh
         path, progress = found
         if progress.fingerprint != fresh.fingerprint:
             log.warning("%s was written with other settings; going on with the present ones", path)
         checkpoint.load(path, self.actor, progress)
+        self.method.restore(progress.method)
         log.info("resuming stage %s after step %d from %s", self.config.name, progress.step, path)
         return dataclasses.replace(progress, fingerprint=fresh.fingerprint)
 
@@ -216,12 +225,17 @@ class Stage:
             log.warning("%s: %s of %d rows", ", ".join(files), loaded.skipped, len(loaded))
         return list(loaded.prompts)
 
+    def _stream(self, dtype: str) -> weights.ShardedSource:
+        layout = self.config.actor.parallel
+        return weights.ShardedSource(self.shape, layout, self.actor.named_shards(), resolve_dtype(dtype))
+
     def _export(self) -> None:
         """Write the model as a Hugging Face folder; a collective."""
-        source = weights.ShardedSource(self.shape, self.actor.named_shards(), resolve_dtype(self.config.actor.dtype))
+        source = self._stream(self.config.actor.dtype)
         target = self.folder.export(self.config.name, self.last)
         if parallel.rank() == 0:
-            write_folder(target, ((n, t) for n, t in source if t is not None), like=Path(self.config.model.path))
+            tensors = ((name, tensor) for name, tensor in source if tensor is not None)
+            write_folder(target, source.metadata(), tensors, like=Path(self.config.model.path))
         else:
             for _ in source:
                 pass

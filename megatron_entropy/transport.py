@@ -3,7 +3,8 @@
 The group is the transfer's own (a `TCPStore` and a `ProcessGroupGloo`, never torch's global default group): rank 0 is
 the trainer's `Sender`, ranks 1..n are the engines' workers, each a `Receiver`. Both sides are told the same list of
 `TensorMeta` and cut it into the same buckets, so that nothing but tensor bytes (and checksums, when asked for) is on
-the wire. At most two buckets are alive on either side. A tensor larger than a bucket travels alone, without a copy.
+the wire. A tensor is cut into slabs of rows that are an eighth of a bucket at most, so that the sender never holds more
+than two buckets, whatever the size of a tensor: one that is filled and one on the wire.
 
 A receiver that cannot use what it gets (a checksum that differs, a model that refuses a tensor) goes on receiving to
 the end and raises then: the sender and the other receivers never wait for it. A peer that dies closes its sockets,
@@ -15,12 +16,11 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import itertools
 import re
 import socket
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -66,11 +66,25 @@ class TensorMeta(NamedTuple):
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+class Slab(NamedTuple):
+    """Rows [first, first + rows) of tensor `number` of a list; a tensor without dimensions has one row."""
+
+    number: int
+    first: int
+    rows: int
+
+    def view(self, buffer: torch.Tensor, offset: int, meta: TensorMeta) -> torch.Tensor:
+        """The slab's place in a byte buffer as a tensor [rows, ...]."""
+        shape = (self.rows, *meta.shape[1:])
+        num_bytes = torch.Size(shape).numel() * meta.dtype.itemsize
+        return buffer[offset : offset + num_bytes].view(meta.dtype).view(shape)
+
+
 @dataclass(frozen=True)
 class Bucket:
-    """Tensors `first` to `first + len(offsets)` of the list, at `offsets` (bytes) of a buffer of `num_bytes`."""
+    """Slabs at `offsets` (bytes) of a buffer of `num_bytes`."""
 
-    first: int
+    slabs: tuple[Slab, ...]
     offsets: tuple[int, ...]
     num_bytes: int
 
@@ -112,22 +126,32 @@ class WeightClient(Protocol):
 
 
 def plan_buckets(metadata: Sequence[TensorMeta], bucket_bytes: int) -> list[Bucket]:
-    """Cut a list of tensors into buckets, in order; the same on every side.
+    """Cut a list of tensors into slabs and these into buckets, in order; the same on every side.
 
     Args:
-        bucket_bytes: size a bucket may have; only a tensor that is larger than this by itself makes a larger one.
+        bucket_bytes: what one bucket and the making of its slabs may take; only a single row that is larger makes a
+            larger one.
     """
+    slab_bytes = bucket_bytes // 8
     buckets: list[Bucket] = []
-    first, offsets, end = 0, [], 0
-    for index, meta in enumerate(metadata):
-        start = -(-end // ALIGNMENT) * ALIGNMENT
-        if offsets and start + meta.num_bytes > bucket_bytes:
-            buckets.append(Bucket(first, tuple(offsets), end))
-            first, offsets, start = index, [], 0
-        offsets.append(start)
-        end = start + meta.num_bytes
-    if offsets:
-        buckets.append(Bucket(first, tuple(offsets), end))
+    slabs: list[Slab] = []
+    offsets: list[int] = []
+    end = 0
+    for number, meta in enumerate(metadata):
+        rows = meta.shape[0] if meta.shape else 1
+        row_bytes = meta.num_bytes // max(rows, 1)
+        height = max(1, min(rows, slab_bytes // max(row_bytes, 1)))
+        for first in range(0, max(rows, 1), height):
+            count = min(height, rows - first)
+            start = -(-end // ALIGNMENT) * ALIGNMENT
+            if slabs and start + count * row_bytes > bucket_bytes - slab_bytes:
+                buckets.append(Bucket(tuple(slabs), tuple(offsets), end))
+                slabs, offsets, start = [], [], 0
+            slabs.append(Slab(number, first, count))
+            offsets.append(start)
+            end = start + count * row_bytes
+    if slabs:
+        buckets.append(Bucket(tuple(slabs), tuple(offsets), end))
     return buckets
 
 
@@ -178,46 +202,47 @@ class Sender:
     def send(
         self,
         metadata: Sequence[TensorMeta],
-        pairs: Iterable[tuple[str, torch.Tensor]],
+        read: Callable[[Slab, torch.Tensor], None],
         check: Callable[[], None] = lambda: None,
     ) -> int:
-        """Broadcast tensors that follow `metadata` one for one; returns the number of bytes sent.
+        """Broadcast tensors; returns the number of bytes sent.
 
         While a bucket travels the next one is filled, so gathering and sending overlap.
 
+        Args:
+            read: writes a slab into a CPU tensor [rows, ...]; called for every slab of `plan_buckets`, in order.
         Raises:
             TransportError: when a receiver died or the group made no progress in time.
-            ValueError: when `pairs` do not agree with `metadata`.
         """
         assert self._link is not None, "connect() comes first"
-        iterator = _agreeing(metadata, pairs)
-        total = 0
-        for bucket in plan_buckets(metadata, self._info.bucket_bytes):
-            buffer, sums = self._fill(bucket, iterator)
+        buckets = plan_buckets(metadata, self._info.bucket_bytes)
+        size = max((bucket.num_bytes for bucket in buckets), default=0)
+        buffers = [torch.empty(size, dtype=torch.uint8) for _ in buckets[:2]]
+        for turn, bucket in enumerate(buckets):
+            buffer = buffers[turn % 2][: bucket.num_bytes]
+            sums = self._fill(bucket, metadata, buffer, read)
             self._link.finish(check)
             self._link.start(buffer)
             if self._info.checksum:
                 self._link.start(sums)
-            total += buffer.numel()
-            del buffer
         self._link.finish(check)
-        next(iterator, None)  # the source must be at its end too
-        return total
+        return sum(bucket.num_bytes for bucket in buckets)
 
-    def _fill(self, bucket: Bucket, iterator: Iterator[tuple[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The bucket's bytes, and the checksum of each of its tensors: uint8 [num_bytes], int64 [tensors]."""
-        alone = len(bucket.offsets) == 1
-        buffer = torch.empty(0 if alone else bucket.num_bytes, dtype=torch.uint8)
+    def _fill(
+        self,
+        bucket: Bucket,
+        metadata: Sequence[TensorMeta],
+        buffer: torch.Tensor,
+        read: Callable[[Slab, torch.Tensor], None],
+    ) -> torch.Tensor:
+        """Fill the bucket's buffer; returns the checksum of each slab, int64 [slabs]."""
         sums = []
-        for offset, (_, tensor) in zip(bucket.offsets, itertools.islice(iterator, len(bucket.offsets)), strict=True):
-            data = _bytes(tensor)
+        for slab, offset in zip(bucket.slabs, bucket.offsets, strict=True):
+            place = slab.view(buffer, offset, metadata[slab.number])
+            read(slab, place)
             if self._info.checksum:
-                sums.append(checksum(data.cpu()))
-            if alone:
-                buffer = data.cpu()
-            else:
-                buffer[offset : offset + data.numel()].copy_(data)
-        return buffer, torch.tensor(sums, dtype=torch.int64)
+                sums.append(checksum(place))
+        return torch.tensor(sums, dtype=torch.int64)
 
     def close(self) -> None:
         """Leave the group: receivers that still wait for data get an error."""
@@ -246,9 +271,10 @@ class Receiver:
             ) from error
 
     def receive(self, metadata: Sequence[TensorMeta], load: Callable[[list[tuple[str, torch.Tensor]]], None]) -> None:
-        """Take one transfer and hand each bucket's tensors to `load`.
+        """Take one transfer and hand the tensors of each bucket to `load`, a tensor in slabs with its last one.
 
-        The tensors are views of the bucket's buffer, which lives as long as any of them does: `load` may keep them.
+        The tensors are views of the bucket's buffer, which lives as long as any of them does, or of their own: `load`
+        may keep them.
 
         Raises:
             TransportError: when the sender died or went silent.
@@ -257,19 +283,17 @@ class Receiver:
         """
         assert self._link is not None, "the receiver is closed"
         failure: Exception | None = None
+        assembly = _Assembly(metadata)
         for bucket in plan_buckets(metadata, self._info.bucket_bytes):
             buffer = torch.empty(bucket.num_bytes, dtype=torch.uint8)
             self._take(buffer)
-            inside = metadata[bucket.first : bucket.first + len(bucket.offsets)]
-            sums = torch.empty(len(inside), dtype=torch.int64)
+            sums = torch.empty(len(bucket.slabs), dtype=torch.int64)
             if self._info.checksum:
                 self._take(sums)
             if failure is None:
                 try:
-                    tensors = _unpack(inside, bucket, buffer)
-                    if self._info.checksum:
-                        _verify(tensors, sums)
-                    load(tensors)
+                    if tensors := assembly.add(bucket, buffer, sums if self._info.checksum else None):
+                        load(tensors)
                 except Exception as error:  # raised at the end: the group must not wait for this receiver
                     failure = error
         if failure is not None:
@@ -365,31 +389,35 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
-def _unpack(metadata: Sequence[TensorMeta], bucket: Bucket, buffer: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    return [
-        (meta.name, buffer[offset : offset + meta.num_bytes].view(meta.dtype).view(meta.shape))
-        for meta, offset in zip(metadata, bucket.offsets, strict=True)
-    ]
+class _Assembly:
+    """Puts the slabs of tensors that were cut together again."""
 
+    def __init__(self, metadata: Sequence[TensorMeta]) -> None:
+        self._metadata = metadata
+        self._partial: dict[int, torch.Tensor] = {}
 
-def _verify(tensors: Sequence[tuple[str, torch.Tensor]], sums: torch.Tensor) -> None:
-    for (name, tensor), expected in zip(tensors, sums.tolist(), strict=True):
-        if checksum(tensor) != expected:
-            raise ChecksumError(f"{name}: arrived with other bytes than were sent (checksum {expected:08x})")
+    def add(self, bucket: Bucket, buffer: torch.Tensor, sums: torch.Tensor | None) -> list[tuple[str, torch.Tensor]]:
+        """The tensors that a bucket completes.
 
-
-def _agreeing(
-    metadata: Sequence[TensorMeta], pairs: Iterable[tuple[str, torch.Tensor]]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The pairs, each compared with what the receivers were told to expect."""
-    for meta, pair in itertools.zip_longest(metadata, pairs):
-        if meta is None or pair is None:
-            name = meta.name if meta is not None else pair and pair[0]
-            raise ValueError(f"{name}: the source of weights yielded other tensors than it announced")
-        name, tensor = pair
-        if (name, tensor.dtype, tuple(tensor.shape)) != (meta.name, meta.dtype, meta.shape):
-            raise ValueError(
-                f"the source of weights announced {meta.name} {meta.dtype} {list(meta.shape)} and yielded "
-                f"{name} {tensor.dtype} {list(tensor.shape)}"
-            )
-        yield name, tensor
+        Raises:
+            ChecksumError: naming the first tensor that arrived with other bytes than were sent.
+        """
+        done = []
+        for position, (slab, offset) in enumerate(zip(bucket.slabs, bucket.offsets, strict=True)):
+            meta = self._metadata[slab.number]
+            rows = slab.view(buffer, offset, meta)
+            if sums is not None and checksum(rows) != (expected := int(sums[position])):
+                raise ChecksumError(
+                    f"{meta.name}: arrived with other bytes than were sent (rows {slab.first} to "
+                    f"{slab.first + slab.rows}, checksum {expected:08x})"
+                )
+            height = meta.shape[0] if meta.shape else 1
+            if slab.rows == height:
+                done.append((meta.name, rows.view(meta.shape)))
+                continue
+            if slab.number not in self._partial:
+                self._partial[slab.number] = torch.empty(meta.shape, dtype=meta.dtype)
+            self._partial[slab.number][slab.first : slab.first + slab.rows] = rows
+            if slab.first + slab.rows == height:
+                done.append((meta.name, self._partial.pop(slab.number)))
+        return done

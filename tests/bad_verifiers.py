@@ -12,6 +12,8 @@ from megatron_entropy.records import Grade
 
 def misbehave(response: str, answer: str) -> Grade | bool | str:
     """Hang, crash or raise as `response` says; anything else is graded by equality."""
+    if response == "slow":
+        time.sleep(1)
     if response == "hang":
         while True:
             time.sleep(1)

@@ -17,7 +17,7 @@ SOURCES = {"megatron_entropy": ROOT / "megatron_entropy", "entropy_kernels": ROO
 
 FLOORS = {
     0: ("entropy_kernels",),
-    1: ("architecture", "config", "cpu", "errors", "parallel", "records", "run_folder"),
+    1: ("architecture", "config", "cpu", "errors", "manifest", "parallel", "records", "run_folder"),
     2: ("data", "log", "packing", "rewards", "transport"),
     3: ("actor", "methods", "resharding", "rollout"),
     4: ("checkpoint", "evaluation", "plots", "report", "sampler", "trainer"),

@@ -23,6 +23,13 @@ def test_every_layout_agrees_with_one_rank():
 
 
 @pytest.mark.actor
+def test_every_layout_of_experts_agrees_with_one_rank():
+    for row in check_layouts.run(check_layouts.EXPERT_LAYOUTS, experts=True):
+        for quantity in QUANTITIES:
+            assert row[quantity] <= check_layouts.TOLERANCE, (row["layout"], quantity, row[quantity])
+
+
+@pytest.mark.actor
 def test_the_comparison_sees_a_difference():
     """An outcome that differs in one parameter by twice the tolerance does not pass for equal."""
     one = np.zeros(1)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -229,11 +231,42 @@ def test_pool_goes_on_after_a_crash_of_every_worker(bad_pool):
     assert bad_pool.grade([("1", "1")]) == [Grade(True, "1")]
 
 
+@pytest.mark.parametrize("moment", ["loading", "idle", "grading"])
+def test_a_killed_worker_changes_no_grade(moment, monkeypatch):
+    """As the machine's out-of-memory killer does it: a signal at a moment that has nothing to do with the answers."""
+
+    def worker(seconds):
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            for child in psutil.Process().children():
+                if "spawn_main" in " ".join(child.cmdline()):
+                    return child
+        raise AssertionError("no worker")
+
+    def kill_while(delay):
+        victim = worker(20)
+        time.sleep(delay)
+        victim.kill()
+
+    monkeypatch.syspath_prepend(str(TESTS))
+    with RewardPool(verifier="bad_verifiers:misbehave", workers=1, timeout=20.0) as pool:
+        if moment != "loading":
+            assert pool.grade([("1", "1")]) == [Grade(True, "1")]
+        if moment == "idle":
+            kill_while(0.0)
+            time.sleep(0.5)
+        killer = threading.Thread(target=kill_while, args=(0.01 if moment == "loading" else 0.5,))
+        if moment != "idle":
+            killer.start()
+        assert pool.grade([("slow", "slow"), ("2", "3")]) == [Grade(True, "slow"), Grade(False, "2")]
+        assert not killer.is_alive()
+
+
 def test_an_answer_at_which_every_pool_breaks_down_is_given_up(monkeypatch):
     pool = RewardPool(verifier="math_verify")
     attempts = []
 
-    def attempt(pairs, grades):
+    def attempt(pairs, grades, suspects):
         attempts.append(len(grades))
         if grades:
             grades[1] = Grade(True)

@@ -25,7 +25,7 @@ from megatron_entropy.errors import EngineFault, Fault
 from megatron_entropy.resharding.transfer import WeightPush
 from megatron_entropy.rollout.engine import Completion, EngineSpec, Request
 from megatron_entropy.rollout.pool import EnginePool
-from megatron_entropy.transport import Bucket, ChecksumError, EngineLost, Sender
+from megatron_entropy.transport import Bucket, ChecksumError, EngineLost, Sender, TensorMeta
 
 EOS = 1
 MAX_LEN = 256
@@ -43,23 +43,23 @@ SHAPE = {  # vLLM's attention on a CPU takes heads of 32 and more
 
 
 class Source:
-    """A model's parameters as a source of weights; `on_tensor` is called before each is yielded."""
+    """A model's parameters as a source of weights; `on_slab` is called before each slab is read."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.tensors = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
-        self.yielded = 0
+        self.rows_read = 0
 
-    def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        return [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors]
+    def metadata(self) -> list[TensorMeta]:
+        self.rows_read = 0
+        return [TensorMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors]
 
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        self.yielded = 0
-        for name, tensor in self.tensors:
-            self.on_tensor(self.yielded)
-            self.yielded += 1
-            yield name, tensor
+    def read(self, number: int, first: int, count: int, out: torch.Tensor | None) -> None:
+        assert out is not None
+        self.on_slab(number)
+        out.copy_(self.tensors[number][1][first : first + count])
+        self.rows_read += count
 
-    def on_tensor(self, index: int) -> None:
+    def on_slab(self, number: int) -> None:
         """Nothing, here."""
 
 
@@ -206,8 +206,8 @@ def test_killed_while_pushing(pool: EnginePool, push: WeightPush, model: Qwen3Fo
     victim = pool.pids[0]
 
     class Killing(Source):
-        def on_tensor(self, index: int) -> None:
-            if index == 6:
+        def on_slab(self, number: int) -> None:
+            if number == 6:
                 os.kill(victim, signal.SIGKILL)
 
     source = Killing(model)
@@ -215,7 +215,8 @@ def test_killed_while_pushing(pool: EnginePool, push: WeightPush, model: Qwen3Fo
     with pytest.raises(EngineLost) as caught:
         WeightPush(source, bucket_bytes=2**12, timeout=60).push(2, pool.clients())
     assert caught.value.indices == (0,)
-    assert source.yielded == len(source.tensors)  # it is a collective: the other ranks iterate to the end
+    # It is a collective: the other ranks read to the end.
+    assert source.rows_read == sum(len(tensor) for _, tensor in source.tensors)
     pool.restart(caught.value.indices)
     push.push(2, pool.clients())  # engine 1 got half of the broken push
     assert_same(answers(pool, requests(8)), before)
@@ -226,14 +227,14 @@ def test_changed_bytes_are_named(
 ) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     fill = Sender._fill
-    position = [entry[0] for entry in Source(model).metadata()].index(name)
+    position = [meta.name for meta in Source(model).metadata()].index(name)
 
-    def flip(self: Sender, bucket: Bucket, iterator: Iterator[tuple[str, torch.Tensor]]) -> object:
-        buffer, sums = fill(self, bucket, iterator)
-        if bucket.first <= position < bucket.first + len(bucket.offsets):
-            buffer = buffer.clone()
-            buffer[bucket.offsets[position - bucket.first] + 17] ^= 1
-        return buffer, sums
+    def flip(self: Sender, bucket: Bucket, metadata: object, buffer: torch.Tensor, read: object) -> torch.Tensor:
+        sums = fill(self, bucket, metadata, buffer, read)
+        for slab, offset in zip(bucket.slabs, bucket.offsets, strict=True):
+            if slab.number == position:
+                buffer[offset + 17] ^= 1
+        return sums
 
     with monkeypatch.context() as patch:
         patch.setattr(Sender, "_fill", flip)

@@ -44,7 +44,7 @@ def peak_mib(folder: str, tokens: int, layout: ParallelConfig) -> dict[str, floa
     parallel.lay_out(layout, seed=1)
     shape = read_shape(folder)
     actor = Actor(shape, ActorConfig(parallel=layout, dtype="float32", token_budget=tokens), total_updates=1)
-    load(TensorFolder(folder), shape, actor.named_shards())
+    load(TensorFolder(folder), shape, actor.config.parallel, actor.named_shards())
     actor.after_load()
     generator = np.random.default_rng(0)
     samples = []

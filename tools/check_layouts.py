@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """One batch, every layout, the same numbers: the actor's layout invariance, measured.
 
-Loads one small random Hugging Face checkpoint into the real Megatron model under every layout, on CPU ranks of this
-machine, in fp32. Scores one batch of sequences of uneven lengths and takes two optimizer steps on it; compares
-log-probabilities, entropies, losses, gradient norms and the parameters afterwards with the single-rank run.
+Loads a small random Hugging Face checkpoint, and one with experts, into the real Megatron model under every layout, on
+CPU ranks of this machine, in fp32. Scores one batch of sequences of uneven lengths and takes two optimizer steps on
+it; compares log-probabilities, entropies, losses, gradient norms and the parameters afterwards with the single-rank
+run.
 
     python tools/check_layouts.py [--out layouts.json] [--tolerance 1e-5]
 
@@ -55,6 +56,16 @@ LAYOUTS = (
     Layout("DP2", ParallelConfig(dp=2)),
     Layout("DP2+distributed optimizer", ParallelConfig(dp=2, distributed_optimizer=True)),
     Layout("TP2xPP2", ParallelConfig(tp=2, pp=2)),
+    Layout("PP3, stages of 1, 2, 1 layers", ParallelConfig(pp=3)),
+    Layout("TP4, 2 key/value heads", ParallelConfig(tp=4)),
+)
+EXPERT_LAYOUTS = (
+    Layout("experts", ParallelConfig()),
+    Layout("experts, TP2+SP", ParallelConfig(tp=2, sequence_parallel=True)),
+    Layout("experts, EP2", ParallelConfig(dp=2, ep=2)),
+    Layout("experts, EP2+distributed optimizer", ParallelConfig(dp=2, ep=2, distributed_optimizer=True)),
+    Layout("experts, TP2+SP, EP2", ParallelConfig(tp=2, ep=2, sequence_parallel=True)),
+    Layout("experts, PP2xEP2", ParallelConfig(pp=2, dp=2, ep=2)),
 )
 
 
@@ -99,7 +110,7 @@ def measure(folder: str, layout: Layout) -> Outcome | None:
         parallel=layout.parallel, optimizer=optimizer, dtype="float32", token_budget=layout.token_budget
     )
     actor = Actor(shape, config, total_updates=2)
-    load(TensorFolder(folder), shape, actor.named_shards())
+    load(TensorFolder(folder), shape, actor.config.parallel, actor.named_shards())
     actor.after_load()
     samples = make_samples(shape.vocab_size)
     scored = actor.score(samples, temperature=0.8)
@@ -113,7 +124,7 @@ def measure(folder: str, layout: Layout) -> Outcome | None:
         metrics = actor.update(scored, loss, temperature=0.8)
         losses.append(metrics["train/loss"].value)
         norms.append(metrics["train/grad_norm"].value)
-    source = ShardedSource(shape, actor.named_shards(), torch.float32)
+    source = ShardedSource(shape, actor.config.parallel, actor.named_shards(), torch.float32)
     parameters = {name: tensor.numpy().copy() for name, tensor in source if tensor is not None}
     if parallel.rank() != 0:
         return None
@@ -139,23 +150,27 @@ def compare(outcome: Outcome, reference: Outcome) -> dict[str, float]:
     return differences
 
 
-def make_checkpoint(folder: Path) -> None:
+def make_checkpoint(folder: Path, *, experts: bool) -> None:
     """A small random Qwen3 checkpoint: 4 layers, grouped queries, q/k norm, a vocabulary that needs padding."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    import transformers
 
-    torch.manual_seed(0)
-    config = Qwen3Config(
+    sizes = dict(
         vocab_size=301, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=False,
         initializer_range=0.1,
     )  # fmt: skip
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    if experts:
+        sizes |= dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, norm_topk_prob=True)
+    family = "Qwen3Moe" if experts else "Qwen3"
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(folder)
 
 
-def run(layouts: tuple[Layout, ...] = LAYOUTS) -> list[dict]:
-    """Measure every layout against the first; one row per layout."""
+def run(layouts: tuple[Layout, ...] = LAYOUTS, *, experts: bool = False) -> list[dict]:
+    """Measure every layout of a dense model, or of one with experts, against the first; one row per layout."""
     with tempfile.TemporaryDirectory() as folder:
-        make_checkpoint(Path(folder))
+        make_checkpoint(Path(folder), experts=experts)
         reference = None
         rows = []
         for layout in layouts:
@@ -173,11 +188,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("layouts.json"))
     parser.add_argument("--tolerance", type=float, default=TOLERANCE)
     arguments = parser.parse_args()
-    rows = run()
+    rows = run() + run(EXPERT_LAYOUTS, experts=True)
     columns = ("logprob", "entropy", "loss", "grad_norm", "parameters")
-    print(f"{'layout':28s}" + "".join(f"{c:>12s}" for c in columns) + f"{'seconds':>9s}")
+    print(f"{'layout':36s}" + "".join(f"{c:>12s}" for c in columns) + f"{'seconds':>9s}")
     for row in rows:
-        print(f"{row['layout']:28s}" + "".join(f"{row[c]:12.1e}" for c in columns) + f"{row['seconds']:9.1f}")
+        print(f"{row['layout']:36s}" + "".join(f"{row[c]:12.1e}" for c in columns) + f"{row['seconds']:9.1f}")
     worst = max(row[c] for row in rows for c in columns)
     arguments.out.write_text(json.dumps({"tolerance": arguments.tolerance, "worst": worst, "rows": rows}, indent=2))
     print(f"largest difference {worst:.1e}, tolerance {arguments.tolerance:.0e}; written to {arguments.out}")

@@ -8,6 +8,7 @@ weight shard without ever holding the logits.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -25,6 +26,7 @@ from entropy_kernels import TokenStats, token_stats
 from megatron_entropy import cpu
 from megatron_entropy.actor.layers import describe_sequences
 from megatron_entropy.actor.model import build_chunks, head_weight
+from megatron_entropy.actor.offload import HostCopy, memory_of
 from megatron_entropy.actor.optimizer import build_optimizer, build_schedule
 from megatron_entropy.architecture import ModelShape
 from megatron_entropy.config import ActorConfig
@@ -34,6 +36,9 @@ from megatron_entropy.records import Batch, Metric, Sample
 
 LossFunction = Callable[[TokenStats, Batch], tuple[Tensor, dict[str, Metric]]]
 """From token statistics and batch to the per-token loss [T] (before weights) and metrics of the micro-batch."""
+
+_EXPERT_NUMBER = re.compile(r"(\.local_experts\.|\.experts\.linear_fc[12]\.weight)(\d+)")
+"""A rank's own number of an expert in a parameter's name: of the local layers, of Transformer Engine's grouped ones."""
 
 
 class Actor:
@@ -62,10 +67,19 @@ class Actor:
         self.optimizer: MegatronOptimizer = build_optimizer(config, self.chunks)
         self.schedule = build_schedule(config.optimizer, self.optimizer, total_updates)
         settings.grad_scale_func = self.optimizer.scale_loss
+        self._host_copy = HostCopy()
 
     def named_shards(self) -> dict[str, Tensor]:
-        """This rank's parameters under global names (`decoder.layers.N` counts over all stages)."""
+        """This rank's parameters under global names: layers count over all stages, experts over all ranks."""
         shards: dict[str, Tensor] = {}
+        first_expert = 0
+        if self.shape.moe:
+            here = self.shape.moe.num_experts // self.config.parallel.ep
+            first_expert = here * parallel_state.get_expert_model_parallel_rank()
+
+        def global_expert(hit: re.Match[str]) -> str:
+            return f"{hit[1]}{int(hit[2]) + first_expert}"
+
         for chunk in self.chunks:
             module: GPTModel = chunk.module
             numbers = {str(i): str(layer.layer_number - 1) for i, layer in enumerate(module.decoder.layers)}
@@ -73,12 +87,21 @@ class Actor:
                 parts = name.split(".")
                 if parts[:2] == ["decoder", "layers"]:
                     parts[2] = numbers[parts[2]]
-                shards[".".join(parts)] = parameter
+                shards[_EXPERT_NUMBER.sub(global_expert, ".".join(parts))] = parameter
         return shards
 
     def after_load(self) -> None:
         """Let the optimizer take over weights that were written into the model."""
         self.optimizer.reload_model_params()
+
+    def offload(self) -> None:
+        """Free the GPU: weights and optimizer state go to host memory, gradients away. Nothing on a CPU."""
+        if cpu.device().type != "cpu":
+            self._host_copy.offload(*memory_of(self))
+
+    def onload(self) -> None:
+        """Undo `offload`, if it was called."""
+        self._host_copy.onload()
 
     def score(self, samples: Sequence[Sample], *, temperature: float, entropy: bool = True) -> list[Sample]:
         """Log-probability, and entropy, of every response token under the current weights.

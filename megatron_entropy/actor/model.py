@@ -32,31 +32,16 @@ from torch import Tensor
 from megatron_entropy import cpu
 from megatron_entropy.actor.layers import Norm, PackedAttention
 from megatron_entropy.actor.rotary import rotary_frequencies
-from megatron_entropy.architecture import ModelShape
-from megatron_entropy.config import ActorConfig
-from megatron_entropy.errors import ConfigError, MissingPackageError
+from megatron_entropy.architecture import ModelShape, split_layers
+from megatron_entropy.config import ActorConfig, ParallelConfig
+from megatron_entropy.errors import MissingPackageError
 
 log = logging.getLogger(__name__)
-
-VOCAB_MULTIPLE = 128
-"""The embedding is padded to a multiple of this whatever the layout, so that checkpoints fit every layout."""
 
 
 def has_transformer_engine() -> bool:
     """Whether layers run on Transformer Engine: installed, and a GPU to run on."""
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-
-
-def padded_vocab_size(vocab_size: int, tp: int) -> int:
-    """Rows of the embedding with padding.
-
-    Raises:
-        ConfigError: when the layout cannot split them evenly.
-    """
-    padded = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-    if padded % tp:
-        raise ConfigError(f"actor.parallel.tp={tp} does not divide the padded vocabulary of {padded} rows")
-    return padded
 
 
 def resolve_dtype(name: str) -> torch.dtype:
@@ -129,7 +114,8 @@ def transformer_config(shape: ModelShape, config: ActorConfig) -> TransformerCon
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",
+        moe_token_dispatcher_type="alltoall",  # asked for by variable_seq_lengths, also without experts
+        pipeline_model_parallel_layout=_uneven_stages(shape, layout),
         calculate_per_token_loss=True,  # gradients are summed: weights already hold the normalisation
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,  # every weight comes from a checkpoint
@@ -143,9 +129,38 @@ def transformer_config(shape: ModelShape, config: ActorConfig) -> TransformerCon
         # With two stages a chunk's previous and next rank are the same; only the overlapped exchange tells them apart.
         overlap_p2p_comm=layout.vpp > 1,
         batch_p2p_comm=layout.vpp == 1,
+        **_expert_settings(shape, layout, fused),
         **fp8,
         **recompute,
     )
+
+
+def _expert_settings(shape: ModelShape, layout: ParallelConfig, fused: bool) -> dict[str, Any]:
+    if shape.moe is None:
+        return {}
+    return {
+        "num_moe_experts": shape.moe.num_experts,
+        "moe_router_topk": shape.moe.experts_per_token,
+        "moe_ffn_hidden_size": shape.moe.ffn_size,
+        # Weights of the chosen experts that sum to 1 are the softmax over the chosen logits.
+        "moe_router_pre_softmax": not shape.moe.normalise,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",  # an auxiliary loss would change the objective
+        "moe_grouped_gemm": fused,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.etp,
+    }
+
+
+def _uneven_stages(shape: ModelShape, layout: ParallelConfig) -> list[list[str]] | None:
+    """Megatron's description of pipeline stages with different numbers of layers; None where all are equal."""
+    stages = split_layers(shape.num_layers, layout.pp * layout.vpp)
+    if len({len(layers) for layers in stages}) == 1:
+        return None
+    described = [["decoder"] * len(layers) for layers in stages]
+    described[0].insert(0, "embedding")
+    described[-1].append("loss")
+    return described
 
 
 def build_chunks(shape: ModelShape, config: ActorConfig) -> list[GPTModel]:
@@ -159,8 +174,8 @@ def build_chunks(shape: ModelShape, config: ActorConfig) -> list[GPTModel]:
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         chunk = GPTModel(
             config=settings,
-            transformer_layer_spec=_layer_spec(shape, settings),
-            vocab_size=padded_vocab_size(shape.vocab_size, layout.tp),
+            transformer_layer_spec=_layer_spec(shape, layout, stage),
+            vocab_size=shape.padded_vocab_size,
             max_sequence_length=shape.max_positions,
             pre_process=first,
             post_process=last,
@@ -197,12 +212,20 @@ def _mark_sharded_weights(chunk: GPTModel) -> None:
         for parameter, dim in sharded:
             if parameter is not None and not hasattr(parameter, "tensor_model_parallel"):
                 set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
+            if parameter is not None and getattr(module, "is_expert", False):
+                # Megatron says so for ep > 1 only, but with etp < tp experts have replicas of their own too.
+                parameter.allreduce = False
 
 
-def _layer_spec(shape: ModelShape, settings: TransformerConfig) -> Any:
+def _layer_spec(shape: ModelShape, layout: ParallelConfig, chunk: int) -> Any:
+    experts = shape.moe.num_experts if shape.moe else None
     if has_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=shape.qk_norm)
-    layer: ModuleSpec = get_gpt_layer_local_spec(qk_layernorm=shape.qk_norm, normalization="RMSNorm")
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=experts, moe_grouped_gemm=experts is not None, qk_layernorm=shape.qk_norm
+        )
+    layer: ModuleSpec = get_gpt_layer_local_spec(
+        num_experts=experts, qk_layernorm=shape.qk_norm, normalization="RMSNorm"
+    )
     layer.submodules.input_layernorm = Norm
     layer.submodules.pre_mlp_layernorm = Norm
     attention = layer.submodules.self_attention.submodules
@@ -210,6 +233,6 @@ def _layer_spec(shape: ModelShape, settings: TransformerConfig) -> Any:
     if shape.qk_norm:
         attention.q_layernorm = Norm
         attention.k_layernorm = Norm
-    layers_here = shape.num_layers // settings.pipeline_model_parallel_size
-    layers_here //= settings.virtual_pipeline_model_parallel_size or 1
+    stage = chunk * layout.pp + parallel_state.get_pipeline_model_parallel_rank()
+    layers_here = len(split_layers(shape.num_layers, layout.pp * layout.vpp)[stage])
     return TransformerBlockSubmodules(layer_specs=[layer] * layers_here, layer_norm=Norm)

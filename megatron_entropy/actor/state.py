@@ -15,6 +15,7 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
@@ -27,7 +28,7 @@ _RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def sharded_state(actor: Actor, *, is_loading: bool) -> dict[str, Any]:
-    """Everything of the actor that a checkpoint holds, as sharded tensors.
+    """Everything of the actor that a checkpoint holds, as sharded tensors; further ones would join it here by name.
 
     Args:
         is_loading: the tensors will be loaded into; optimizer state that does not exist yet is created.
@@ -66,6 +67,12 @@ def restore(actor: Actor, loaded: dict[str, Any], *, updates: int) -> None:
         _set_step(optimizer.optimizer, updates)
     actor.schedule.num_steps = 0
     actor.schedule.step(increment=updates)
+
+
+def global_shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name and global shape of every tensor that this rank's `sharded_state` asks a checkpoint for."""
+    prepared, _, _ = load_preprocess(state)
+    return {t.key: tuple(t.global_shape) for t in nested_values(prepared) if isinstance(t, ShardedTensor)}
 
 
 def _single_optimizers(actor: Actor) -> list[Any]:

@@ -1,5 +1,8 @@
 """What a method is: six hooks, called in the order of a step.
 
+A method with a memory between steps adds `state` and `restore`; one that draws random numbers may use the global
+generators, which every step seeds anew, or seeds of its own (`config.seed_of`).
+
 A method imports records, objectives and nothing that knows of ranks, engines or models. Every rank calls every hook
 with the same records, so a hook is plain sequential code; what it needs from the outside it gets from `Rollouts`.
 """
@@ -7,9 +10,10 @@ with the same records, so a hook is plain sequential code; what it needs from th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from megatron_entropy.config import Config, MethodConfig
+from megatron_entropy.errors import CheckpointError
 from megatron_entropy.records import Batch, Group, Metric, Prompt
 
 if TYPE_CHECKING:
@@ -70,6 +74,22 @@ class Method:
     def credit(self, groups: list[Group]) -> list[Group]:
         """Fill `advantage` and `weight` of every sample of one optimizer step; weights hold the normalisation."""
         raise NotImplementedError
+
+    def state(self) -> dict[str, Any]:
+        """What the method knows from earlier steps, for a checkpoint: small, of JSON's types. Default: nothing."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave; called before the first step of a resumed stage.
+
+        Raises:
+            CheckpointError: it is another method's.
+        """
+        if state:
+            raise CheckpointError(
+                f"the checkpoint holds what another method remembers ({', '.join(state)}), for which "
+                f"{type(self).__name__} has no use; resume with the method.name the stage began with"
+            )
 
     def loss(self, stats: TokenStats, batch: Batch) -> tuple[Tensor, dict[str, Metric]]:
         """The loss of every token of a micro-batch, before weights: [T], and metrics."""

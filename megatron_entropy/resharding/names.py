@@ -1,34 +1,35 @@
 """Names as data: which Hugging Face tensors a Megatron parameter is made of, and how they lie in it.
 
-One `Rule` per parameter of a layer, one table per model family; a new family is one table. Functions here are pure
-tensor arithmetic: `shard` cuts a rank's part out of Hugging Face tensors, `unshard` puts the ranks' parts together
-again. Megatron's parameters are named with their global layer number; `{layer}` stands for it.
+One `Rule` per parameter, one table per model family; a new family is one table. `pieces` says which rows (or columns)
+of a Hugging Face tensor lie where in a rank's part of a parameter; everything that moves weights in either direction
+follows it: `shard` and `unshard` here, the plan and the stream in the modules beside this one. Parameters are named
+with their global layer and expert numbers; `{layer}` and `{expert}` stand for them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_entropy.architecture import ModelShape
 
-Kind = Literal["whole", "rows", "columns", "vocabulary", "qkv", "gate_up"]
+Kind = Literal["whole", "columns", "vocabulary", "qkv", "gate_up"]
 """How a tensor is split over tensor-parallel ranks.
 
-`whole`: not at all. `rows`: along dimension 0. `columns`: along dimension 1. `vocabulary`: rows, padded with zeros.
-`qkv`: query, key and value heads fused, grouped by key/value head, then rows. `gate_up`: each rank holds its rows of
-the gate above its rows of the up projection.
+`whole`: not at all. `columns`: along dimension 1. `vocabulary`: rows, padded with zeros. `qkv`: query, key and value
+heads fused, grouped by key/value head, then rows. `gate_up`: each rank holds its rows of the gate above its rows of
+the up projection.
 """
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One Megatron parameter: its name(s), the Hugging Face tensors it holds, how they are split.
+    """One Megatron parameter: its name, the Hugging Face tensors it holds, how they are split.
 
     `aliases`: names the same parameter has under Transformer Engine's fused layers.
     """
@@ -40,7 +41,9 @@ class Rule:
 
 
 _LAYER = "decoder.layers.{layer}."
+_EXPERT = _LAYER + "mlp.experts.local_experts.{expert}."
 _HF_LAYER = "model.layers.{layer}."
+_HF_EXPERT = _HF_LAYER + "mlp.experts.{expert}."
 
 _ENDS = (
     Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocabulary"),
@@ -48,7 +51,7 @@ _ENDS = (
     Rule("output_layer.weight", ("lm_head.weight",), "vocabulary"),
 )
 
-_DENSE = (
+_ATTENTION = (
     Rule(
         _LAYER + "input_layernorm.weight",
         (_HF_LAYER + "input_layernorm.weight",),
@@ -67,6 +70,8 @@ _DENSE = (
         "whole",
         (_LAYER + "mlp.linear_fc1.layer_norm_weight",),
     ),
+)
+_MLP = (
     Rule(
         _LAYER + "mlp.linear_fc1.weight",
         (_HF_LAYER + "mlp.gate_proj.weight", _HF_LAYER + "mlp.up_proj.weight"),
@@ -74,7 +79,21 @@ _DENSE = (
     ),
     Rule(_LAYER + "mlp.linear_fc2.weight", (_HF_LAYER + "mlp.down_proj.weight",), "columns"),
 )
-
+_EXPERTS = (
+    Rule(_LAYER + "mlp.router.weight", (_HF_LAYER + "mlp.gate.weight",), "whole"),
+    Rule(
+        _EXPERT + "linear_fc1.weight",
+        (_HF_EXPERT + "gate_proj.weight", _HF_EXPERT + "up_proj.weight"),
+        "gate_up",
+        (_LAYER + "mlp.experts.linear_fc1.weight{expert}",),
+    ),
+    Rule(
+        _EXPERT + "linear_fc2.weight",
+        (_HF_EXPERT + "down_proj.weight",),
+        "columns",
+        (_LAYER + "mlp.experts.linear_fc2.weight{expert}",),
+    ),
+)
 _QKV_BIAS = Rule(
     _LAYER + "self_attention.linear_qkv.bias", tuple(_HF_LAYER + f"self_attn.{part}_proj.bias" for part in "qkv"), "qkv"
 )
@@ -84,22 +103,36 @@ _QK_NORM = tuple(
 )
 
 FAMILIES: dict[str, tuple[Rule, ...]] = {
-    "llama": _ENDS + _DENSE,
-    "qwen2": (*_ENDS, *_DENSE, _QKV_BIAS),
-    "qwen3": _ENDS + _DENSE + _QK_NORM,
+    "llama": _ENDS + _ATTENTION + _MLP,
+    "qwen2": (*_ENDS, *_ATTENTION, *_MLP, _QKV_BIAS),
+    "qwen3": _ENDS + _ATTENTION + _MLP + _QK_NORM,
+    "qwen3_moe": _ENDS + _ATTENTION + _EXPERTS + _QK_NORM,
 }
 """Rules of every family, end layers first."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A rule applied to one layer: full names, full shapes of the Hugging Face tensors."""
+    """A rule applied to one layer (and expert): full names, full shapes of the Hugging Face tensors."""
 
     megatron: str
     aliases: tuple[str, ...]
     tensors: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     kind: Kind
+    layer: int | None = None
+    expert: int | None = None
+
+
+class Piece(NamedTuple):
+    """`length` rows (`dim` 0) or columns (1) that a rank's part of a parameter shares with a Hugging Face tensor."""
+
+    tensor: int
+    """Which of the entry's tensors."""
+    dim: int
+    part_start: int
+    whole_start: int
+    length: int
 
 
 def entries(shape: ModelShape) -> list[Entry]:
@@ -107,51 +140,95 @@ def entries(shape: ModelShape) -> list[Entry]:
     rules = FAMILIES[shape.family]
     layered = [rule for rule in rules if "{layer}" in rule.megatron]
     embedding, final_norm, head = (rule for rule in rules if "{layer}" not in rule.megatron)
-    result = [_entry(embedding, shape, 0)]
+    experts = range(shape.moe.num_experts) if shape.moe else range(0)
+    result = [_entry(embedding, shape, None, None)]
     for layer in range(shape.num_layers):
-        result += [_entry(rule, shape, layer) for rule in layered]
-    result.append(_entry(final_norm, shape, 0))
-    return result if shape.tied_embeddings else [*result, _entry(head, shape, 0)]
+        result += [_entry(rule, shape, layer, None) for rule in layered if "{expert}" not in rule.megatron]
+        result += [_entry(rule, shape, layer, e) for e in experts for rule in layered if "{expert}" in rule.megatron]
+    result.append(_entry(final_norm, shape, None, None))
+    return result if shape.tied_embeddings else [*result, _entry(head, shape, None, None)]
 
 
-def shard(entry: Entry, tensors: Sequence[Tensor], shape: ModelShape, *, rank: int, ranks: int, rows: int) -> Tensor:
-    """A tensor-parallel rank's part of a parameter.
+def with_tied_head(all_entries: list[Entry], shape: ModelShape) -> list[Entry]:
+    """With tied embeddings the last pipeline stage holds a copy of the embedding under the head's name."""
+    if not shape.tied_embeddings:
+        return all_entries
+    embedding = all_entries[0]
+    copy = Entry("output_layer.weight", (), embedding.tensors, embedding.shapes, embedding.kind)
+    return [*all_entries, copy]
 
-    Args:
-        tensors: the full Hugging Face tensors of `entry.tensors`.
-        rows: rows the rank's part has; only the padded vocabulary needs to be told.
+
+def pieces(entry: Entry, shape: ModelShape, *, rank: int, ranks: int) -> Iterator[Piece]:
+    """What a tensor-parallel rank's part of a parameter is made of, in the order of its rows or columns.
+
+    Together the pieces of all ranks cover every element of the Hugging Face tensors exactly once, but for `whole`,
+    of which every rank holds all. Padding of the vocabulary belongs to no piece.
     """
+    rows = entry.shapes[0][0]
     if entry.kind == "whole":
-        return tensors[0]
+        yield Piece(0, 0, 0, 0, rows)
+    elif entry.kind == "columns":
+        width = entry.shapes[0][1] // ranks
+        yield Piece(0, 1, 0, rank * width, width)
+    elif entry.kind == "gate_up":
+        height = rows // ranks
+        for tensor in range(2):
+            yield Piece(tensor, 0, tensor * height, rank * height, height)
+    elif entry.kind == "vocabulary":
+        height = shape.padded_vocab_size // ranks
+        if (length := min(height, rows - rank * height)) > 0:
+            yield Piece(0, 0, 0, rank * height, length)
+    else:
+        yield from _qkv_pieces(entry, shape, rank, ranks)
+
+
+def _qkv_pieces(entry: Entry, shape: ModelShape, rank: int, ranks: int) -> Iterator[Piece]:
+    """The fused rows are cut evenly, also where ranks outnumber the key/value heads and a cut falls inside a group."""
+    groups = shape.num_query_groups
+    heights = [full[0] // groups for full in entry.shapes]
+    height = sum(heights) * groups // ranks
+    begin, end = rank * height, (rank + 1) * height
+    for group in range(begin // sum(heights), -(-end // sum(heights))):
+        row = group * sum(heights)
+        for tensor, rows in enumerate(heights):
+            first, last = max(row, begin), min(row + rows, end)
+            if first < last:
+                yield Piece(tensor, 0, first - begin, group * rows + first - row, last - first)
+            row += rows
+
+
+def part_shape(entry: Entry, shape: ModelShape, *, ranks: int) -> tuple[int, ...]:
+    """Shape of a tensor-parallel rank's part of a parameter."""
+    first = entry.shapes[0]
+    if entry.kind == "whole":
+        return first
     if entry.kind == "columns":
-        return tensors[0].chunk(ranks, dim=1)[rank]
-    if entry.kind == "gate_up":
-        return torch.cat([tensor.chunk(ranks)[rank] for tensor in tensors])
-    if entry.kind == "qkv":
-        groups = shape.num_query_groups
-        parts = [tensor.reshape(groups, -1, *tensor.shape[1:]).chunk(ranks)[rank] for tensor in tensors]
-        return torch.cat(parts, dim=1).flatten(0, 1)
-    part = tensors[0][rank * rows : (rank + 1) * rows]
-    missing = rows - len(part)
-    return torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part
+        return (first[0], first[1] // ranks)
+    rows = shape.padded_vocab_size if entry.kind == "vocabulary" else sum(full[0] for full in entry.shapes)
+    return (rows // ranks, *first[1:])
+
+
+def shard(entry: Entry, tensors: Sequence[Tensor], shape: ModelShape, *, rank: int, ranks: int) -> Tensor:
+    """A tensor-parallel rank's part of a parameter, made from the full Hugging Face tensors of `entry.tensors`."""
+    part = tensors[0].new_zeros(part_shape(entry, shape, ranks=ranks))
+    for piece in pieces(entry, shape, rank=rank, ranks=ranks):
+        whole = tensors[piece.tensor].narrow(piece.dim, piece.whole_start, piece.length)
+        part.narrow(piece.dim, piece.part_start, piece.length).copy_(whole)
+    return part
 
 
 def unshard(entry: Entry, parts: Sequence[Tensor], shape: ModelShape) -> dict[str, Tensor]:
-    """The Hugging Face tensors that the parts of all tensor-parallel ranks make up; the inverse of `shard`."""
-    if entry.kind == "whole":
-        return {entry.tensors[0]: parts[0]}
-    if entry.kind == "columns":
-        return {entry.tensors[0]: torch.cat(list(parts), dim=1)}
-    if entry.kind == "gate_up":
-        halves = [part.chunk(2) for part in parts]
-        return {name: torch.cat([half[i] for half in halves]) for i, name in enumerate(entry.tensors)}
-    whole = torch.cat(list(parts))
-    if entry.kind == "vocabulary":
-        return {entry.tensors[0]: whole[: entry.shapes[0][0]]}
-    groups = shape.num_query_groups
-    grouped = whole.reshape(groups, -1, *whole.shape[1:])
-    sizes = [rows[0] // groups for rows in entry.shapes]
-    return {name: part.flatten(0, 1) for name, part in zip(entry.tensors, grouped.split(sizes, dim=1), strict=True)}
+    """The Hugging Face tensors that the parts of all tensor-parallel ranks make up; the inverse of `shard`.
+
+    Args:
+        parts: in the order of the ranks; one is enough where the kind is `whole`.
+    """
+    tensors = [torch.empty(full, dtype=parts[0].dtype, device=parts[0].device) for full in entry.shapes]
+    for rank, part in enumerate(parts):
+        for piece in pieces(entry, shape, rank=rank, ranks=len(parts)):
+            whole = tensors[piece.tensor].narrow(piece.dim, piece.whole_start, piece.length)
+            whole.copy_(part.narrow(piece.dim, piece.part_start, piece.length))
+    return dict(zip(entry.tensors, tensors, strict=True))
 
 
 def match(entries_: Sequence[Entry], local: Mapping[str, Tensor]) -> dict[str, Entry]:
@@ -178,20 +255,23 @@ def layer_of(name: str) -> int | None:
     return int(hit.group(1)) if hit else None
 
 
-def _entry(rule: Rule, shape: ModelShape, layer: int) -> Entry:
-    tensors = tuple(name.format(layer=layer) for name in rule.tensors)
+def _entry(rule: Rule, shape: ModelShape, layer: int | None, expert: int | None) -> Entry:
+    tensors = tuple(name.format(layer=layer, expert=expert) for name in rule.tensors)
     return Entry(
-        megatron=rule.megatron.format(layer=layer),
-        aliases=tuple(name.format(layer=layer) for name in rule.aliases),
+        megatron=rule.megatron.format(layer=layer, expert=expert),
+        aliases=tuple(name.format(layer=layer, expert=expert) for name in rule.aliases),
         tensors=tensors,
         shapes=tuple(_tensor_shape(name, shape) for name in tensors),
         kind=rule.kind,
+        layer=layer,
+        expert=expert,
     )
 
 
 def _tensor_shape(name: str, shape: ModelShape) -> tuple[int, ...]:
     hidden, queries = shape.hidden_size, shape.num_heads * shape.head_dim
     keys = shape.num_query_groups * shape.head_dim
+    columns = shape.moe.ffn_size if shape.moe else shape.ffn_size
     part, field = name.split(".")[-2:]
     if part in ("q_proj", "k_proj", "v_proj"):
         rows = queries if part == "q_proj" else keys
@@ -200,9 +280,10 @@ def _tensor_shape(name: str, shape: ModelShape) -> tuple[int, ...]:
         "embed_tokens": (shape.vocab_size, hidden),
         "lm_head": (shape.vocab_size, hidden),
         "o_proj": (hidden, queries),
-        "gate_proj": (shape.ffn_size, hidden),
-        "up_proj": (shape.ffn_size, hidden),
-        "down_proj": (hidden, shape.ffn_size),
+        "gate": (shape.moe.num_experts if shape.moe else 0, hidden),
+        "gate_proj": (columns, hidden),
+        "up_proj": (columns, hidden),
+        "down_proj": (hidden, columns),
         "q_norm": (shape.head_dim,),
         "k_norm": (shape.head_dim,),
     }.get(part, (hidden,))

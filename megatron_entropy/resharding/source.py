@@ -1,9 +1,9 @@
 """The sharded model as a stream of Hugging Face tensors, and the way back from a folder into the shards.
 
 `ShardedSource` has the form of vLLM's `WeightSource`: `metadata()` describes the whole model on every rank without
-moving anything, iteration yields `(name, tensor)` one parameter at a time. Iterating is a collective: a parameter's
-parts are gathered over the tensor-parallel ranks of the pipeline stage that owns it (first data-parallel replica) and
-handed to rank 0; other ranks see `None`. One parameter is in flight at a time.
+moving anything, iteration yields `(name, tensor)`. For a push it is read in slabs (some rows of a tensor) instead, so
+that what is held beside the model does not grow with the largest tensor. Reading is a collective: the ranks that the
+plan names send their slices straight to rank 0, which puts them in place; other ranks pass through.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_entropy.architecture import ModelShape
+from megatron_entropy.config import ParallelConfig
 from megatron_entropy.errors import ModelError
 from megatron_entropy.resharding import names
 from megatron_entropy.resharding.folder import TensorFolder
+from megatron_entropy.resharding.plan import Placement, plan
+from megatron_entropy.transport import TensorMeta
 
 
-def load(folder: TensorFolder, shape: ModelShape, local: Mapping[str, Tensor]) -> None:
+def load(folder: TensorFolder, shape: ModelShape, layout: ParallelConfig, local: Mapping[str, Tensor]) -> None:
     """Fill this rank's parameters from a Hugging Face folder.
 
     Args:
@@ -30,14 +32,13 @@ def load(folder: TensorFolder, shape: ModelShape, local: Mapping[str, Tensor]) -
         ModelError: for a missing tensor, a wrong shape, or a tensor no parameter takes.
     """
     all_entries = names.entries(shape)
-    rank, ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
-    for name, entry in names.match(_with_tied_head(all_entries, shape), local).items():
+    for name, entry in names.match(names.with_tied_head(all_entries, shape), local).items():
         tensors = [folder.read(t, s) for t, s in zip(entry.tensors, entry.shapes, strict=True)]
-        target = local[name]
-        part = names.shard(entry, tensors, shape, rank=rank, ranks=ranks, rows=target.shape[0])
-        assert part.shape == target.shape, f"{name}: {tuple(part.shape)} does not fit {tuple(target.shape)}"
+        ranks = layout.tp if entry.expert is None else layout.etp
+        part = names.shard(entry, tensors, shape, rank=dist.get_rank() % ranks, ranks=ranks)
+        assert part.shape == local[name].shape, f"{name}: {tuple(part.shape)} does not fit {tuple(local[name].shape)}"
         with torch.no_grad():
-            target.copy_(part)
+            local[name].copy_(part)
     expected = {tensor for entry in all_entries for tensor in entry.tensors}
     tied_copy = {"lm_head.weight"} if shape.tied_embeddings else set()
     extra = [n for n in folder.names() if n not in expected | tied_copy and not n.endswith("rotary_emb.inv_freq")]
@@ -48,83 +49,110 @@ def load(folder: TensorFolder, shape: ModelShape, local: Mapping[str, Tensor]) -
 class ShardedSource:
     """The actor's weights as a stream of Hugging Face tensors; see the module's text."""
 
-    def __init__(self, shape: ModelShape, local: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    def __init__(
+        self, shape: ModelShape, layout: ParallelConfig, local: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> None:
         """Describe the stream.
 
         Args:
-            local: this rank's parameters under global names; read at every iteration.
+            local: this rank's parameters under global names; read whenever the stream is.
             dtype: type tensors are cast to before they are sent.
         """
         self.shape = shape
         self.dtype = dtype
         self._local = local
-        self._entries = names.entries(shape)
-        self._by_entry = {
-            entry.megatron: name for name, entry in names.match(_with_tied_head(self._entries, shape), local).items()
-        }
-        self._owner = self._find_owners()
+        self._device = next(iter(local.values())).device
+        # Of a tied head only the embedding itself is read.
+        all_entries = names.entries(shape)
+        matched = names.match(names.with_tied_head(all_entries, shape), local)
+        self._name_of = {entry.megatron: name for name, entry in matched.items()}
+        self._tensors = [
+            (placement, index) for placement in plan(shape, layout) for index in range(len(placement.entry.tensors))
+        ]
 
-    def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    def metadata(self) -> list[TensorMeta]:
         """Name, type and full shape of every tensor, in the order of iteration."""
         return [
-            (name, self.dtype, shape)
-            for entry in self._entries
-            for name, shape in zip(entry.tensors, entry.shapes, strict=True)
+            TensorMeta(placement.entry.tensors[index], self.dtype, placement.entry.shapes[index])
+            for placement, index in self._tensors
         ]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor | None]]:
+        """Every tensor with its name: whole on rank 0, None elsewhere; a collective."""
+        for number, (name, dtype, full) in enumerate(self.metadata()):
+            tensor = torch.empty(full, dtype=dtype, device=self._device) if dist.get_rank() == 0 else None
+            self.read(number, 0, full[0], tensor)
+            yield name, tensor
+
+    def read(self, number: int, first: int, count: int, out: Tensor | None) -> None:
+        """Rows [first, first + count) of the stream's tensor `number`; a collective.
+
+        Args:
+            out: on rank 0 [count, ...] of the stream's type, which is filled; elsewhere not looked at.
+        """
+        placement, index = self._tensors[number]
         rank = dist.get_rank()
-        for entry in self._entries:
-            owner = self._owner[entry.megatron]
-            parts = self._gather(entry) if self._stage_owns(owner) else None
-            tensors = names.unshard(entry, parts, self.shape) if parts is not None and rank == owner else {}
-            for name, shape in zip(entry.tensors, entry.shapes, strict=True):
-                yield name, self._hand_over(tensors.get(name), shape, owner)
-
-    def _find_owners(self) -> dict[str, int]:
-        """Global rank that assembles each parameter: tensor-parallel rank 0 of its stage's first replica."""
-        first_replica = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-        mine = parallel_state.get_tensor_model_parallel_rank() == 0 and first_replica
-        claims: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(claims, sorted(self._by_entry) if mine else [])
-        owner: dict[str, int] = {}
-        for rank, claimed in enumerate(claims):
-            for name in claimed:
-                owner.setdefault(name, rank)
-        return {entry.megatron: owner[entry.megatron] for entry in self._entries}
-
-    def _stage_owns(self, owner: int) -> bool:
-        return owner in dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group())
-
-    def _gather(self, entry: names.Entry) -> list[Tensor] | None:
-        """Parts of a parameter on all ranks of its tensor-parallel group."""
-        part = self._local[self._by_entry[entry.megatron]].detach().to(self.dtype).contiguous()
-        group = parallel_state.get_tensor_model_parallel_group()
-        if entry.kind == "whole" or group.size() == 1:
-            return [part]
-        parts = [torch.empty_like(part) for _ in range(group.size())]
-        dist.all_gather(parts, part, group=group)
-        return parts
-
-    def _hand_over(self, tensor: Tensor | None, shape: tuple[int, ...], owner: int) -> Tensor | None:
-        rank = dist.get_rank()
-        if owner == 0:
-            return tensor.contiguous() if tensor is not None else None
-        if rank == owner:
-            assert tensor is not None
-            dist.send(tensor.contiguous(), dst=0)
-        if rank != 0:
-            return None
-        device = next(iter(self._local.values())).device
-        received = torch.empty(shape, dtype=self.dtype, device=device)
-        dist.recv(received, src=owner)
-        return received
+        waiting = []
+        for part, holder in enumerate(placement.ranks):
+            slices = list(_slices(placement, index, self.shape, part, first, count))
+            if not slices or rank not in (0, holder):
+                continue
+            if rank == holder:
+                mine = self._local[self._name_of[placement.entry.megatron]].detach()
+                rows = [_cut(mine, piece.part_start, piece, rows) for piece, rows in slices]
+                if rank == 0:
+                    _place(out, slices, first, rows)
+                else:
+                    message = torch.cat([r.reshape(-1).to(self.dtype) for r in rows])
+                    dist.send(message, dst=0)
+            else:
+                assert out is not None
+                shapes = [_target(out, first, piece, rows).shape for piece, rows in slices]
+                total = sum(s.numel() for s in shapes)
+                received = torch.empty(total, dtype=self.dtype, device=self._device)  # of the sender's kind
+                waiting.append((dist.irecv(received, src=holder), received, shapes, slices))
+        for work, received, shapes, slices in waiting:
+            assert work is not None
+            work.wait()
+            parts = received.split([s.numel() for s in shapes])
+            _place(out, slices, first, [p.view(s) for p, s in zip(parts, shapes, strict=True)])
 
 
-def _with_tied_head(all_entries: list[names.Entry], shape: ModelShape) -> list[names.Entry]:
-    """With tied embeddings the last pipeline stage holds a copy of the embedding under the head's name."""
-    if not shape.tied_embeddings:
-        return all_entries
-    embedding = all_entries[0]
-    copy = names.Entry("output_layer.weight", (), embedding.tensors, embedding.shapes, embedding.kind)
-    return [*all_entries, copy]
+Rows = tuple[int, int]
+"""First row within a piece (or of it, where the piece is columns) and number of rows."""
+
+
+def _slices(
+    placement: Placement, index: int, shape: ModelShape, part: int, first: int, count: int
+) -> Iterator[tuple[names.Piece, Rows]]:
+    """A rank's pieces of tensor `index`, each cut to rows [first, first + count) of the tensor."""
+    for piece in names.pieces(placement.entry, shape, rank=part, ranks=placement.parts):
+        if piece.tensor != index:
+            continue
+        if piece.dim == 1:
+            yield piece, (first, count)
+            continue
+        begin = max(first, piece.whole_start)
+        end = min(first + count, piece.whole_start + piece.length)
+        if begin < end:
+            yield piece, (begin - piece.whole_start, end - begin)
+
+
+def _cut(part: Tensor, start: int, piece: names.Piece, rows: Rows) -> Tensor:
+    """The slice of a rank's part."""
+    if piece.dim == 1:
+        return part.narrow(0, *rows).narrow(1, start, piece.length)
+    return part.narrow(0, start + rows[0], rows[1])
+
+
+def _target(out: Tensor, first: int, piece: names.Piece, rows: Rows) -> Tensor:
+    """The same slice of the rows asked for."""
+    if piece.dim == 1:
+        return out.narrow(1, piece.whole_start, piece.length)
+    return out.narrow(0, piece.whole_start + rows[0] - first, rows[1])
+
+
+def _place(out: Tensor | None, slices: list[tuple[names.Piece, Rows]], first: int, rows: list[Tensor]) -> None:
+    assert out is not None
+    for (piece, span), values in zip(slices, rows, strict=True):
+        _target(out, first, piece, span).copy_(values)

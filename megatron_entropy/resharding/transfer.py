@@ -1,8 +1,8 @@
 """The trainer's end of a weight push: from a source of Hugging Face tensors to every rollout engine.
 
-Every trainer rank calls `WeightPush.push`; rank 0 passes the engines' clients, the others None. Iterating the source
-is a collective over the trainer's ranks (each tensor is gathered), so every rank iterates it to its end, whatever
-becomes of the engines. On rank 0 the push runs vLLM's weight-transfer protocol: `init_weight_transfer_engine` for a
+Every trainer rank calls `WeightPush.push`; rank 0 passes the engines' clients, the others None. Reading the source is
+a collective over the trainer's ranks (slices are gathered), so every rank reads it to its end, whatever becomes of the
+engines. On rank 0 the push runs vLLM's weight-transfer protocol: `init_weight_transfer_engine` for a
 new set of engines, then `start_weight_update`, `update_weights` while the bytes are broadcast, `finish_weight_update`.
 
 When an engine dies or hangs, `push` raises `EngineLost` on rank 0 and returns normally on the others; the caller
@@ -12,9 +12,10 @@ differs, a tensor it does not know) `push` raises another `Fault` there.
 
 from __future__ import annotations
 
+import collections
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -24,9 +25,11 @@ from megatron_entropy.transport import (
     BUCKET_BYTES,
     EngineLost,
     Sender,
+    Slab,
     TensorMeta,
     TransportError,
     WeightClient,
+    plan_buckets,
 )
 
 INIT_TIMEOUT = 120.0
@@ -38,26 +41,31 @@ Result = TypeVar("Result")
 
 
 class WeightSource(Protocol):
-    """Re-iterable source of a model's tensors under their Hugging Face names.
+    """A model's tensors under their Hugging Face names, read again and again.
 
-    Iteration is a collective over the trainer's ranks and yields the tensor on rank 0; what it yields elsewhere is
-    not looked at.
+    Reading is a collective over the trainer's ranks, which all read the same slabs in the same order.
     """
 
-    def metadata(self) -> Sequence[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """Name, type and full shape of what iteration yields, in order."""
+    def metadata(self) -> Sequence[TensorMeta]:
+        """Name, type and full shape of every tensor."""
         ...
 
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor | None]]: ...
+    def read(self, number: int, first: int, count: int, out: torch.Tensor | None) -> None:
+        """Write rows [first, first + count) of tensor `number` into `out` on rank 0; `out` is None elsewhere."""
+        ...
 
 
 @dataclass(frozen=True)
 class PushStats:
-    """What a push took on rank 0: bytes sent to each engine, seconds of its parts."""
+    """What a push took on rank 0: bytes sent to each engine, seconds of its parts.
+
+    `read_seconds`: gathering and casting. `wire_seconds`: waiting for engines to take a bucket, beyond reading.
+    """
 
     num_bytes: int
     connect_seconds: float
-    send_seconds: float
+    read_seconds: float
+    wire_seconds: float
     finish_seconds: float
 
 
@@ -101,40 +109,34 @@ class WeightPush:
             EngineLost: on rank 0, when engines died or hung.
             Fault: on rank 0, when an engine refused the weights.
         """
-        metadata = [TensorMeta(*entry) for entry in self._source.metadata()]
-        tensors = iter(self._source)
+        slabs = _Slabs(self._source, self._bucket_bytes)
         try:
-            return None if clients is None else self._push(version, metadata, tensors, list(clients))
+            return None if clients is None else self._push(version, slabs, list(clients))
         except BaseException:
             self.close()
             raise
         finally:
-            for _ in tensors:  # the other ranks are in this collective until its end
-                pass
+            slabs.drain(on_first_rank=clients is not None)  # the other ranks are in this collective until its end
 
-    def _push(
-        self,
-        version: int,
-        metadata: Sequence[TensorMeta],
-        tensors: Iterable[tuple[str, torch.Tensor | None]],
-        clients: list[WeightClient],
-    ) -> PushStats:
+    def _push(self, version: int, slabs: _Slabs, clients: list[WeightClient]) -> PushStats:
         begin = time.monotonic()
         sender = self._connect(clients)
         connected = time.monotonic()
         info = {
-            "names": [meta.name for meta in metadata],
-            "dtype_names": [str(meta.dtype).removeprefix("torch.") for meta in metadata],
-            "shapes": [list(meta.shape) for meta in metadata],
+            "names": [meta.name for meta in slabs.metadata],
+            "dtype_names": [str(meta.dtype).removeprefix("torch.") for meta in slabs.metadata],
+            "shapes": [list(meta.shape) for meta in slabs.metadata],
         }
         _Calls(clients, lambda client: client.start_weight_update()).join(self._timeout)
         receiving = _Calls(clients, lambda client: client.update_weights(info))
+        started = time.monotonic()
         num_bytes = _together(
-            lambda: sender.send(metadata, _present(tensors), receiving.check), receiving, self._timeout, sender.close
+            lambda: sender.send(slabs.metadata, slabs.read, receiving.check), receiving, self._timeout, sender.close
         )
+        wire_seconds = time.monotonic() - started - slabs.seconds
         sent = time.monotonic()
         _Calls(clients, lambda client: client.finish_weight_update(str(version))).join(self._timeout)
-        return PushStats(num_bytes, connected - begin, sent - connected, time.monotonic() - sent)
+        return PushStats(num_bytes, connected - begin, slabs.seconds, wire_seconds, time.monotonic() - sent)
 
     def _connect(self, clients: list[WeightClient]) -> Sender:
         if self._sender is not None and len(clients) == len(self._connected):
@@ -165,6 +167,33 @@ class WeightPush:
         if self._sender is not None:
             self._sender.close()
         self._sender, self._connected = None, []
+
+
+class _Slabs:
+    """The slabs of one push, in order; whatever becomes of the push, `drain` reads what is left."""
+
+    def __init__(self, source: WeightSource, bucket_bytes: int) -> None:
+        self.metadata = list(source.metadata())
+        self.seconds = 0.0
+        self._source = source
+        buckets = plan_buckets(self.metadata, bucket_bytes)
+        self._left = collections.deque(slab for bucket in buckets for slab in bucket.slabs)
+
+    def read(self, slab: Slab, out: torch.Tensor | None) -> None:
+        """Read the next slab, which must be `slab`."""
+        begin = time.monotonic()
+        expected = self._left.popleft()
+        assert slab == expected, f"{slab} was read instead of {expected}"
+        self._source.read(*slab, out)
+        self.seconds += time.monotonic() - begin
+
+    def drain(self, *, on_first_rank: bool) -> None:
+        """Read all that is left, to no purpose but that no other rank waits."""
+        while self._left:
+            slab = self._left[0]
+            meta = self.metadata[slab.number]
+            shape = (slab.rows, *meta.shape[1:])
+            self.read(slab, torch.empty(shape, dtype=meta.dtype) if on_first_rank else None)
 
 
 class _Calls:
@@ -228,9 +257,3 @@ def _together(work: Callable[[], Result], calls: _Calls, timeout: float, abort: 
         raise
     calls.join(timeout)
     return result
-
-
-def _present(tensors: Iterable[tuple[str, torch.Tensor | None]]) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in tensors:
-        assert tensor is not None, f"{name}: the source has no tensor on the rank that sends"
-        yield name, tensor

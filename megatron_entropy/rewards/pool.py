@@ -1,7 +1,8 @@
 """Grading in worker processes that may be killed, on `pebble.ProcessPool`.
 
 An answer that hangs, crashes or raises costs itself a `Grade(correct=None, error=...)` and nothing else: the worker is
-replaced and the answers behind it are graded. Workers are fresh interpreters (spawn) that import the verifier and
+replaced and the answers behind it are graded. A worker that is killed costs nothing at all: an answer counts as a crash
+when a second worker has died of it. Workers are fresh interpreters (spawn) that import the verifier and
 nothing of the caller: neither torch nor the script that was started. The first `grade` starts them.
 """
 
@@ -17,7 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.context import SpawnContext, SpawnProcess
 from types import TracebackType
 
-from pebble import ProcessFuture, ProcessPool
+from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from megatron_entropy.errors import ConfigError, Fault
 from megatron_entropy.records import Grade
@@ -91,10 +92,11 @@ class RewardPool:
         if self.verifier in INLINE:
             return [_grade(self._inline, response, answer) for response, answer in pairs]
         grades: dict[int, Grade] = {}
+        suspects: set[int] = set()
         breaks = 0
         while len(grades) < len(pairs):
             before = len(grades)
-            self._attempt(pairs, grades)
+            self._attempt(pairs, grades, suspects)
             breaks = breaks + 1 if len(grades) == before else 0
             if breaks == BREAKS:
                 first = next(index for index in range(len(pairs)) if index not in grades)
@@ -102,30 +104,40 @@ class RewardPool:
                 breaks = 0
         return [grades[index] for index in range(len(pairs))]
 
-    def _attempt(self, pairs: Sequence[tuple[str, str]], grades: dict[int, Grade]) -> None:
+    def _attempt(self, pairs: Sequence[tuple[str, str]], grades: dict[int, Grade], suspects: set[int]) -> None:
         """Grade what has no grade yet, until done or until the pool as a whole breaks down.
 
+        An answer whose worker died becomes a suspect and is left for the next attempt; a suspect gets its `crash`.
         pebble gives up on its pool when it cannot tell which answer a dead worker was at; nobody's answer is
         lost by that, as the ones without a grade are handed to the next pool.
         """
         pool = self._started()
-        futures = {
-            index: pool.schedule(_work, args=pair, timeout=self.timeout)
-            for index, pair in enumerate(pairs)
-            if index not in grades
-        }
-        broken = False
+        futures = {}
+        try:
+            for index, pair in enumerate(pairs):
+                if index not in grades:
+                    futures[index] = pool.schedule(_work, args=pair, timeout=self.timeout)
+            broken = False
+        except RuntimeError:  # it broke down meanwhile
+            broken = True
         for index, future in futures.items():
             grade = _outcome(future)
             if grade is None:
                 broken = True
+            elif isinstance(future.exception(), ProcessExpired) and index not in suspects:
+                suspects.add(index)
             else:
                 grades[index] = grade
         if broken:
             self.close()
 
     def _started(self) -> ProcessPool:
-        if self._pool is None:
+        """A pool with a worker that has loaded the verifier; tried twice, as a worker may be killed while it loads."""
+        if self._pool is not None and not self._pool.active:  # a worker died between two calls
+            self.close()
+        for attempt in range(2):
+            if self._pool is not None:
+                break
             self._pool = ProcessPool(
                 max_workers=self.workers,
                 initializer=_prepare_worker,
@@ -134,12 +146,14 @@ class RewardPool:
             )
             try:
                 self._pool.schedule(_ready).result(START_SECONDS)
-            except (AnswerTimeout, BrokenProcessPool) as error:
+            except (AnswerTimeout, BrokenProcessPool, ProcessExpired) as error:
                 self.close()
-                raise Fault(
-                    f"the reward workers cannot load the verifier {self.verifier!r}: importing it in a fresh "
-                    f"`{sys.executable}` fails or takes more than {START_SECONDS:.0f} s"
-                ) from error
+                if attempt:
+                    raise Fault(
+                        f"the reward workers cannot load the verifier {self.verifier!r}: importing it in a fresh "
+                        f"`{sys.executable}` fails or takes more than {START_SECONDS:.0f} s"
+                    ) from error
+        assert self._pool is not None
         return self._pool
 
 

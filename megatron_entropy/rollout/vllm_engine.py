@@ -142,6 +142,8 @@ def _prepare_environment(spec: EngineSpec, threads: int) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
         # Threads that spin while they wait make an engine many times slower when other processes want the cores.
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        # Else vLLM reserves a core per worker for itself and refuses to start where too few are left.
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         # vLLM compiles the rank of a sampled token, which nobody asks for: two seconds and a C++ compiler.
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
