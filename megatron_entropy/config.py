@@ -129,6 +129,10 @@ class RolloutConfig(Section):
     kv_cache_gib: PositiveInt = 1
     """KV cache of an engine on a CPU."""
     gpu_memory_utilization: float = Field(default=0.6, gt=0, le=1)
+    weight_transfer: Literal["auto", "gloo", "nccl"] = "auto"
+    """What carries the weights to the engines; `auto`: nccl where they have GPUs beside the trainer's, else gloo."""
+    verify_weights: bool = False
+    """Compare checksums of all weights that are pushed before and after they travel; a difference ends the run."""
     max_restarts: NonNegativeInt = 3
     """How often each engine may die and be started again."""
 

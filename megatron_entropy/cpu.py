@@ -160,9 +160,9 @@ def _mend_experts() -> None:
         moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
     exchange = dispatcher.all_to_all
 
-    def all_to_all(group: Any, tensor: torch.Tensor, *split_sizes: Any) -> torch.Tensor:
+    def all_to_all(group: Any, tensor: torch.Tensor, *split_sizes: Any, **options: Any) -> torch.Tensor:
         """The split sizes are lists only after a copy from the GPU, which does not happen here."""
         lists = [s.tolist() if isinstance(s, torch.Tensor) else s for s in split_sizes]
-        return exchange(group, tensor, *lists)
+        return exchange(group, tensor, *lists, **options)
 
     dispatcher.all_to_all = all_to_all

@@ -109,7 +109,7 @@ class Stage:
             stream=PromptStream(self.prompts, seed=config.seed, position=self.progress.position),
             tokenizer=self.tokenizer,
             actor=self.actor,
-            push=WeightPush(self.source, address=address or "") if needs_engines else None,
+            push=self._weight_push(address or "", pool) if needs_engines else None,
             pool=pool,
             clock=self.clock,
         )
@@ -199,6 +199,8 @@ class Stage:
         stage_folder = self.folder.checkpoints(self.config.name)
         found = parallel.on_first_rank(lambda: checkpoint.newest(stage_folder) if resume else None)
         if found is None:
+            if resume:
+                log.info("stage %s has no complete checkpoint and starts from its beginning", self.config.name)
             layout = self.config.actor.parallel
             weights.load(open_model(self.config.model.path, self.shape), self.shape, layout, self.actor.named_shards())
             self.actor.after_load()
@@ -228,6 +230,10 @@ class Stage:
     def _stream(self, dtype: str) -> weights.ShardedSource:
         layout = self.config.actor.parallel
         return weights.ShardedSource(self.shape, layout, self.actor.named_shards(), resolve_dtype(dtype))
+
+    def _weight_push(self, address: str, pool: EnginePool | None) -> WeightPush:
+        backend = pool.backend if pool else "gloo"  # rank 0's choice, no other rank has the pool
+        return WeightPush(self.source, address=address, checksum=self.config.rollout.verify_weights, backend=backend)
 
     def _export(self) -> None:
         """Write the model as a Hugging Face folder; a collective."""

@@ -1,10 +1,13 @@
-"""The bytes between trainer rank 0 and the rollout engines: buckets of tensors broadcast over a gloo group.
+"""The bytes between trainer rank 0 and the rollout engines: buckets of tensors broadcast over a group of their own.
 
-The group is the transfer's own (a `TCPStore` and a `ProcessGroupGloo`, never torch's global default group): rank 0 is
-the trainer's `Sender`, ranks 1..n are the engines' workers, each a `Receiver`. Both sides are told the same list of
+The group is a `TCPStore` with a gloo or an NCCL process group, never torch's global default group: rank 0 is the
+trainer's `Sender`, ranks 1..n are the engines' workers, each a `Receiver`. Both sides are told the same list of
 `TensorMeta` and cut it into the same buckets, so that nothing but tensor bytes (and checksums, when asked for) is on
 the wire. A tensor is cut into slabs of rows that are an eighth of a bucket at most, so that the sender never holds more
-than two buckets, whatever the size of a tensor: one that is filled and one on the wire.
+than two buckets, whatever the size of a tensor: one that is filled and one on the wire. A receiver takes the next
+bucket while it loads the last.
+
+Over gloo the buckets lie in host memory; over NCCL on the GPUs, where every rank needs a GPU of its own.
 
 A receiver that cannot use what it gets (a checksum that differs, a model that refuses a tensor) goes on receiving to
 the end and raises then: the sender and the other receivers never wait for it. A peer that dies closes its sockets,
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import os
 import re
 import socket
 import time
@@ -29,7 +33,7 @@ import torch.distributed as dist
 
 from megatron_entropy.errors import Fault
 
-BUCKET_BYTES = 256 * 2**20
+BUCKET_BYTES = 64 * 2**20
 ALIGNMENT = 16  # a view of a byte buffer as another type must start at a multiple of its item size
 
 
@@ -100,6 +104,7 @@ class LinkInfo:
     bucket_bytes: int
     checksum: bool
     timeout: float
+    backend: str = "gloo"
 
 
 class WeightClient(Protocol):
@@ -118,8 +123,9 @@ class WeightClient(Protocol):
     def start_weight_update(self) -> None:
         """Make the model ready to take weights."""
 
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Receive the tensors listed as `names`, `dtype_names` and `shapes`."""
+    def update_weights(self, update_info: dict[str, Any]) -> float:
+        """Receive the tensors listed as `names`, `dtype_names` and `shapes`; returns the seconds spent loading them."""
+        ...
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Put the received weights to use."""
@@ -156,8 +162,8 @@ def plan_buckets(metadata: Sequence[TensorMeta], bucket_bytes: int) -> list[Buck
 
 
 def checksum(data: torch.Tensor) -> int:
-    """CRC-32 of a tensor's bytes (CPU, contiguous)."""
-    return zlib.crc32(_bytes(data).numpy().data)
+    """CRC-32 of a tensor's bytes."""
+    return zlib.crc32(_bytes(data).cpu().numpy().data)
 
 
 class Sender:
@@ -167,6 +173,7 @@ class Sender:
         address: of this machine, as the engines reach it.
         num_receivers: engine workers that will join.
         timeout: seconds without progress after which a wait is an error.
+        backend: `gloo` or `nccl`.
     """
 
     def __init__(
@@ -177,11 +184,12 @@ class Sender:
         bucket_bytes: int = BUCKET_BYTES,
         checksum: bool = False,
         timeout: float = 300.0,
+        backend: str = "gloo",
     ) -> None:
         self._store = dist.TCPStore(
             address, 0, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=timeout)
         )
-        self._info = LinkInfo(address, self._store.port, num_receivers + 1, 0, bucket_bytes, checksum, timeout)
+        self._info = LinkInfo(address, self._store.port, num_receivers + 1, 0, bucket_bytes, checksum, timeout, backend)
         self._link: _Link | None = None
 
     def init_info(self, rank_offset: int) -> dict[str, Any]:
@@ -210,14 +218,14 @@ class Sender:
         While a bucket travels the next one is filled, so gathering and sending overlap.
 
         Args:
-            read: writes a slab into a CPU tensor [rows, ...]; called for every slab of `plan_buckets`, in order.
+            read: writes a slab into a tensor [rows, ...]; called for every slab of `plan_buckets`, in order.
         Raises:
             TransportError: when a receiver died or the group made no progress in time.
         """
         assert self._link is not None, "connect() comes first"
         buckets = plan_buckets(metadata, self._info.bucket_bytes)
         size = max((bucket.num_bytes for bucket in buckets), default=0)
-        buffers = [torch.empty(size, dtype=torch.uint8) for _ in buckets[:2]]
+        buffers = [self._link.empty(size, torch.uint8) for _ in buckets[:2]]
         for turn, bucket in enumerate(buckets):
             buffer = buffers[turn % 2][: bucket.num_bytes]
             sums = self._fill(bucket, metadata, buffer, read)
@@ -242,7 +250,7 @@ class Sender:
             read(slab, place)
             if self._info.checksum:
                 sums.append(checksum(place))
-        return torch.tensor(sums, dtype=torch.int64)
+        return torch.tensor(sums, dtype=torch.int64, device=buffer.device)
 
     def close(self) -> None:
         """Leave the group: receivers that still wait for data get an error."""
@@ -284,25 +292,32 @@ class Receiver:
         assert self._link is not None, "the receiver is closed"
         failure: Exception | None = None
         assembly = _Assembly(metadata)
-        for bucket in plan_buckets(metadata, self._info.bucket_bytes):
-            buffer = torch.empty(bucket.num_bytes, dtype=torch.uint8)
-            self._take(buffer)
-            sums = torch.empty(len(bucket.slabs), dtype=torch.int64)
-            if self._info.checksum:
-                self._take(sums)
+        buckets = plan_buckets(metadata, self._info.bucket_bytes)
+        coming = self._start(buckets[0]) if buckets else None
+        for bucket, following in zip(buckets, [*buckets[1:], None], strict=True):
+            self._link.finish()
+            assert coming is not None
+            buffer, sums = coming
+            coming = self._start(following) if following else None
             if failure is None:
                 try:
-                    if tensors := assembly.add(bucket, buffer, sums if self._info.checksum else None):
+                    if tensors := assembly.add(bucket, buffer, sums):
                         load(tensors)
                 except Exception as error:  # raised at the end: the group must not wait for this receiver
                     failure = error
         if failure is not None:
             raise failure
 
-    def _take(self, tensor: torch.Tensor) -> None:
+    def _start(self, bucket: Bucket) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Begin to take a bucket: the memory for its bytes and for its checksums, where there are any."""
         assert self._link is not None
-        self._link.start(tensor)
-        self._link.finish()
+        buffer = self._link.empty(bucket.num_bytes, torch.uint8)
+        self._link.start(buffer)
+        if not self._info.checksum:
+            return buffer, None
+        sums = self._link.empty(len(bucket.slabs), torch.int64)
+        self._link.start(sums)
+        return buffer, sums
 
     def close(self) -> None:
         """Leave the group."""
@@ -312,7 +327,7 @@ class Receiver:
 
 
 class _Link:
-    """A gloo group and the broadcasts from rank 0 that are under way.
+    """A group and the broadcasts from rank 0 that are under way.
 
     Gloo closes its connections, which is how the peers learn of an end, only when the group and every piece of work
     on it are gone. All of them are kept here and nowhere else, for a local variable would live on in the traceback of
@@ -320,13 +335,16 @@ class _Link:
     """
 
     def __init__(self, store: dist.Store, rank: int, info: LinkInfo) -> None:
-        gloo: Any = dist.ProcessGroupGloo  # torch's type stubs lack most of it
-        options = gloo._Options()
-        options._devices = [gloo.create_device(hostname=_interface_towards(info.address))]
-        options._timeout = datetime.timedelta(seconds=info.timeout)
         self._timeout = info.timeout
-        self._group: Any = gloo(store, rank, info.world_size, options)
+        self._device = torch.device("cpu")
+        if info.backend == "nccl":
+            self._device = torch.device("cuda", torch.cuda.current_device())
+        self._group: Any = {"gloo": _gloo_group, "nccl": _nccl_group}[info.backend](store, rank, info)
         self._under_way: list[tuple[dist.Work, torch.Tensor]] = []
+
+    def empty(self, size: int, dtype: torch.dtype) -> torch.Tensor:
+        """Memory that can be broadcast."""
+        return torch.empty(size, dtype=dtype, device=self._device)
 
     def start(self, tensor: torch.Tensor) -> None:
         """Begin to broadcast a contiguous tensor."""
@@ -355,7 +373,32 @@ class _Link:
     def close(self) -> None:
         """Break off what is under way and leave the group."""
         self._under_way.clear()
+        if self._device.type == "cuda" and self._group is not None:
+            self._group.abort()  # NCCL would wait for the peers
         self._group = None
+
+
+def _gloo_group(store: dist.Store, rank: int, info: LinkInfo) -> Any:
+    gloo: Any = dist.ProcessGroupGloo  # torch's type stubs lack most of it
+    options = gloo._Options()
+    options._devices = [gloo.create_device(hostname=_interface_towards(info.address))]
+    options._timeout = datetime.timedelta(seconds=info.timeout)
+    return gloo(store, rank, info.world_size, options)
+
+
+def _nccl_group(store: dist.Store, rank: int, info: LinkInfo) -> Any:
+    """Not yet run: written against torch's interface on machines without a GPU."""
+    nccl: Any = dist.ProcessGroupNCCL
+    options = nccl.Options()
+    options._timeout = datetime.timedelta(seconds=info.timeout)
+    # By default torch ends the whole process when a peer is lost; here that is an error like any other.
+    setting = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    before = os.environ.get(setting)
+    os.environ[setting] = "0"
+    try:
+        return nccl(store, rank, info.world_size, options)
+    finally:
+        os.environ.pop(setting) if before is None else os.environ.update({setting: before})
 
 
 def _arrival(rank: int) -> str:
@@ -382,7 +425,7 @@ def _poll(done: Callable[[], bool], check: Callable[[], None], timeout: float, w
         if time.monotonic() > deadline:
             raise TransportError(f"waited {timeout:.0f} s for {what}")
         time.sleep(pause)
-        pause = min(2 * pause, 5e-3)
+        pause = min(2 * pause, 1e-3)
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -416,7 +459,7 @@ class _Assembly:
                 done.append((meta.name, rows.view(meta.shape)))
                 continue
             if slab.number not in self._partial:
-                self._partial[slab.number] = torch.empty(meta.shape, dtype=meta.dtype)
+                self._partial[slab.number] = torch.empty(meta.shape, dtype=meta.dtype, device=rows.device)
             self._partial[slab.number][slab.first : slab.first + slab.rows] = rows
             if slab.first + slab.rows == height:
                 done.append((meta.name, self._partial.pop(slab.number)))

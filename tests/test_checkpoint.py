@@ -85,7 +85,7 @@ def updates(folder: str, checkpoints: str, layout: ParallelConfig, saves: bool) 
 @pytest.mark.parametrize("source", [TP2, DP2_SHARDED], ids=["from TP2", "from sharded DP2"])
 def test_training_goes_on_under_another_layout(tmp_path, source):
     folder = str(tmp_path / "model")
-    check_layouts.make_checkpoint(Path(folder))
+    check_layouts.make_checkpoint(Path(folder), experts=False)
     checkpoints = str(tmp_path / "checkpoints")
     expected = parallel.run_on_ranks(updates, 2, folder, checkpoints, source, True)[0]
     assert expected[1][0] < expected[0][0] and expected[1][2] > expected[0][2] > 0, "it does learn, and warm up"
@@ -192,13 +192,13 @@ def refusals(checkpoints: str, others: list[str]) -> list[str]:
 def run(tmp_path_factory) -> Path:
     """A run folder as far as checkpoints go, with its model in `model`; not to be changed."""
     folder = tmp_path_factory.mktemp("run")
-    check_layouts.make_checkpoint(folder / "model")
+    check_layouts.make_checkpoint(folder / "model", experts=False)
     parallel.run_on_ranks(save_once, 1, str(folder / "model"), str(folder / "checkpoints" / "rl"))
     return folder
 
 
 def test_a_saver_keeps_its_promises(tmp_path):
-    check_layouts.make_checkpoint(tmp_path / "model")
+    check_layouts.make_checkpoint(tmp_path / "model", experts=False)
     parallel.run_on_ranks(life_of_a_saver, 2, str(tmp_path / "model"), str(tmp_path / "checkpoints"))
 
 
@@ -303,7 +303,7 @@ def test_inspection_shows_what_is_in_a_checkpoint(run, place):
         "step 1, 2 updates, 3 prompts drawn",
         "saved under  1 rank",
         "fingerprint  settings",
-        "Qwen3ForCausalLM, 4 layers, hidden 64, 301 words, 172,352 parameters",
+        "Qwen3ForCausalLM, 4 layers, hidden 64, 301 words, 172,736 parameters",
         "whole (checksums right)",
     ):
         assert expected in shown, expected

@@ -4,6 +4,7 @@ The launcher runs real torchrun agents over ranks of its own (`RANK`, below) tha
 itself stops and resumes is tested with the trainer.
 """
 
+import errno
 import json
 import os
 import re
@@ -158,7 +159,7 @@ def test_wrong_command_line_is_one_line_and_exit_code_2(capsys, arguments):
         (["--resum"], "--resum: did you mean --resume?"),
         (["--steps", "3"], "--steps: an override is written --key.path=value"),
         (["--step=3"], "step: unknown key; did you mean steps?"),
-        (["--actor.parallel.tp=4"], "stage warm: actor.parallel.tp=4 does not divide the model's 2 query groups"),
+        (["--actor.parallel.tp=3"], "stage warm: actor.parallel.tp=3 does not divide the model's 4 attention heads"),
         (["--stages.rl.actor.parallel.dp=2"], "stages need the same number of ranks, found warm: 2, rl: 4"),
         (["--model.path=/no/where"], "model.path: no such folder: /no/where"),
         (["--data.test=['lost.jsonl']"], "data.test: no such file: lost.jsonl"),
@@ -239,6 +240,26 @@ def test_overwrite_never_deletes_an_input_of_the_run(tmp_path):
     with pytest.raises(ConfigError, match=r"model\.path=.*hf lies in .*hf, which --overwrite would delete"):
         launch.prepare_run_folder(stages, resume=False, overwrite=True)
     assert (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_folder_that_takes_no_files_is_refused(tmp_path, monkeypatch, overwrite):
+    """Before anything starts. The system's refusal is simulated: root may write into folders that forbid it."""
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    stages = old_run(tmp_path)
+    monkeypatch.setattr(launch.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(launch.shutil, "rmtree", refuse)
+    with pytest.raises(ConfigError, match=r"output=.* cannot be written to \(Read-only file system\); .*--output"):
+        launch.prepare_run_folder(stages, resume=not overwrite, overwrite=overwrite)
+
+
+def test_a_full_disk_is_a_fault_not_a_bug():
+    failure = launch.describe(OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl"), rank=0)
+    assert failure.kind == "fault" and "metrics.jsonl" in failure.message and "--resume" in failure.message
+    assert launch.describe(OSError(errno.EBADF, "Bad file descriptor"), rank=0).kind == "bug"
 
 
 def start_launcher(folder, mode):

@@ -21,7 +21,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCau
 from transformers.modeling_utils import PreTrainedModel
 
 from megatron_entropy.config import RolloutConfig
-from megatron_entropy.errors import EngineFault, Fault
+from megatron_entropy.errors import ConfigError, EngineFault, Fault
 from megatron_entropy.resharding.transfer import WeightPush
 from megatron_entropy.rollout.engine import Completion, EngineSpec, Request
 from megatron_entropy.rollout.pool import EnginePool
@@ -48,6 +48,7 @@ class Source:
     def __init__(self, model: PreTrainedModel) -> None:
         self.tensors = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
         self.rows_read = 0
+        self.gather_seconds = 0.0
 
     def metadata(self) -> list[TensorMeta]:
         self.rows_read = 0
@@ -153,6 +154,13 @@ def test_logprobs_equal_transformers(pool: EnginePool, push: WeightPush, model: 
         assert completion.tokens.dtype == np.int32 and completion.logprobs.dtype == np.float32
         assert (completion.finish == "stop") == (completion.tokens[-1] == EOS)
         assert EOS not in completion.tokens[:-1] and len(completion.tokens) <= 100
+
+
+def test_nccl_needs_gpus(pool: EnginePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pool.backend == "gloo"
+    monkeypatch.setattr(pool, "_config", RolloutConfig(weight_transfer="nccl"))
+    with pytest.raises(ConfigError, match=r"rollout.weight_transfer='nccl' needs engines on GPUs"):
+        _ = pool.backend
 
 
 def test_top_p_keeps_to_the_nucleus(pool: EnginePool, push: WeightPush) -> None:

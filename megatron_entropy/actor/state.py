@@ -30,16 +30,17 @@ _RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
 def sharded_state(actor: Actor, *, is_loading: bool) -> dict[str, Any]:
     """Everything of the actor that a checkpoint holds, as sharded tensors; further ones would join it here by name.
 
+    Optimizer state that does not exist yet is created.
+
     Args:
-        is_loading: the tensors will be loaded into; optimizer state that does not exist yet is created.
+        is_loading: the tensors will be loaded into.
     """
     model = {f"model{i}": chunk.module.sharded_state_dict() for i, chunk in enumerate(actor.chunks)}
     if not actor.config.parallel.distributed_optimizer:
         return {**model, "optimizer": _plain_state(actor, model)}
     state = []
     for optimizer in _single_optimizers(actor):
-        if is_loading:
-            _create_state(optimizer.optimizer)
+        _create_state(optimizer.optimizer)
         # Only the tensors: its parameter groups hold what the schedule sets anyway.
         full = optimizer.sharded_state_dict(dict(model), is_loading=is_loading, metadata=_RESHARDABLE)
         state.append(full["param_state"])

@@ -225,7 +225,7 @@ def _write_shard(file: Path, shard: Sequence[Meta], tensors: Iterator[tuple[str,
         for name, dtype, shape in shard:
             found, tensor = next(tensors)
             assert (found, tensor.dtype, tuple(tensor.shape)) == (name, dtype, shape), f"{found} is not {name}"
-            stream.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            stream.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _num_bytes(meta: Meta) -> int:

@@ -39,6 +39,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_entropy import manifest
 from megatron_entropy.architecture import ModelShape
 from megatron_entropy.errors import CheckpointError
 from megatron_entropy.resharding import names
@@ -88,7 +89,8 @@ def place(entry: names.Entry, shape: ModelShape) -> Place:
         counts.append(shape.moe.num_experts)
         lead.append(entry.expert)
     for plain, fused in _FUSED_NORMS.items():
-        key = key.replace(plain, fused)
+        if not (shape.moe and plain.startswith("pre_mlp")):  # Transformer Engine fuses none with experts
+            key = key.replace(plain, fused)
     return Place(key, (*counts, *names.part_shape(entry, shape, ranks=1)), tuple(lead))
 
 
@@ -115,10 +117,11 @@ class MegatronFolder:
             if isinstance(stored, TensorStorageMetadata) and key.startswith(_MODEL_PREFIXES)
         }
         self._check_tensors()
+        self._check_vocabulary()
         self._check_files()
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         self._chunks: dict[str, dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
-        self._last: tuple[str, dict[str, Tensor]] = ("", {})
+        self._read_along: dict[str, Tensor] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
@@ -130,10 +133,8 @@ class MegatronFolder:
     def file(self, name: str) -> Path:
         """The file that holds a tensor, or the first part of it."""
         where = place(self._entries[name], self._shape)
-        return (
-            self._shards
-            / self._metadata.storage_data[MetadataIndex(where.key, self._parts(where)[0].offsets)].relative_path
-        )
+        first = MetadataIndex(where.key, self._parts(where)[0].offsets)
+        return self._shards / self._metadata.storage_data[first].relative_path
 
     def dtype(self, name: str) -> torch.dtype:
         """Type of a tensor."""
@@ -145,14 +146,11 @@ class MegatronFolder:
         Raises:
             CheckpointError: when a part of it is missing or cannot be read.
         """
-        entry = self._entries[name]
-        if self._last[0] != entry.megatron:
-            self._last = ("", {})
-            self._last = (entry.megatron, names.unshard(entry, [self._read(entry)], self._shape))
-        tensor = self._last[1].pop(name)
-        if not self._last[1]:
-            self._last = ("", {})
-        return tensor
+        if name not in self._read_along:
+            self._read_along.clear()
+            entry = self._entries[name]
+            self._read_along = names.unshard(entry, [self._read(entry)], self._shape)
+        return self._read_along.pop(name)
 
     def _read(self, entry: names.Entry) -> Tensor:
         where = place(entry, self._shape)
@@ -193,6 +191,20 @@ class MegatronFolder:
             raise CheckpointError(
                 f"{file}: tensor {extra[0]} {found} belongs to no parameter of {self._shape.architecture}"
             )
+
+    def _check_vocabulary(self) -> None:
+        """Padding hides how many rows there are; the checkpoint of a run tells."""
+        state = self.folder / manifest.NAME
+        if state.exists():
+            try:
+                rows = manifest.read(self.folder)[0]["model"]["vocab_size"]
+            except CheckpointError as error:
+                raise CheckpointError(f"{self.folder}: {error}") from None
+            if rows != self._shape.vocab_size:
+                raise CheckpointError(
+                    f"{state}: tensor embedding.word_embeddings.weight has {rows} rows without padding, "
+                    f"config.json implies {self._shape.vocab_size}"
+                )
 
     def _check_files(self) -> None:
         needed: dict[str, int] = {}

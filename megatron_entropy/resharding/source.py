@@ -8,7 +8,8 @@ plan names send their slices straight to rank 0, which puts them in place; other
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -19,12 +20,15 @@ from megatron_entropy.config import ParallelConfig
 from megatron_entropy.errors import ModelError
 from megatron_entropy.resharding import names
 from megatron_entropy.resharding.folder import TensorFolder
+from megatron_entropy.resharding.megatron_folder import MegatronFolder
 from megatron_entropy.resharding.plan import Placement, plan
 from megatron_entropy.transport import TensorMeta
 
 
-def load(folder: TensorFolder, shape: ModelShape, layout: ParallelConfig, local: Mapping[str, Tensor]) -> None:
-    """Fill this rank's parameters from a Hugging Face folder.
+def load(
+    folder: TensorFolder | MegatronFolder, shape: ModelShape, layout: ParallelConfig, local: Mapping[str, Tensor]
+) -> None:
+    """Fill this rank's parameters from a Hugging Face folder or a Megatron checkpoint.
 
     Args:
         local: this rank's parameters under global names; written in place.
@@ -60,6 +64,8 @@ class ShardedSource:
         """
         self.shape = shape
         self.dtype = dtype
+        self.gather_seconds = 0.0
+        """Spent so far on rank 0 waiting for what other ranks hold."""
         self._local = local
         self._device = next(iter(local.values())).device
         # Of a tied head only the embedding itself is read.
@@ -92,30 +98,51 @@ class ShardedSource:
         """
         placement, index = self._tensors[number]
         rank = dist.get_rank()
-        waiting = []
-        for part, holder in enumerate(placement.ranks):
-            slices = list(_slices(placement, index, self.shape, part, first, count))
-            if not slices or rank not in (0, holder):
-                continue
-            if rank == holder:
+        shares = [
+            (holder, slices)
+            for part, holder in enumerate(placement.ranks)
+            if (slices := list(_slices(placement, index, self.shape, part, first, count)))
+        ]
+        if rank == 0:
+            assert out is not None
+            coming = [self._receive(holder, slices, first, out) for holder, slices in shares if holder != 0]
+        for holder, slices in shares:
+            if holder == rank:
                 mine = self._local[self._name_of[placement.entry.megatron]].detach()
-                rows = [_cut(mine, piece.part_start, piece, rows) for piece, rows in slices]
+                rows = [_cut(mine, piece.part_start, piece, span) for piece, span in slices]
                 if rank == 0:
                     _place(out, slices, first, rows)
                 else:
-                    message = torch.cat([r.reshape(-1).to(self.dtype) for r in rows])
-                    dist.send(message, dst=0)
-            else:
-                assert out is not None
-                shapes = [_target(out, first, piece, rows).shape for piece, rows in slices]
-                total = sum(s.numel() for s in shapes)
-                received = torch.empty(total, dtype=self.dtype, device=self._device)  # of the sender's kind
-                waiting.append((dist.irecv(received, src=holder), received, shapes, slices))
-        for work, received, shapes, slices in waiting:
-            assert work is not None
+                    parts = [r.reshape(-1).to(self.dtype) for r in rows]
+                    dist.send(parts[0] if len(parts) == 1 else torch.cat(parts), dst=0)
+        if rank == 0:
+            for place in coming:
+                place()
+
+    def _receive(self, holder: int, slices: list[tuple[names.Piece, Rows]], first: int, out: Tensor) -> Callable:
+        """Begin to take a rank's slices; what is returned waits for them and puts them in place."""
+        targets = [_target(out, first, piece, span) for piece, span in slices]
+        total = sum(target.numel() for target in targets)
+        straight = _in_one_piece(targets) and out.device == self._device
+        # `received` must be of the sender's kind.
+        received = (
+            targets[0].as_strided((total,), (1,))
+            if straight
+            else torch.empty(total, dtype=self.dtype, device=self._device)
+        )
+        work = dist.irecv(received, src=holder)
+        assert work is not None
+
+        def place() -> None:
+            begin = time.monotonic()
             work.wait()
-            parts = received.split([s.numel() for s in shapes])
-            _place(out, slices, first, [p.view(s) for p, s in zip(parts, shapes, strict=True)])
+            self.gather_seconds += time.monotonic() - begin
+            if not straight:
+                parts = received.split([target.numel() for target in targets])
+                for target, part in zip(targets, parts, strict=True):
+                    target.copy_(part.view(target.shape))
+
+        return place
 
 
 Rows = tuple[int, int]
@@ -156,3 +183,13 @@ def _place(out: Tensor | None, slices: list[tuple[names.Piece, Rows]], first: in
     assert out is not None
     for (piece, span), values in zip(slices, rows, strict=True):
         _target(out, first, piece, span).copy_(values)
+
+
+def _in_one_piece(tensors: list[Tensor]) -> bool:
+    """Whether tensors lie in memory one right behind the other."""
+    end = tensors[0].data_ptr()
+    for tensor in tensors:
+        if not tensor.is_contiguous() or tensor.data_ptr() != end:
+            return False
+        end += tensor.nbytes
+    return True

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -44,7 +44,10 @@ class WeightSource(Protocol):
     """A model's tensors under their Hugging Face names, read again and again.
 
     Reading is a collective over the trainer's ranks, which all read the same slabs in the same order.
+    `gather_seconds`: spent so far waiting for what other ranks hold.
     """
+
+    gather_seconds: float
 
     def metadata(self) -> Sequence[TensorMeta]:
         """Name, type and full shape of every tensor."""
@@ -57,16 +60,23 @@ class WeightSource(Protocol):
 
 @dataclass(frozen=True)
 class PushStats:
-    """What a push took on rank 0: bytes sent to each engine, seconds of its parts.
+    """What a push took on rank 0: bytes sent to each engine, seconds of its parts, which follow one another.
 
-    `read_seconds`: gathering and casting. `wire_seconds`: waiting for engines to take a bucket, beyond reading.
+    `connect_seconds`: forming the group, for new engines. `start_seconds`: engines make ready. `gather_seconds`:
+    waiting for slices of other ranks. `convert_seconds`: cutting, casting and placing. `wire_seconds`: what sending
+    takes beyond reading, with which it overlaps. `finish_seconds`: engines put the weights to use.
+
+    `load_seconds`: of the engine that took longest to put tensors into its model, mostly while others travelled.
     """
 
     num_bytes: int
     connect_seconds: float
-    read_seconds: float
+    start_seconds: float
+    gather_seconds: float
+    convert_seconds: float
     wire_seconds: float
     finish_seconds: float
+    load_seconds: float
 
 
 class WeightPush:
@@ -78,6 +88,7 @@ class WeightPush:
         bucket_bytes: size of a bucket; two are held beside the model.
         checksum: prove on the engines' side that every tensor arrived as it was sent.
         timeout: seconds without progress after which an engine counts as lost.
+        backend: what carries the bytes, `gloo` or `nccl`.
     """
 
     def __init__(
@@ -88,12 +99,14 @@ class WeightPush:
         bucket_bytes: int = BUCKET_BYTES,
         checksum: bool = False,
         timeout: float = 300.0,
+        backend: str = "gloo",
     ) -> None:
         self._source = source
         self._address = address
         self._bucket_bytes = bucket_bytes
         self._checksum = checksum
         self._timeout = timeout
+        self._backend = backend
         self._sender: Sender | None = None
         self._connected: list[WeightClient] = []
 
@@ -128,15 +141,25 @@ class WeightPush:
             "shapes": [list(meta.shape) for meta in slabs.metadata],
         }
         _Calls(clients, lambda client: client.start_weight_update()).join(self._timeout)
-        receiving = _Calls(clients, lambda client: client.update_weights(info))
         started = time.monotonic()
+        gathered = self._source.gather_seconds
+        receiving = _Calls(clients, lambda client: client.update_weights(info))
         num_bytes = _together(
             lambda: sender.send(slabs.metadata, slabs.read, receiving.check), receiving, self._timeout, sender.close
         )
-        wire_seconds = time.monotonic() - started - slabs.seconds
         sent = time.monotonic()
+        gather_seconds = self._source.gather_seconds - gathered
         _Calls(clients, lambda client: client.finish_weight_update(str(version))).join(self._timeout)
-        return PushStats(num_bytes, connected - begin, slabs.seconds, wire_seconds, time.monotonic() - sent)
+        return PushStats(
+            num_bytes,
+            connect_seconds=connected - begin,
+            start_seconds=started - connected,
+            gather_seconds=gather_seconds,
+            convert_seconds=slabs.seconds - gather_seconds,
+            wire_seconds=sent - started - slabs.seconds,
+            finish_seconds=time.monotonic() - sent,
+            load_seconds=max(receiving.answers.values(), default=0.0),
+        )
 
     def _connect(self, clients: list[WeightClient]) -> Sender:
         if self._sender is not None and len(clients) == len(self._connected):
@@ -154,6 +177,7 @@ class WeightPush:
             bucket_bytes=self._bucket_bytes,
             checksum=self._checksum,
             timeout=self._timeout,
+            backend=self._backend,
         )
         joining = _Calls(
             clients, lambda client: client.init_weight_transfer_engine(sender.init_info(offsets[client.index]))
@@ -202,7 +226,8 @@ class _Calls:
     The threads are daemons: a call to an engine that hangs for ever must not keep the trainer from exiting.
     """
 
-    def __init__(self, clients: Sequence[WeightClient], call: Callable[[WeightClient], None]) -> None:
+    def __init__(self, clients: Sequence[WeightClient], call: Callable[[WeightClient], Any]) -> None:
+        self.answers: dict[int, Any] = {}
         self._clients = clients
         self._errors: dict[int, BaseException] = {}
         self._threads = [
@@ -212,9 +237,9 @@ class _Calls:
         for thread in self._threads:
             thread.start()
 
-    def _run(self, client: WeightClient, call: Callable[[WeightClient], None]) -> None:
+    def _run(self, client: WeightClient, call: Callable[[WeightClient], Any]) -> None:
         try:
-            call(client)
+            self.answers[client.index] = call(client)
         except BaseException as error:  # carried over to the thread that joins
             self._errors[client.index] = error
 

@@ -93,8 +93,8 @@ class Engine(Protocol):
         """Make the model ready to take weights."""
         ...
 
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Receive the weights; blocks until they are all there."""
+    def update_weights(self, update_info: dict[str, Any]) -> float:
+        """Receive the weights; blocks until they are all there. Returns the seconds spent loading them."""
         ...
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:

@@ -23,19 +23,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import ray
 from ray.actor import ActorProxy
 from ray.exceptions import RayError, RayTaskError
 
 from megatron_entropy.config import RolloutConfig
-from megatron_entropy.errors import EngineFault, Fault, UserError
+from megatron_entropy.errors import ConfigError, EngineFault, Fault, UserError
 from megatron_entropy.rollout.engine import Completion, EngineSpec, Progress, Request
 from megatron_entropy.rollout.progress import RolloutProgress
 from megatron_entropy.rollout.vllm_engine import VllmEngine
@@ -85,18 +85,22 @@ class EngineClient:
         self.has_weights = False
         self._call("start_weight_update")
 
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Receive the weights."""
-        self._call("update_weights", update_info)
+    def update_weights(self, update_info: dict[str, Any]) -> float:
+        """Receive the weights; returns the seconds spent loading them."""
+        return self._call("update_weights", update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Put the received weights to use."""
         self._call("finish_weight_update", weight_version)
         self.has_weights = True
 
-    def _call(self, method: str, *arguments: Any) -> None:
+    def weight_checksums(self) -> list[dict[str, int]]:
+        """Checksum of every tensor that each of the engine's workers computes with, by vLLM's name for it; slow."""
+        return self._call("weight_checksums")
+
+    def _call(self, method: str, *arguments: Any) -> Any:
         try:
-            ray.get(getattr(self._actor, method).remote(*arguments))
+            return ray.get(getattr(self._actor, method).remote(*arguments))
         except RayTaskError as error:
             raise _cause(error) from error
         except RayError as error:
@@ -117,13 +121,27 @@ class EnginePool:
         self._spec = spec
         self._timeout = timeout
         self._threads = spec.threads or max(1, (os.cpu_count() or 1) // (2 * config.num_engines))
-        self._owns_ray = _start_ray(config.num_engines)
+        self._owns_ray, self._owns_gpus = _start_ray(config, spec)
         self._slots = [_Slot(*self._create(index)) for index in range(config.num_engines)]
 
     @property
     def address(self) -> str:
         """This machine's address as the engines reach it."""
         return "127.0.0.1" if self._owns_ray else ray.util.get_node_ip_address()
+
+    @property
+    def backend(self) -> str:
+        """What carries weights to the engines, `gloo` or `nccl`.
+
+        Raises:
+            ConfigError: for NCCL without GPUs.
+        """
+        setting = self._config.weight_transfer
+        if setting == "nccl" and self._spec.device == "cpu":
+            raise ConfigError("rollout.weight_transfer='nccl' needs engines on GPUs; set it to 'auto'")
+        if setting == "auto":
+            return "nccl" if self._owns_gpus else "gloo"
+        return setting
 
     def wait_ready(self) -> None:
         """Block until every engine has loaded.
@@ -220,10 +238,12 @@ class EnginePool:
         return actor, EngineClient(index, actor, self._config.tensor_parallel)
 
     def _kill(self, slot: _Slot) -> None:
+        here = slot.pid is not None and self._owns_ray
+        processes = _family(slot.pid) if here else []
         ray.kill(cast(Any, slot.actor), no_restart=True)
-        if slot.pid is not None and self._owns_ray:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(slot.pid, signal.SIGKILL)  # a stopped process does not hear Ray
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()  # a stopped process does not hear Ray, nor that its parent is gone
 
     def _reports(self, shares: list[list[Request]]) -> Iterator[tuple[int, list[Completion] | str]]:
         """What the engines answer, as it comes: completions, or why an engine is taken for dead."""
@@ -250,15 +270,53 @@ class EnginePool:
                     yield index, f"silent for {self._timeout:.0f} s"
 
 
-def _start_ray(num_engines: int) -> bool:
-    """Join the cluster named by RAY_ADDRESS, or start Ray on this machine; says whether it was started here."""
+def _start_ray(config: RolloutConfig, spec: EngineSpec) -> tuple[bool, bool]:
+    """Join the cluster named by RAY_ADDRESS, or start Ray on this machine.
+
+    Returns:
+        Whether it was started here, and whether the engines are kept off the trainer's GPUs.
+    """
     if ray.is_initialized():
-        return False
+        return False, False
     if os.environ.get("RAY_ADDRESS"):
         ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-        return False
-    ray.init(num_cpus=num_engines + 1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    return True
+        return False, False
+    own = _gpus_beside_the_trainer(config) if spec.device == "cuda" else []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    try:
+        if own:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
+        ray.init(
+            num_cpus=config.num_engines + 1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+        )
+    finally:
+        if own and visible is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        elif own and visible is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible
+    return True, bool(own)
+
+
+def _gpus_beside_the_trainer(config: RolloutConfig) -> list[str]:
+    """This machine's GPUs that no trainer rank uses, if there are enough for the engines; else none: they share."""
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+    left = gpus[int(os.environ.get("LOCAL_WORLD_SIZE", "1")) :]
+    if len(left) >= config.num_engines * config.tensor_parallel:
+        return left
+    logger.warning("rollout engines share the trainer's GPUs: too few are left beside them")
+    return []
+
+
+def _family(pid: int | None) -> list[psutil.Process]:
+    """A process and its descendants: an engine and its workers."""
+    try:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _spread(requests: Sequence[Request], num_engines: int) -> list[list[Request]]:

@@ -40,7 +40,6 @@ class VllmEngine:
     def __init__(self, spec: EngineSpec, config: RolloutConfig, threads: int = 1) -> None:
         self._spec = spec
         self._has_weights = False
-        self._updating = False
         self._num_added = 0
         _prepare_environment(spec, threads)
         try:
@@ -51,6 +50,8 @@ class VllmEngine:
 
         vllm_receiver.register()
         self._engine = LLMEngine.from_engine_args(_engine_args(spec, config))
+        if executor := getattr(self._engine, "model_executor", None):
+            executor.register_failure_callback(lambda: os._exit(1))  # also while a call waits for the dead worker
 
     def ready(self) -> int:
         """Return the process id once the engine can be used."""
@@ -85,30 +86,49 @@ class VllmEngine:
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Join a transfer group."""
-        self._engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": init_info})
+        self._on_workers("init_weight_transfer_engine", init_info)
 
     def start_weight_update(self) -> None:
         """Make the model ready to take weights; until `finish_weight_update` it cannot generate."""
         self._has_weights = False
-        if self._updating:  # another engine's failure broke off the push before
-            self._engine.collective_rpc("finish_weight_update")
-        self._engine.collective_rpc("start_weight_update")
-        self._updating = True
+        self._on_workers("begin_weight_update")
 
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Receive the weights; blocks until they are all there."""
-        try:
-            self._engine.collective_rpc("update_weights", kwargs={"update_info": update_info})
-        except BaseException:
-            self._updating = False  # so does vLLM
-            raise
+    def update_weights(self, update_info: dict[str, Any]) -> float:
+        """Receive the weights; blocks until they are all there. Returns the seconds spent loading them."""
+        self._on_workers("update_weights", update_info)
+        return max(self._on_workers("load_seconds"))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Put the received weights to use, and forget what was cached under the old ones."""
-        self._engine.collective_rpc("finish_weight_update")
+        self._on_workers("finish_weight_update")
         self._engine.reset_prefix_cache()
-        self._updating = False
         self._has_weights = True
+
+    def weight_checksums(self) -> list[dict[str, int]]:
+        """Checksum of every tensor that each worker computes with, by vLLM's name for it; slow."""
+        return self._on_workers("weight_checksums")
+
+    def _on_workers(self, method: str, *arguments: Any) -> list[Any]:
+        """Call a method on every worker.
+
+        Raises:
+            Fault: the first that a worker raised, one that tells more than a broken connection if there is one.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        from megatron_entropy.transport import TransportError
+
+        try:
+            answers = self._engine.collective_rpc("attempt", args=(method, arguments))
+        except Exception as error:
+            executor = getattr(self._engine, "model_executor", None)
+            if isinstance(error, EngineDeadError) or getattr(executor, "is_failed", False):
+                os._exit(1)  # an engine one of whose workers has died is dead, and seen to be so
+            raise
+        faults = [fault for _, fault in answers if fault is not None]
+        for fault in sorted(faults, key=lambda fault: isinstance(fault, TransportError)):
+            raise fault
+        return [answer for answer, _ in answers]
 
     def _step(self) -> list[RequestOutput]:
         return cast("list[RequestOutput]", self._engine.step())  # a pooling model's outputs are of another type
@@ -137,6 +157,7 @@ def _prepare_environment(spec: EngineSpec, threads: int) -> None:
             del os.environ[name]
     os.environ["VLLM_LOGGING_LEVEL"] = os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # between the engine's own processes: errors as objects
     if spec.device == "cpu":
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -144,6 +165,8 @@ def _prepare_environment(spec: EngineSpec, threads: int) -> None:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         # Else vLLM reserves a core per worker for itself and refuses to start where too few are left.
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        # Huge pages: a push allocates as much as the model, and fresh memory fills three times faster so.
+        os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
         # vLLM compiles the rank of a sampled token, which nobody asks for: two seconds and a C++ compiler.
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
@@ -165,7 +188,8 @@ def _engine_args(spec: EngineSpec, config: RolloutConfig) -> EngineArgs:
         "tensor_parallel_size": config.tensor_parallel,
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",  # not the model folder's sampling settings
-        "weight_transfer_config": {"backend": "gloo"},
+        "weight_transfer_config": {"backend": "megatron_entropy"},  # rollout/vllm_receiver.py
+        "worker_extension_cls": "megatron_entropy.rollout.vllm_receiver.Worker",
         "disable_log_stats": True,
         "seed": 0,
     }

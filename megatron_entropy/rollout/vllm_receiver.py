@@ -1,12 +1,14 @@
-"""The engine's end of a weight push: a vLLM weight-transfer engine that receives over gloo.
+"""The engine's end of a weight push: a vLLM weight-transfer engine that receives buckets, over gloo or NCCL.
 
-vLLM finds it in every worker process through the entry point `vllm.general_plugins` -> `register`. Imported in engine
-processes only: it imports vLLM.
+vLLM finds it in every worker process through the entry point `vllm.general_plugins` -> `register`, and mixes `Worker`
+into its own worker class. Imported in engine processes only: it imports vLLM.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,23 +19,27 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from megatron_entropy.errors import Fault
-from megatron_entropy.transport import LinkInfo, Receiver, TensorMeta
+from megatron_entropy.transport import LinkInfo, Receiver, TensorMeta, checksum
 
-BACKEND = "gloo"
+log = logging.getLogger(__name__)
+
+BACKEND = "megatron_entropy"
+READ_BACK_ROWS = 256
 
 
 def register() -> None:
-    """Make `weight_transfer_config={"backend": "gloo"}` known to vLLM in this process."""
+    """Make `weight_transfer_config={"backend": BACKEND}` known to vLLM in this process."""
     if BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(BACKEND, GlooWeightTransferEngine)
+        WeightTransferEngineFactory.register_engine(BACKEND, BucketTransferEngine)
 
 
 @dataclass
-class GlooInitInfo(WeightTransferInitInfo):
+class InitInfo(WeightTransferInitInfo):
     """`transport.LinkInfo`, field by field."""
 
     address: str
@@ -43,10 +49,11 @@ class GlooInitInfo(WeightTransferInitInfo):
     bucket_bytes: int
     checksum: bool
     timeout: float
+    backend: str
 
 
 @dataclass
-class GlooUpdateInfo(WeightTransferUpdateInfo):
+class UpdateInfo(WeightTransferUpdateInfo):
     """What will arrive: name, type (`float32`, ...) and shape of each tensor, in order."""
 
     names: list[str]
@@ -61,21 +68,23 @@ class GlooUpdateInfo(WeightTransferUpdateInfo):
         ]
 
 
-class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
+class BucketTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     """Receives Hugging Face tensors in buckets and loads them layer by layer, on a CPU or a GPU.
 
     After an error the model holds neither the old nor the new weights; the next complete push repairs it.
     """
 
-    init_info_cls = GlooInitInfo
-    update_info_cls = GlooUpdateInfo
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
 
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
         self._receiver: Receiver | None = None
         self._expected: set[str] = set()
+        self.load_seconds = 0.0
+        """What loading took in the last transfer."""
 
-    def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Join the sender's group, leaving the one before."""
         self.shutdown()
         info = LinkInfo(**dataclasses.asdict(init_info))
@@ -92,7 +101,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
 
-    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
+    def receive_weights(self, update_info: UpdateInfo) -> None:
         """Receive one transfer and load it.
 
         Raises:
@@ -100,8 +109,15 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         """
         assert self._receiver is not None, "init_transfer_engine comes first"
         loaded: set[str] = set()
+        self.load_seconds = 0.0
+
+        def load(tensors: list[tuple[str, torch.Tensor]]) -> None:
+            begin = time.monotonic()
+            loaded.update(self._load(tensors))
+            self.load_seconds += time.monotonic() - begin
+
         try:
-            self._receiver.receive(update_info.metadata(), lambda tensors: loaded.update(self._load(tensors)))
+            self._receiver.receive(update_info.metadata(), load)
             if missing := sorted(self._expected - loaded):
                 raise Fault(f"the pushed weights lack {len(missing)} of the engine's parameters, first {missing[0]}")
         except BaseException:
@@ -130,3 +146,61 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         if self._receiver is not None:
             self._receiver.close()
             self._receiver = None
+
+
+class Worker:
+    """What vLLM's workers can do beside their own: methods for `collective_rpc`."""
+
+    weight_transfer_engine: BucketTransferEngine
+    _weight_update_active: bool
+
+    def attempt(self, method: str, arguments: tuple) -> tuple[Any, Fault | None]:
+        """What a method of the worker returns, and the `Fault` it has raised instead.
+
+        vLLM would keep an error's text only, and leave the answers of the other workers for the next call to find.
+        """
+        try:
+            return getattr(self, method)(*arguments), None
+        except Fault as fault:
+            return None, fault
+        except Exception as error:
+            log.exception("%s failed", method)
+            return None, Fault(f"{method}: {type(error).__name__}: {error}")
+
+    def begin_weight_update(self) -> None:
+        """As vLLM's `start_weight_update`, also when an update before was broken off."""
+        worker: Any = self
+        if worker._weight_update_active:
+            worker.finish_weight_update()
+        worker.start_weight_update()
+
+    def load_seconds(self) -> float:
+        """What loading took in the last update, beside receiving."""
+        return self.weight_transfer_engine.load_seconds
+
+    def weight_checksums(self) -> dict[str, int]:
+        """CRC-32 of every tensor that this worker computes with, under vLLM's name for it.
+
+        vLLM packs the weights of linear layers on a CPU and keeps no other copy. They are read back through the layer
+        itself: its answer to the unit vectors is exactly its weights (the sign of a zero apart).
+        """
+        model: torch.nn.Module = self.get_model()  # type: ignore[attr-defined]
+        sums = {}
+        for path, layer in model.named_modules():
+            for name, parameter in layer.named_parameters(recurse=False):
+                packed = name == "weight" and isinstance(layer, LinearBase | ParallelLMHead)
+                tensor = _read_back(layer) if packed else parameter
+                sums[f"{path}.{name}"] = checksum(tensor + torch.zeros((), dtype=tensor.dtype))  # -0 becomes 0
+        return sums
+
+
+@torch.inference_mode()
+def _read_back(layer: Any) -> torch.Tensor:
+    """The weight [outputs, inputs] that a layer multiplies with."""
+    width = layer.embedding_dim if isinstance(layer, ParallelLMHead) else layer.input_size_per_partition
+    columns = []
+    for first in range(0, width, READ_BACK_ROWS):
+        units = layer.weight.new_zeros(min(READ_BACK_ROWS, width - first), width)
+        units[:, first : first + len(units)].fill_diagonal_(1)
+        columns.append(layer.quant_method.apply(layer, units, None))
+    return torch.cat(columns).t()

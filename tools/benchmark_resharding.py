@@ -1,0 +1,319 @@
+#!/usr/bin/env python3
+"""What a weight push costs: bytes, memory and seconds, for random Qwen2-like models on the CPUs of this machine.
+
+For each size the trainer's ranks hold their shards of a random model (nothing else: no gradients, no optimizer), and
+real vLLM engines take pushes of it. Between the pushes the same number of bytes is broadcast bare, over the same kind
+of group and in the same buckets, to as many processes that do nothing with it; the two take turns in going first.
+
+    python tools/benchmark_resharding.py [--sizes 0.1 0.5 1.5] [--tp 2] [--pp 1] [--engines 1] [--engine-tp 1]
+        [--dtype bfloat16] [--repeats 3] [--bare-receivers] [--json resharding.json]
+
+Columns: `bytes`: sent to each engine, over those of the model. `memory`: the highest resident memory during a push
+beyond what was held before, in buckets, of rank 0 and of the worst other rank. Seconds are medians; `gather`, `convert`
+and `transfer` follow one another on rank 0 (transfer: what sending takes beyond the other two, which it overlaps),
+`load` is the engine's and overlaps with all. `ratio`: of the push to the bare broadcast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as `megatron-entropy train` does; read when torch is imported
+
+import torch
+import torch.distributed as dist
+
+from megatron_entropy import parallel
+from megatron_entropy.architecture import ModelShape, read_shape
+from megatron_entropy.config import ParallelConfig, RolloutConfig
+from megatron_entropy.resharding.names import part_shape
+from megatron_entropy.resharding.plan import plan
+from megatron_entropy.resharding.source import ShardedSource
+from megatron_entropy.resharding.transfer import PushStats, WeightPush
+from megatron_entropy.transport import BUCKET_BYTES, LinkInfo, Receiver, Sender, TensorMeta, _Link
+
+SIZES = {  # billions of parameters; the larger two have the shapes of Qwen2.5
+    "0.1": {"hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 12, "num_attention_heads": 12,
+            "num_key_value_heads": 4, "vocab_size": 32768},
+    "0.5": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+            "num_key_value_heads": 2, "vocab_size": 151936},
+    "1.5": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
+            "num_key_value_heads": 2, "vocab_size": 151936},
+}  # fmt: skip
+FINISH = "finish"
+
+
+def random_shards(shape: ModelShape, layout: ParallelConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """This rank's parameters, as far as a push reads them."""
+    shards = {}
+    for placement in plan(shape, layout):
+        if dist.get_rank() in placement.ranks:
+            shards[placement.entry.megatron] = torch.randn(
+                part_shape(placement.entry, shape, ranks=placement.parts), dtype=dtype
+            )
+    return shards
+
+
+class BareEngine:
+    """A process that receives and does nothing with it: stands in for an engine where memory does not allow one."""
+
+    num_workers = 1
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(target=_receive_bare, args=(other,), daemon=True)
+        self._process.start()
+
+    def init_weight_transfer_engine(self, init_info: dict) -> None:
+        """Join a transfer group."""
+        self._ask(("join", init_info))
+
+    def start_weight_update(self) -> None:
+        """Nothing to be made ready."""
+
+    def update_weights(self, update_info: dict) -> float:
+        """Receive."""
+        return self._ask(("receive", update_info))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Nothing to be put to use."""
+
+    def close(self) -> None:
+        """End the process."""
+        self._pipe.send(FINISH)
+
+    def _ask(self, message: tuple) -> float:
+        self._pipe.send(message)
+        return self._pipe.recv()
+
+
+def _receive_bare(pipe: multiprocessing.connection.Connection) -> None:
+    torch.set_num_threads(1)
+    receiver = None
+    while (message := pipe.recv()) != FINISH:
+        method, info = message
+        if method == "join":
+            pipe.send(0.0)  # at once: the sender of these calls waits for all to join
+            receiver = Receiver(LinkInfo(**info), info["rank_offset"])
+        else:
+            assert receiver is not None
+            fields = zip(info["names"], info["dtype_names"], info["shapes"], strict=True)
+            receiver.receive([TensorMeta(n, getattr(torch, d), tuple(s)) for n, d, s in fields], lambda tensors: None)
+            pipe.send(0.0)
+
+
+class BareBroadcast:
+    """The same bytes in the same buckets over the same kind of group, and nothing else: the floor of a push."""
+
+    def __init__(self, num_receivers: int, num_bytes: int, bucket_bytes: int) -> None:
+        self._sizes = _pieces(num_bytes, bucket_bytes)
+        sender = Sender("127.0.0.1", num_receivers=num_receivers, bucket_bytes=bucket_bytes)
+        context = multiprocessing.get_context("spawn")
+        self._pipes = []
+        for rank in range(1, num_receivers + 1):
+            pipe, other = context.Pipe()
+            context.Process(
+                target=_take_bare, args=(other, sender.init_info(0), rank, self._sizes), daemon=True
+            ).start()
+            self._pipes.append(pipe)
+        sender.connect()
+        self._sender = sender
+        self._buffer = torch.ones(max(self._sizes), dtype=torch.uint8)
+
+    def run(self) -> float:
+        """Seconds of one broadcast."""
+        for pipe in self._pipes:
+            pipe.send("go")
+        link = self._sender._link
+        assert link is not None
+        begin = time.monotonic()
+        _broadcast(link, self._buffer, self._sizes)
+        for pipe in self._pipes:
+            pipe.recv()
+        return time.monotonic() - begin
+
+    def close(self) -> None:
+        """End the receivers."""
+        for pipe in self._pipes:
+            pipe.send(FINISH)
+        self._sender.close()
+
+
+def _take_bare(pipe: multiprocessing.connection.Connection, info: dict, rank: int, sizes: list[int]) -> None:
+    torch.set_num_threads(1)
+    info = LinkInfo(**info)
+    receiver = Receiver(info, rank)
+    buffer = torch.ones(max(sizes), dtype=torch.uint8)
+    while pipe.recv() != FINISH:
+        assert receiver._link is not None
+        _broadcast(receiver._link, buffer, sizes)
+        pipe.send("done")
+
+
+def _broadcast(link: _Link, buffer: torch.Tensor, sizes: list[int]) -> None:
+    for size in sizes:
+        link.start(buffer[:size])
+        link.finish()
+
+
+def _pieces(num_bytes: int, piece: int) -> list[int]:
+    return [min(piece, num_bytes - begin) for begin in range(0, num_bytes, piece)]
+
+
+def measure_rank(folder: str, layout: ParallelConfig, settings: argparse.Namespace) -> dict:
+    """One trainer rank; rank 0 answers with the row of the table."""
+    torch.set_num_threads(1)
+    parallel.lay_out(layout, seed=1)
+    shape = read_shape(folder)
+    dtype = getattr(torch, settings.dtype)
+    source = ShardedSource(shape, layout, random_shards(shape, layout, dtype), dtype)
+    first = dist.get_rank() == 0
+    clients = pool = bare = None
+    if first:
+        clients, pool = _engines(folder, settings)
+    push = WeightPush(source, bucket_bytes=settings.bucket_mib * 2**20, timeout=600)
+    _timed_push(push, clients)  # connects, and touches all memory once
+    memory = _memory_of(lambda: _timed_push(push, clients)) / (settings.bucket_mib * 2**20)
+    memories: list[float] = [0.0] * dist.get_world_size()
+    dist.all_gather_object(memories, memory)
+    model_bytes = sum(meta.num_bytes for meta in source.metadata())
+    if first:
+        bare = BareBroadcast(settings.engines * settings.engine_tp, model_bytes, settings.bucket_mib * 2**20)
+        bare.run()
+    pushes, seconds, floors = [], [], []
+    for repeat in range(settings.repeats):
+        if bare and repeat % 2:
+            floors.append(bare.run())
+        dist.barrier()
+        stats, wall = _timed_push(push, clients)
+        pushes.append(stats)
+        seconds.append(wall)
+        if bare and not repeat % 2:
+            floors.append(bare.run())
+    push.close()
+    if not first or bare is None:
+        return {}
+    bare.close()
+    for client in clients or ():
+        if isinstance(client, BareEngine):
+            client.close()
+    if pool is not None:
+        pool.shutdown()
+    return {
+        "model_bytes": model_bytes,
+        "bytes_ratio": pushes[0].num_bytes / model_bytes,
+        "memory_rank0": memories[0],
+        "memory_others": max(memories[1:], default=0.0),
+        **_medians(pushes),
+        "push": statistics.median(seconds),
+        "bare": statistics.median(floors),
+        "pushes": seconds,
+        "bares": floors,
+    }
+
+
+def _engines(folder: str, settings: argparse.Namespace) -> tuple[list, object]:
+    if settings.bare_receivers:
+        return [BareEngine(index) for index in range(settings.engines)], None
+    from megatron_entropy.rollout.engine import EngineSpec
+    from megatron_entropy.rollout.pool import EnginePool
+
+    config = RolloutConfig(num_engines=settings.engines, tensor_parallel=settings.engine_tp, max_num_seqs=8)
+    pool = EnginePool(config, EngineSpec(folder, 64, (0,), dtype=settings.dtype))
+    pool.wait_ready()
+    return pool.clients(), pool
+
+
+def _timed_push(push: WeightPush, clients: list | None) -> tuple[PushStats | None, float]:
+    begin = time.monotonic()
+    return push.push(1, clients), time.monotonic() - begin
+
+
+def _memory_of(work) -> float:
+    """Bytes by which this process's resident memory rises while `work` runs."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = _status("VmRSS")
+    work()
+    return (_status("VmHWM") - before) * 1024
+
+
+def _status(field: str) -> int:
+    """A field of this process's memory status, in KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field + ":")).split()[1])
+
+
+def _medians(pushes: list[PushStats]) -> dict[str, float]:
+    parts = {"gather": "gather_seconds", "convert": "convert_seconds", "transfer": "wire_seconds"}
+    row = {name: statistics.median(getattr(stats, field) for stats in pushes) for name, field in parts.items()}
+    row["load"] = statistics.median(p.load_seconds + p.start_seconds + p.finish_seconds for p in pushes)
+    return row
+
+
+def measure(size: str, settings: argparse.Namespace) -> dict:
+    """The row of one model."""
+    layout = ParallelConfig(tp=settings.tp, pp=settings.pp)
+    with tempfile.TemporaryDirectory() as folder:
+        config = {
+            "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "rms_norm_eps": 1e-6,
+            "rope_theta": 1e6, "max_position_embeddings": 4096, "tie_word_embeddings": True,
+            "torch_dtype": settings.dtype, **SIZES[size],
+        }  # fmt: skip
+        Path(folder, "config.json").write_text(json.dumps(config))
+        rows = parallel.run_on_ranks(measure_rank, layout.world_size, folder, layout, settings, timeout_s=3000)
+    return {"size": size, "tp": settings.tp, "pp": settings.pp, **rows[0], "ratio": rows[0]["push"] / rows[0]["bare"]}
+
+
+def main() -> None:
+    """Print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES), metavar="BILLIONS")
+    parser.add_argument("--tp", type=int, default=2)
+    parser.add_argument("--pp", type=int, default=1)
+    parser.add_argument("--engines", type=int, default=1)
+    parser.add_argument("--engine-tp", type=int, default=1)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--bucket-mib", type=int, default=BUCKET_BYTES // 2**20)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--bare-receivers", action="store_true", help="processes that drop what they get, not vLLM")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    settings = parser.parse_args()
+    if settings.bare_receivers and settings.engine_tp > 1:
+        parser.error("--bare-receivers stand for one worker each; use --engines instead of --engine-tp")
+    receivers = "bare receivers" if settings.bare_receivers else f"vLLM engines (TP{settings.engine_tp})"
+    print(
+        f"{settings.engines} {receivers}, trainer TP{settings.tp} PP{settings.pp}, {settings.dtype}, "
+        f"buckets of {settings.bucket_mib} MiB, {os.cpu_count()} cores, medians of {settings.repeats}"
+    )
+    print(
+        f"{'model':>6}{'MiB':>7}{'bytes':>7}{'memory 0':>10}{'others':>8}{'gather':>9}{'convert':>9}{'transfer':>10}"
+        f"{'load':>7}{'push':>8}{'bare':>8}{'ratio':>7}"
+    )
+    rows = []
+    for size in settings.sizes:
+        row = measure(size, settings)
+        rows.append(row)
+        print(
+            f"{size + ' B':>6}{row['model_bytes'] / 2**20:>7.0f}{row['bytes_ratio']:>7.3f}{row['memory_rank0']:>10.2f}"
+            f"{row['memory_others']:>8.2f}{row['gather']:>8.2f}s{row['convert']:>8.2f}s{row['transfer']:>9.2f}s"
+            f"{row['load']:>6.2f}s{row['push']:>7.2f}s{row['bare']:>7.2f}s{row['ratio']:>7.2f}",
+            flush=True,
+        )
+    if settings.json:
+        described = {key: value for key, value in vars(settings).items() if key != "json"}
+        settings.json.write_text(json.dumps({**described, "rows": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
