@@ -34,7 +34,7 @@ SOON = 4 * 2**30
 
 def main() -> int:
     """Inspect and print; tell by the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--checksums", action=argparse.BooleanOptionalAction, help="read all bytes, or none")
     chosen = parser.parse_args()
@@ -145,7 +145,9 @@ def read_header(file: Path) -> tuple[dict[str, TensorRecord], int]:
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length)) if length <= file.stat().st_size else None
+            if length > file.stat().st_size:
+                raise ValueError
+            header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
         ends = [entry["data_offsets"][1] for entry in header.values()]
         tensors = {

@@ -470,7 +470,7 @@ def main() -> int:
         return be_rank()
     if sys.argv[1:2] == ["train"]:
         return launch_train(sys.argv[2:])
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=6, help="of each run")

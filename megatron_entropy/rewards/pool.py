@@ -138,14 +138,14 @@ class RewardPool:
         for attempt in range(2):
             if self._pool is not None:
                 break
-            self._pool = ProcessPool(
+            self._pool = pool = ProcessPool(
                 max_workers=self.workers,
                 initializer=_prepare_worker,
                 initargs=(self.verifier, self.memory_gib),
                 context=_WorkerContext(),
             )
             try:
-                self._pool.schedule(_ready).result(START_SECONDS)
+                pool.schedule(_ready).result(START_SECONDS)
             except (AnswerTimeout, BrokenProcessPool, ProcessExpired) as error:
                 self.close()
                 if attempt:
