@@ -8,10 +8,11 @@ of group and in the same buckets, to as many processes that do nothing with it; 
     python tools/benchmark_resharding.py [--sizes 0.1 0.5 1.5] [--tp 2] [--pp 1] [--engines 1] [--engine-tp 1]
         [--dtype bfloat16] [--repeats 3] [--bare-receivers] [--json resharding.json]
 
-Columns: `bytes`: sent to each engine, over those of the model. `memory`: the highest resident memory during a push
-beyond what was held before, in buckets, of rank 0 and of the worst other rank. Seconds are medians; `gather`, `convert`
-and `transfer` follow one another on rank 0 (transfer: what sending takes beyond the other two, which it overlaps),
-`load` is the engine's and overlaps with all. `ratio`: of the push to the bare broadcast.
+Columns: `bytes`: sent to each engine, over those of the model (every worker of an engine is sent all of it).
+`memory`: the highest resident memory during a push beyond what was held before, in buckets, of rank 0 and of the worst
+other rank. Seconds are medians; `gather`, `convert` and `transfer` follow one another on rank 0 (transfer: what sending
+takes beyond the other two, which it overlaps), `load` is the engine's and overlaps with all. `ratio`: of the push to
+the bare broadcast.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ import os
 import statistics
 import tempfile
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as `megatron-entropy train` does; read when torch is imported
 
@@ -97,7 +100,7 @@ class BareEngine:
         return self._pipe.recv()
 
 
-def _receive_bare(pipe: multiprocessing.connection.Connection) -> None:
+def _receive_bare(pipe: Connection) -> None:
     torch.set_num_threads(1)
     receiver = None
     while (message := pipe.recv()) != FINISH:
@@ -149,10 +152,9 @@ class BareBroadcast:
         self._sender.close()
 
 
-def _take_bare(pipe: multiprocessing.connection.Connection, info: dict, rank: int, sizes: list[int]) -> None:
+def _take_bare(pipe: Connection, info: dict, rank: int, sizes: list[int]) -> None:
     torch.set_num_threads(1)
-    info = LinkInfo(**info)
-    receiver = Receiver(info, rank)
+    receiver = Receiver(LinkInfo(**info), rank)
     buffer = torch.ones(max(sizes), dtype=torch.uint8)
     while pipe.recv() != FINISH:
         assert receiver._link is not None
@@ -211,7 +213,7 @@ def measure_rank(folder: str, layout: ParallelConfig, settings: argparse.Namespa
         pool.shutdown()
     return {
         "model_bytes": model_bytes,
-        "bytes_ratio": pushes[0].num_bytes / model_bytes,
+        "bytes_ratio": pushes[0].num_bytes * settings.engine_tp / model_bytes,
         "memory_rank0": memories[0],
         "memory_others": max(memories[1:], default=0.0),
         **_medians(pushes),
@@ -222,7 +224,7 @@ def measure_rank(folder: str, layout: ParallelConfig, settings: argparse.Namespa
     }
 
 
-def _engines(folder: str, settings: argparse.Namespace) -> tuple[list, object]:
+def _engines(folder: str, settings: argparse.Namespace) -> tuple[list, Any]:
     if settings.bare_receivers:
         return [BareEngine(index) for index in range(settings.engines)], None
     from megatron_entropy.rollout.engine import EngineSpec
@@ -277,7 +279,7 @@ def measure(size: str, settings: argparse.Namespace) -> dict:
 
 def main() -> None:
     """Print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES), metavar="BILLIONS")
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--pp", type=int, default=1)

@@ -197,7 +197,7 @@ class Worker:
 @torch.inference_mode()
 def _read_back(layer: Any) -> torch.Tensor:
     """The weight [outputs, inputs] that a layer multiplies with."""
-    width = layer.embedding_dim if isinstance(layer, ParallelLMHead) else layer.input_size_per_partition
+    width = getattr(layer, "input_size_per_partition", None) or layer.embedding_dim
     columns = []
     for first in range(0, width, READ_BACK_ROWS):
         units = layer.weight.new_zeros(min(READ_BACK_ROWS, width - first), width)
