@@ -70,6 +70,7 @@ class Receivers:
         self.got: list[Pairs] = [[] for _ in range(count)]
         self.errors: list[Exception | None] = [None] * count
         self._load = load
+        self._receivers: list[Receiver] = []  # kept: one that leaves breaks the group while another still joins
         self._threads = [threading.Thread(target=self._run, args=(sender, index)) for index in range(count)]
         for thread in self._threads:
             thread.start()
@@ -77,6 +78,7 @@ class Receivers:
     def _run(self, sender: Sender, index: int) -> None:
         try:
             receiver = Receiver(LinkInfo(**sender.init_info(1)), 1 + index)
+            self._receivers.append(receiver)
             receiver.receive(
                 metadata_of(tensors()), self._load if index == 0 and self._load else self.got[index].extend
             )
@@ -87,6 +89,8 @@ class Receivers:
         for thread in self._threads:
             thread.join(30)
             assert not thread.is_alive()
+        for receiver in self._receivers:
+            receiver.close()
 
 
 def test_buckets_keep_order_and_size() -> None:
