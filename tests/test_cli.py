@@ -80,7 +80,7 @@ def fail(error):
 LOST = RuntimeError("connection closed by peer")
 if mode == "ok":
     # One write: the line's end as a write of its own may come after another rank's line.
-    os.write(1, f"rank {rank} of {size}, {os.environ['OMP_NUM_THREADS']} threads\n".encode())
+    os.write(1, f"rank {rank} of {size}, {os.environ['OMP_NUM_THREADS']} threads\\n".encode())
 elif mode == "user":
     fail(ConfigError("actor.token_budget=1 is too small"))
 elif mode == "bug":
