@@ -129,6 +129,8 @@ class RolloutConfig(Section):
     kv_cache_gib: PositiveInt = 1
     """KV cache of an engine on a CPU."""
     gpu_memory_utilization: float = Field(default=0.6, gt=0, le=1)
+    colocate: bool = False
+    """Engines on the trainer's GPUs take turns with it: one side's memory is away while the other works."""
     weight_transfer: Literal["auto", "gloo", "nccl"] = "auto"
     """What carries the weights to the engines; `auto`: nccl where they have GPUs beside the trainer's, else gloo."""
     verify_weights: bool = False

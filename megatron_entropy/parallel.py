@@ -98,6 +98,12 @@ def on_first_rank(function: Callable[[], T]) -> T:
     return answer  # type: ignore[return-value]
 
 
+def meet() -> None:
+    """Wait until every rank is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def leave() -> None:
     """Dissolve all groups."""
     if dist.is_initialized():

@@ -6,10 +6,12 @@ Every request carries a seed that is a function of (run, stage, step, prompt, sa
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -18,6 +20,7 @@ from megatron_entropy.actor.actor import Actor
 from megatron_entropy.config import Config, seed_of
 from megatron_entropy.data.dataset import PromptStream
 from megatron_entropy.data.tokenizer import Tokenizer
+from megatron_entropy.errors import Fault
 from megatron_entropy.log import StepClock
 from megatron_entropy.records import Grade, Group, Metric, Prompt, Sample
 from megatron_entropy.resharding.transfer import WeightPush
@@ -63,6 +66,9 @@ class Sampler:
         self._metrics: dict[str, Metric] = {}
         self._drawn: Counter[int] = Counter()
         self._step = 0
+        self._colocated = config.rollout.colocate and push is not None
+        if self._colocated:
+            self._end_turn()
 
     def begin_step(self, step: int) -> None:
         """Start counting for a step; seeds depend on its number."""
@@ -124,22 +130,81 @@ class Sampler:
             pass
 
     def _try_push(self) -> bool:
+        """Push once; False when an engine was lost and is being made anew. A collective."""
         assert self._push is not None, "the stage was built without engines"
+        if self._colocated:
+            self._end_turn()
 
-        def attempt() -> list[int]:
+        def attempt() -> tuple[int, ...]:
             assert self._push is not None and self._pool is not None
             self._pool.wait_ready()
             try:
                 self._push.push(self.version, self._pool.clients())
             except EngineLost as lost:
                 log.warning("weights could not be pushed: %s", lost.reason)
-                self._pool.restart(lost.indices)
-                return list(lost.indices)
-            return []
+                return lost.indices
+            return ()
 
-        if parallel.rank() != 0:
-            self._push.push(self.version, None)
-        return not parallel.on_first_rank(attempt)
+        lost = self._wake("weights")
+        if not lost:
+            if parallel.rank() != 0:
+                self._push.push(self.version, None)
+            lost = parallel.on_first_rank(attempt)
+        if self._colocated:
+            self.actor.offload()
+            parallel.meet()
+        if not lost:
+            lost = self._wake("kv_cache")
+        if lost:
+            parallel.on_first_rank(lambda: self._restart(lost))
+        return not lost
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Colocated engines work inside: whatever happens there, the GPUs are the actor's again afterwards."""
+        if not self._colocated:
+            yield
+            return
+        try:
+            yield
+        except BaseException:  # of one rank alone, perhaps: no collective here
+            with contextlib.suppress(Fault):
+                if self._pool is not None:
+                    self._sleep()
+            self.actor.onload()
+            raise
+        self._end_turn()
+
+    def _wake(self, part: Literal["weights", "kv_cache"]) -> tuple[int, ...]:
+        """Bring a part of colocated engines back; returns those that were lost. A collective."""
+
+        def wake() -> tuple[int, ...]:
+            assert self._pool is not None
+            try:
+                for client in self._pool.clients():
+                    client.wake(part)
+            except EngineLost as lost:
+                return lost.indices
+            return ()
+
+        return parallel.on_first_rank(wake) if self._colocated else ()
+
+    def _restart(self, indices: Sequence[int]) -> None:
+        assert self._pool is not None
+        self._pool.restart(indices)
+        self._pool.wait_ready()
+
+    def _end_turn(self) -> None:
+        """The engines' memory goes, the actor's comes back; a collective."""
+        parallel.on_first_rank(self._sleep)
+        self.actor.onload()
+
+    def _sleep(self) -> None:
+        assert self._pool is not None
+        self._pool.wait_ready()
+        for client in self._pool.clients():
+            with contextlib.suppress(EngineLost):  # seen when it is next asked
+                client.sleep()
 
     def _ask(
         self,
@@ -162,13 +227,14 @@ class Sampler:
             for place, (prompt, key) in enumerate(zip(prompts, keys, strict=True))
             for number in range(samples)
         ]
-        if self._is_stale:
-            self.version += 1
-            with self.clock("push"):
-                self._push_weights()
-            self._is_stale = False
-        with self.clock("generate"):
-            completions = self._complete(requests, purpose)
+        with self._turn():
+            if self._is_stale or self._colocated:  # engines that slept have lost their weights
+                self.version += self._is_stale
+                with self.clock("push"):
+                    self._push_weights()
+                self._is_stale = False
+            with self.clock("generate"):
+                completions = self._complete(requests, purpose)
         with self.clock("reward"):
             return parallel.on_first_rank(lambda: self._graded(prompts, samples, completions))
 

@@ -101,6 +101,8 @@ class Stage:
             folder.checkpoints(config.name), keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
         )
         needs_engines = samples_itself or bool(self.held_out)
+        if needs_engines and config.rollout.colocate:
+            self.actor.offload()  # engines measure what is free when they start; the sampler brings it back
         pool = engines.start() if needs_engines else None
         stop.listen()
         address = parallel.share(pool.address if pool else None)

@@ -57,7 +57,7 @@ def models_and_layouts(draw: st.DrawFn) -> tuple[ModelShape, ParallelConfig]:
     return shape, ParallelConfig(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, dp=dp)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(models_and_layouts())
 def test_every_element_comes_from_exactly_one_place(case):
     shape, layout = case
@@ -77,7 +77,7 @@ def test_every_element_comes_from_exactly_one_place(case):
     assert all(count.max() <= 1 for count in taken.values()), "no element of a part is two tensors'"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(models_and_layouts(), st.integers(0, 2**31))
 def test_unshard_undoes_shard(case, seed):
     shape, layout = case

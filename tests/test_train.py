@@ -197,7 +197,7 @@ def test_a_run_repeats_bit_for_bit_even_if_its_engine_is_killed(inputs, tmp_path
     import psutil
 
     run = tmp_path / "run"
-    process = start(inputs, run)
+    process = start(inputs, run, "--rollout.colocate=true")  # must change nothing on a CPU
     wait_for(process, run, step=1)
     engines = [c for c in psutil.Process(process.pid).children(recursive=True) if "VllmEngine" in " ".join(c.cmdline())]
     assert len(engines) == 1

@@ -100,3 +100,11 @@ class Engine(Protocol):
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Put the received weights to use."""
         ...
+
+    def sleep(self) -> None:
+        """Free the GPU, weights included; nothing on a CPU."""
+        ...
+
+    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        """Take memory for a part back; after the weights a push must follow. Nothing on a CPU."""
+        ...

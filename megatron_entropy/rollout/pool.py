@@ -27,7 +27,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import psutil
 import ray
@@ -93,6 +93,14 @@ class EngineClient:
         """Put the received weights to use."""
         self._call("finish_weight_update", weight_version)
         self.has_weights = True
+
+    def sleep(self) -> None:
+        """Free the GPU; the engine has no weights then."""
+        self._call("sleep")
+
+    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        """Take memory for a part back."""
+        self._call("wake", part)
 
     def weight_checksums(self) -> list[dict[str, int]]:
         """Checksum of every tensor that each of the engine's workers computes with, by vLLM's name for it; slow."""
@@ -281,7 +289,7 @@ def _start_ray(config: RolloutConfig, spec: EngineSpec) -> tuple[bool, bool]:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
         return False, False
-    own = _gpus_beside_the_trainer(config) if spec.device == "cuda" else []
+    own = _gpus_beside_the_trainer(config) if spec.device == "cuda" and not config.colocate else []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     try:
         if own:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
@@ -41,6 +41,7 @@ class VllmEngine:
         self._spec = spec
         self._has_weights = False
         self._num_added = 0
+        self._awake = {"weights", "kv_cache"}
         _prepare_environment(spec, threads)
         try:
             from vllm.v1.engine.llm_engine import LLMEngine
@@ -107,6 +108,22 @@ class VllmEngine:
     def weight_checksums(self) -> list[dict[str, int]]:
         """Checksum of every tensor that each worker computes with, by vLLM's name for it; slow."""
         return self._on_workers("weight_checksums")
+
+    def sleep(self) -> None:
+        """Free the GPU, weights included (vLLM's level 2); nothing on a CPU. Has not been run on a GPU yet."""
+        if self._spec.device == "cpu" or not self._awake:
+            return
+        if len(self._awake) == 1:  # a push broke off; vLLM goes to sleep only from being wide awake
+            self._engine.wake_up()
+        self._engine.sleep(level=2)
+        self._awake.clear()
+        self._has_weights = False
+
+    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        """Take memory for a part back; after the weights a push must follow. Nothing on a CPU."""
+        if self._spec.device == "cuda" and part not in self._awake:
+            self._engine.wake_up(tags=[part])
+            self._awake.add(part)
 
     def _on_workers(self, method: str, *arguments: Any) -> list[Any]:
         """Call a method on every worker.
@@ -194,7 +211,11 @@ def _engine_args(spec: EngineSpec, config: RolloutConfig) -> EngineArgs:
         "seed": 0,
     }
     if spec.device == "cuda":
-        return EngineArgs(**common, gpu_memory_utilization=config.gpu_memory_utilization)
+        return EngineArgs(
+            **common,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            enable_sleep_mode=config.colocate,
+        )
     return EngineArgs(
         **common,
         enforce_eager=True,
