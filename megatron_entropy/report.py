@@ -174,7 +174,11 @@ def write_report(folder: RunFolder) -> None:
 
 def layout_label(layout: Mapping[str, int | bool]) -> str:
     """A layout in a few words: its axes above 1 and its switches, such as `TP2 x DP4, sequence parallel`."""
-    axes = [f"{axis.upper()}{layout[axis]}" for axis in ("tp", "pp", "vpp", "cp", "dp") if layout.get(axis, 1) > 1]
+    axes = [
+        f"{axis.upper()}{layout[axis]}"
+        for axis in ("tp", "pp", "vpp", "cp", "dp", "ep", "etp")
+        if layout.get(axis, 1) > 1
+    ]
     switches = [name.replace("_", " ") for name in ("sequence_parallel", "distributed_optimizer") if layout.get(name)]
     return ", ".join([" x ".join(axes) or "1 rank", *switches])
 
