@@ -1,9 +1,8 @@
 """`state.json` of a checkpoint: what the checkpoint is of, and size and checksum of every file, its own included.
 
-The checksum is CRC-32: it finds torn writes and flipped bits, not forgery. It costs one more pass over the bytes, at 1
-to 5 GB/s and core: when written, in the background by the rank that wrote the file; when read, by one process with a
-thread per core, so that to resume from 100 GB on eight cores takes some 3 to 15 seconds longer, or as long as the disk
-needs.
+The checksum is CRC-32: it finds torn writes and flipped bits, not forgery. It costs one more pass over the bytes: when
+written, in the background by the rank that wrote the file; when read, by one process with a thread per core (538 MB took
+0.08 s on two cores from a warm cache).
 """
 
 from __future__ import annotations
