@@ -29,6 +29,7 @@ import torch.distributed as dist
 
 from megatron_entropy import manifest, parallel
 from megatron_entropy.actor.actor import Actor
+from megatron_entropy.actor.lora import is_adapter
 from megatron_entropy.actor.snapshot import Snapshot, Written
 from megatron_entropy.actor.state import global_shapes, restore, sharded_state
 from megatron_entropy.errors import CheckpointError, Fault
@@ -249,12 +250,14 @@ def load(path: Path, actor: Actor, progress: Progress) -> None:
 def _check_model(path: Path, wanted: dict[str, tuple[int, ...]], vocab_size: int) -> None:
     """Compare the model's tensors with the checkpoint's, by their global shapes."""
     found = {name: tensor.shape for name, tensor in manifest.tensors(path / SHARDS).items()}
-    for name in sorted(wanted.keys() | found.keys(), key=lambda name: (name.startswith("optimizer."), name)):
+    names = sorted(wanted.keys() | found.keys(), key=lambda n: (n.startswith("optimizer."), not is_adapter(n), n))
+    same = "model and actor.lora" if any(is_adapter(name) for name in names) else "model"
+    for name in names:
         here, there = wanted.get(name), found.get(name)
         if here != there:
             raise CheckpointError(
                 f"{path} is of another model: tensor {name} is {there or 'missing'} in it and {here or 'missing'} in "
-                "the model of model.path; resume with the model the run was started with, or choose another --output"
+                f"the model of model.path; resume with the {same} the run was started with, or choose another --output"
             )
     rows = manifest.read(path)[0]["model"]["vocab_size"]
     if rows != vocab_size:  # hidden by the padding

@@ -44,6 +44,8 @@ class ModelConfig(Section):
 
     path: str = ""
     """Hugging Face folder: `config.json`, safetensors, tokenizer."""
+    reference: str = ""
+    """Folder of another reference model or teacher, of the same shape; empty: the model itself."""
 
 
 class DataConfig(Section):
@@ -58,6 +60,10 @@ class DataConfig(Section):
     """Folder or `tokenizer.model`; empty: the model's folder."""
     template: str = ""
     """`{question}` with text around it; empty: the tokenizer's chat template, else the question and a newline."""
+    system: str = ""
+    """A system message put before every conversation (chat templates only)."""
+    chat_options: dict[str, bool | int | str] = {}
+    """Further names for the chat template, such as `enable_thinking`."""
     max_prompt_tokens: PositiveInt = 1024
     """Longer prompts are left out, counted and reported."""
 
@@ -92,7 +98,11 @@ class OptimizerConfig(Section):
     lr: float = Field(default=1e-6, ge=0)
     min_lr: float = Field(default=0.0, ge=0)
     warmup_steps: NonNegativeInt = 0
+    warmup_lr: float = Field(default=0.0, ge=0)
+    """Where the warm-up begins."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    decay_steps: NonNegativeInt = 0
+    """Steps at whose end `min_lr` is reached, warm-up included; 0: those of the stage."""
     weight_decay: float = Field(default=0.01, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
@@ -100,11 +110,71 @@ class OptimizerConfig(Section):
     """Global gradient norm above which gradients are scaled down; 0: never."""
 
 
+LINEARS = {
+    "linear_qkv": ("q_proj", "k_proj", "v_proj"),
+    "linear_proj": ("o_proj",),
+    "linear_fc1": ("gate_proj", "up_proj"),
+    "linear_fc2": ("down_proj",),
+}
+"""Megatron's linear layers, in their order in a layer, and the Hugging Face modules that each of them fuses."""
+
+
+class LoraConfig(Section):
+    """Low-rank adapters on linear layers (LoRA, Hu et al. 2021, arXiv 2106.09685); all other weights stay fixed.
+
+    An adapter adds `alpha / rank * up @ down` to its weight. Checkpoints hold adapters only; the model folder a stage
+    exports has them folded in, and `adapter/` beside it holds them in PEFT's format.
+    """
+
+    rank: NonNegativeInt = 0
+    """Columns of `up`, rows of `down`; 0: no adapters, every weight is trained."""
+    alpha: float = Field(default=32.0, gt=0)
+    targets: list[str] = ["all-linear"]
+    """Hugging Face names of the modules that get adapters (`q_proj`, ...), or `all-linear`: all of the attention and,
+    where there are no experts, of the feed-forward layers. Those that Megatron fuses (query, key and value; gate and
+    up) share `down` and come together."""
+
+    @property
+    def scale(self) -> float:
+        """What `up @ down` is multiplied with."""
+        return self.alpha / self.rank
+
+    def linears(self, shape: ModelShape) -> list[str]:
+        """Megatron's names of the linear layers that get adapters; empty where `rank` is 0.
+
+        Raises:
+            ConfigError: for a target the model has not, a part of a fused layer without the others, or experts.
+        """
+        if not self.rank:
+            return []
+        known = {linear: parts for linear, parts in LINEARS.items() if shape.moe is None or "fc" not in linear}
+        if self.targets == ["all-linear"]:
+            return list(known)
+        modules = [part for parts in known.values() for part in parts]
+        if wrong := [target for target in self.targets if target not in modules]:
+            expert = any(wrong[0] in parts for parts in LINEARS.values())
+            what = "a part of the experts, which take no adapters" if expert else "no linear layer of the model"
+            raise ConfigError(
+                f"actor.lora.targets: {wrong[0]} is {what}; known are {', '.join(modules)}, and all-linear alone"
+            )
+        if not self.targets:
+            raise ConfigError("actor.lora.targets is empty; all-linear is every layer, actor.lora.rank=0 turns LoRA off")
+        for parts in known.values():
+            missing = [part for part in parts if part not in self.targets]
+            if 0 < len(missing) < len(parts):
+                raise ConfigError(
+                    f"actor.lora.targets: {', '.join(parts)} share an adapter, because Megatron fuses them; add "
+                    f"{' and '.join(missing)}"
+                )
+        return [linear for linear, parts in known.items() if parts[0] in self.targets]
+
+
 class ActorConfig(Section):
     """The Megatron-Core model that is trained."""
 
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig = LoraConfig()
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto`: bfloat16 on a GPU, float32 on a CPU."""
     fp8: Literal["", "tensorwise", "blockwise"] = ""
@@ -113,6 +183,8 @@ class ActorConfig(Section):
     """Most tokens in one packed micro-batch of a data-parallel rank."""
     recompute: Literal["none", "full"] = "none"
     """`full`: activations of each layer are recomputed in backward."""
+    reference_on_host: bool = False
+    """Keep the reference model or teacher of a method in host memory between its passes."""
 
 
 class RolloutConfig(Section):
@@ -137,6 +209,10 @@ class RolloutConfig(Section):
     """Compare checksums of all weights that are pushed before and after they travel; a difference ends the run."""
     max_restarts: NonNegativeInt = 3
     """How often each engine may die and be started again."""
+    record: str = ""
+    """Folder to write the engines' answers to."""
+    replay: str = ""
+    """Folder to take the answers from: no engine is started."""
 
 
 class RewardConfig(Section):
@@ -271,6 +347,7 @@ def check(config: Config, shape: ModelShape, world_size: int | None = None) -> N
             f"{shape.num_layers} layers; lower one of them"
         )
     _check_experts(layout, shape)
+    config.actor.lora.linears(shape)
     if layout.vpp > 1 and layout.pp == 1:
         raise ConfigError(f"actor.parallel.vpp={layout.vpp} needs actor.parallel.pp of at least 2")
     if layout.cp > 1:

@@ -20,7 +20,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Literal
@@ -31,6 +31,7 @@ from megatron_entropy import config as configuration
 from megatron_entropy.architecture import ModelShape, read_shape
 from megatron_entropy.config import Config, MethodConfig
 from megatron_entropy.errors import ConfigError, DataError, Fault, UserError
+from megatron_entropy.methods import build_method
 from megatron_entropy.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -93,6 +94,9 @@ def resolve(
     for config in configs:
         try:
             configuration.check(config, shape, world_size)
+            build_method(config)  # compares the method's settings with the stage's
+            if config.model.reference:
+                _check_reference(config, shape)
         except ConfigError as error:
             raise ConfigError(f"stage {config.name}: {error}" if len(configs) > 1 else str(error)) from None
         for key, files in (("data.train", config.data.train), ("data.test", config.data.test)):
@@ -100,6 +104,17 @@ def resolve(
                 if not Path(file).is_file():
                     raise DataError(f"{key}: no such file: {file}")
     return Stages(configs, shape)
+
+
+def _check_reference(config: Config, shape: ModelShape) -> None:
+    other = read_shape(config.model.reference)
+    for field in fields(shape):
+        mine, its = getattr(shape, field.name), getattr(other, field.name)
+        if mine != its:
+            raise ConfigError(
+                f"model.reference={config.model.reference} has {field.name} {its}, the model has {mine}; reference or "
+                "teacher must have the model's own shape"
+            )
 
 
 def prepare_run_folder(stages: Stages, *, resume: bool, overwrite: bool) -> None:
@@ -147,7 +162,12 @@ def prepare_run_folder(stages: Stages, *, resume: bool, overwrite: bool) -> None
 def written_paths(folder: RunFolder) -> list[Path]:
     """Every file and folder under the root that a run writes."""
     of_stages = (folder.tensorboard(""), folder.rollouts("", 0).parent, folder.evaluation("", 0).parent)
-    exports = (folder.export("", last=True), folder.root / "stages", folder.checkpoints(""))
+    exports = (
+        folder.export("", last=True),
+        folder.adapter("", last=True),
+        folder.root / "stages",
+        folder.checkpoints(""),
+    )
     return [folder.config, folder.metrics, folder.summary, folder.report, folder.plots, *of_stages, *exports]
 
 

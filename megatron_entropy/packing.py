@@ -7,6 +7,7 @@ ranks agree on it without talking.
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 from collections.abc import Sequence
 
@@ -17,6 +18,12 @@ from megatron_entropy.records import Batch, Sample
 
 IGNORED = -100
 """Target of places that are neither trained nor scored."""
+
+_FIELDS = tuple(
+    field.name
+    for field in dataclasses.fields(Batch)
+    if field.default is None  # the per-token fields a stage may have filled
+)
 
 
 def plan(lengths: Sequence[int], *, token_budget: int, ranks: int, multiple: int = 1) -> list[list[list[int]]]:
@@ -92,10 +99,7 @@ def pack(samples: Sequence[Sample], indices: Sequence[int], *, multiple: int = 1
         boundaries=torch.tensor(np.cumsum([0, *sizes]), dtype=torch.int32, device=device),
         order=tuple(order),
         weight=weight if weight is not None else torch.zeros(sum(sizes), device=device),
-        advantage=field("advantage"),
-        logprob=field("logprob"),
-        entropy=field("entropy"),
-        rollout_logprob=field("rollout_logprob"),
+        **{name: field(name) for name in _FIELDS},
     )
 
 

@@ -1,8 +1,9 @@
 """The nouns of a training step, filled from left to right.
 
-`Prompt -> Group[Sample]` (generate) `-> grade` (rewards) `-> logprob, entropy` (score) `-> reward` `-> advantage,
-weight` (credit) `-> Batch` (packing) `-> update`. `Sample` is frozen; a stage returns copies with one more field
-(`dataclasses.replace`). Nothing here imports torch at run time, so that methods and configuration load in a moment.
+`Prompt -> Group[Sample]` (generate) `-> grade` (rewards) `-> logprob, entropy` (score) `-> reference_logprob`
+(teacher) `-> reward` `-> advantage, weight, kl_weight` (credit) `-> Batch` (packing) `-> update`. `Sample` is frozen;
+a stage returns copies with one more field (`dataclasses.replace`). Nothing here imports torch at run time, so that
+methods and configuration load in a moment.
 
 Shape letters used everywhere: `T` packed tokens of a micro-batch, `S` sequences in it, `n` tokens of one sample
 (prompt and response), `H` hidden size, `V` vocabulary.
@@ -15,6 +16,7 @@ the hidden state at `i` predicts.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,6 +32,8 @@ class Prompt:
 
     `index`: its row number over all files of the set, the identity used for seeds and order. `tokens`: the templated
     question. `answer`: the ground truth, or None. `target`: tokens of a worked solution with its end token, or None.
+    `given`: tokens of the answer that are given too, from which it is continued (a CURE branch). `semantic_entropy`:
+    nats, of the answers a policy gave to it (`tools/semantic_entropy.py`), or None.
     """
 
     index: int
@@ -37,6 +41,8 @@ class Prompt:
     tokens: tuple[int, ...]
     answer: str | None = None
     target: tuple[int, ...] | None = None
+    given: tuple[int, ...] = ()
+    semantic_entropy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,8 @@ class Sample:
 
     `tokens`: [n] int32. `prompt_length`: tokens before this index are given, never trained (for a CURE branch the
     re-used prefix is among them). `finish`: `stop` or `length`. Per-token fields are float32 [n] or None while no
-    stage has filled them. `parent`: index within the group of the sample this one branched from.
+    stage has filled them. `text`: of the generated tokens. `parent`: index within the group of the sample this one
+    branched from. The reference is another set of weights of the same model: the policy as it began, or a teacher.
     """
 
     tokens: np.ndarray
@@ -67,9 +74,12 @@ class Sample:
     grade: Grade | None = None
     logprob: np.ndarray | None = None  # by `score`: the policy before the update
     entropy: np.ndarray | None = None  # by `score`, nats, full vocabulary
+    reference_logprob: np.ndarray | None = None  # by `teacher`: under the reference, at `reference_temperature`
+    reference_temperature: np.ndarray | None = None  # of each token; None: that of the pass
     reward: float | None = None
     advantage: np.ndarray | None = None
     weight: np.ndarray | None = None  # by `credit`: the share of each token in the step's loss
+    kl_weight: np.ndarray | None = None  # by `credit`: the coefficient of each token's divergence penalty
 
     @property
     def response_length(self) -> int:
@@ -96,9 +106,21 @@ class Group:
     prompt: Prompt
     samples: tuple[Sample, ...]
 
-    def with_samples(self, samples: list[Sample]) -> Group:
+    def with_samples(self, samples: Iterable[Sample]) -> Group:
         """The same group with other samples."""
         return dataclasses.replace(self, samples=tuple(samples))
+
+
+def samples_of(groups: Sequence[Group]) -> list[Sample]:
+    """All samples of all groups, in order."""
+    return [sample for group in groups for sample in group.samples]
+
+
+def refill(groups: Sequence[Group], samples: Sequence[Sample]) -> list[Group]:
+    """The groups with other samples in the places of theirs; `samples` as `samples_of` lists them."""
+    assert len(samples) == sum(len(group.samples) for group in groups)
+    following = iter(samples)
+    return [group.with_samples([next(following) for _ in group.samples]) for group in groups]
 
 
 @dataclass(frozen=True)
@@ -120,6 +142,29 @@ class Batch:
     logprob: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
     rollout_logprob: torch.Tensor | None = None
+    reference_logprob: torch.Tensor | None = None
+    reference_temperature: torch.Tensor | None = None
+    kl_weight: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class GuidedTemperature:
+    """A temperature for every token, from the entropy of the reference's own distribution there.
+
+    CurioSFT's entropy-guided temperature selection with the constants of its release (dp_actor.py,
+    compute_tau_from_logits); the rule is written in `entropy_kernels.guided_teacher`. `bounds`: lowest and highest
+    temperature. `top`: entropies of the search are those of so many largest logits. The target entropy is the present
+    one plus `amplitude * sigmoid(slope * (entropy - pivot))`. Where the full entropy is at most `floor` nats the lowest
+    temperature is taken.
+    """
+
+    bounds: tuple[float, float] = (1.1, 1.5)
+    top: int = 512
+    pivot: float = 1.2
+    slope: float = 2.0
+    amplitude: float = 0.5
+    floor: float = 0.03
+    iterations: int = 20
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ class RunFolder:
     """Paths of one run; `config.output` is its root.
 
     ```
-    config.toml  metrics.jsonl  summary.json  report.html  plots/  hf/   of the whole run (hf/: the last stage's model)
+    config.toml  metrics.jsonl  summary.json  report.html  plots/        of the whole run
+    hf/  adapter/                                                        the last stage's model, and its LoRA adapter
     tensorboard/STAGE/  rollouts/STAGE/step_000001.jsonl  evaluations/STAGE/step_000001.jsonl
-    checkpoints/STAGE/step_000001/  stages/STAGE/hf/                     of one stage
+    checkpoints/STAGE/step_000001/  stages/STAGE/{hf,adapter}/           of one stage
     ```
     """
 
@@ -63,3 +64,7 @@ class RunFolder:
     def export(self, stage: str, last: bool) -> Path:
         """Hugging Face folder a stage ends with; the last stage's is the run's result."""
         return self.root / "hf" if last else self.root / "stages" / stage / "hf"
+
+    def adapter(self, stage: str, last: bool) -> Path:
+        """LoRA adapter in PEFT's format, beside the model it is folded into; only of a stage that trains one."""
+        return self.export(stage, last).with_name("adapter")

@@ -10,7 +10,8 @@ import contextlib
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -22,9 +23,10 @@ from megatron_entropy.data.dataset import PromptStream
 from megatron_entropy.data.tokenizer import Tokenizer
 from megatron_entropy.errors import Fault
 from megatron_entropy.log import StepClock
-from megatron_entropy.records import Grade, Group, Metric, Prompt, Sample
+from megatron_entropy.records import Grade, Group, GuidedTemperature, Metric, Prompt, Sample
 from megatron_entropy.resharding.transfer import WeightPush
 from megatron_entropy.rewards.pool import RewardPool
+from megatron_entropy.rollout import recording
 from megatron_entropy.rollout.engine import Completion, Request
 from megatron_entropy.rollout.pool import EnginePool
 from megatron_entropy.transport import EngineLost
@@ -45,10 +47,14 @@ class Sampler:
         push: WeightPush | None,
         pool: EnginePool | None,
         clock: StepClock,
+        temperature: float,
+        reference: Literal["none", "initial", "moving", "policy"] = "none",
     ) -> None:
         """Put the parts together.
 
         Args:
+            temperature: of the policy's distribution, where it is scored.
+            reference: what the method calls so.
             push: on every rank; None when the stage needs no engines.
             pool: the engines, on rank 0 only.
         """
@@ -56,7 +62,9 @@ class Sampler:
         self.stream = stream
         self.actor = actor
         self.clock = clock
+        self.temperature = temperature
         self.version = 0
+        self._reference = reference
         self._is_stale = True
         self._tokenizer = tokenizer
         self._push = push
@@ -66,6 +74,7 @@ class Sampler:
         self._metrics: dict[str, Metric] = {}
         self._drawn: Counter[int] = Counter()
         self._step = 0
+        self._calls = 0
         self._colocated = config.rollout.colocate and push is not None
         if self._colocated:
             self._end_turn()
@@ -73,6 +82,7 @@ class Sampler:
     def begin_step(self, step: int) -> None:
         """Start counting for a step; seeds depend on its number."""
         self._step = step
+        self._calls = 0
         self._drawn.clear()
         self._metrics.clear()
 
@@ -88,14 +98,16 @@ class Sampler:
         """The next prompts of the training data."""
         return self.stream.take(count)
 
-    def sample(self, prompts: Sequence[Prompt], samples: int) -> list[Group]:
-        """So many graded responses to each prompt, at the rollout temperature."""
+    def sample(self, prompts: Sequence[Prompt], samples: int, *, grade_given: bool = False) -> list[Group]:
+        """So many graded responses to each prompt, or continuations of its given part, at the rollout temperature."""
         rollout = self.config.rollout
         keys = []
         for prompt in prompts:
             keys.append((self._step, prompt.index, self._drawn[prompt.index]))
             self._drawn[prompt.index] += 1
-        groups = self._ask(self.config.name, prompts, keys, samples, rollout.temperature, rollout.top_p)
+        groups = self._ask(
+            self.config.name, prompts, keys, samples, rollout.temperature, rollout.top_p, grade_given=grade_given
+        )
         self._count_rollouts(groups)
         return groups
 
@@ -105,14 +117,42 @@ class Sampler:
         return self._ask("eval", prompts, keys, samples, temperature, 1.0)
 
     def score(self, groups: Sequence[Group], *, entropy: bool = True, temperature: float | None = None) -> list[Group]:
-        """The groups with `logprob` (and `entropy`) filled by the actor, by default at the rollout temperature."""
-        samples = [sample for group in groups for sample in group.samples]
-        if not samples:
-            return list(groups)
+        """The groups with `logprob` (and `entropy`) filled by the actor, by default at the policy's temperature.
+
+        Samples that have them already keep them.
+        """
+
+        def compute(samples: list[Sample]) -> list[Sample]:
+            return self.actor.score(samples, temperature=temperature or self.temperature, entropy=entropy)
+
+        def lacks(sample: Sample) -> bool:
+            return sample.logprob is None or (entropy and sample.entropy is None)
+
         with self.clock("score"):
-            temperature = temperature or self.config.rollout.temperature
-            scored = iter(self.actor.score(samples, temperature=temperature, entropy=entropy))
-        return [group.with_samples([next(scored) for _ in group.samples]) for group in groups]
+            return _fill(groups, lacks, compute)
+
+    def score_reference(
+        self, groups: Sequence[Group], temperature: float | GuidedTemperature | None = None
+    ) -> list[Group]:
+        """The groups with `reference_logprob` filled by the reference, by default at the policy's temperature."""
+        assert self._reference != "none", "the method has declared no reference"
+
+        def compute(samples: list[Sample]) -> list[Sample]:
+            chosen = self.temperature if temperature is None else temperature
+            return self.actor.score_reference(samples, temperature=chosen, by_policy=self._reference == "policy")
+
+        with self.clock("teacher"):
+            return _fill(groups, lambda sample: True, compute)
+
+    def move_reference(self, share: float) -> None:
+        """The reference becomes `(1 - share) * reference + share * policy`."""
+        assert self.actor.reference is not None and self._reference == "moving"
+        with self.clock("teacher"):
+            self.actor.reference.move(share)
+
+    def text(self, token: int) -> str:
+        """The text of a single token; nothing for special tokens."""
+        return "" if token in self._tokenizer.eos_ids else self._tokenizer.decode([token])
 
     def weights_changed(self) -> None:
         """The actor was updated: its weights are pushed before the engines are next asked."""
@@ -214,11 +254,13 @@ class Sampler:
         samples: int,
         temperature: float,
         top_p: float,
+        *,
+        grade_given: bool = False,
     ) -> list[Group]:
         requests = [
             Request(
                 key=(place, number),
-                tokens=prompt.tokens,
+                tokens=prompt.tokens + prompt.given,
                 seed=seed_of(self.config.seed, purpose, *key, number),
                 max_tokens=self.config.rollout.max_response_tokens,
                 temperature=temperature,
@@ -227,6 +269,22 @@ class Sampler:
             for place, (prompt, key) in enumerate(zip(prompts, keys, strict=True))
             for number in range(samples)
         ]
+        rollout = self.config.rollout
+        file = Path(self.config.name) / f"{self._step:06d}_{self._calls:02d}_{purpose}.npz"
+        self._calls += 1
+        answers = [] if rollout.replay else self._answers(requests, purpose)
+
+        def graded() -> list[Group]:
+            completions = recording.read(Path(rollout.replay) / file, requests) if rollout.replay else answers
+            if rollout.record:
+                recording.write(Path(rollout.record) / file, requests, completions)
+            return self._graded(prompts, samples, {c.key: c for c in completions}, grade_given)
+
+        with self.clock("reward"):
+            return parallel.on_first_rank(graded)
+
+    def _answers(self, requests: list[Request], purpose: str) -> list[Completion]:
+        """The engines' answers, by the actor's present weights; on rank 0 only."""
         with self._turn():
             if self._is_stale or self._colocated:  # engines that slept have lost their weights
                 self.version += self._is_stale
@@ -234,9 +292,7 @@ class Sampler:
                     self._push_weights()
                 self._is_stale = False
             with self.clock("generate"):
-                completions = self._complete(requests, purpose)
-        with self.clock("reward"):
-            return parallel.on_first_rank(lambda: self._graded(prompts, samples, completions))
+                return list(self._complete(requests, purpose).values())
 
     def _complete(self, requests: list[Request], purpose: str) -> dict[tuple[int, ...], Completion]:
         """Have every request answered, whatever happens to the engines; the answers are on rank 0 only."""
@@ -255,28 +311,42 @@ class Sampler:
         return answered
 
     def _graded(
-        self, prompts: Sequence[Prompt], samples: int, completions: dict[tuple[int, ...], Completion]
+        self,
+        prompts: Sequence[Prompt],
+        samples: int,
+        completions: dict[tuple[int, ...], Completion],
+        grade_given: bool,
     ) -> list[Group]:
         drafts = [
             [self._sample(prompt, completions[place, number]) for number in range(samples)]
             for place, prompt in enumerate(prompts)
         ]
-        answers = [(s.text, p.answer or "") for p, group in zip(prompts, drafts, strict=True) for s in group]
+        answers = [
+            (self._answer(prompt, sample, grade_given), prompt.answer or "")
+            for prompt, group in zip(prompts, drafts, strict=True)
+            for sample in group
+        ]
         grades = iter(self._grader.grade(answers))
         return [
             Group(prompt, tuple(dataclasses.replace(sample, grade=next(grades)) for sample in group))
             for prompt, group in zip(prompts, drafts, strict=True)
         ]
 
+    def _answer(self, prompt: Prompt, sample: Sample, grade_given: bool) -> str:
+        """What the verifier sees of a sample."""
+        if not (grade_given and prompt.given):
+            return sample.text
+        return self._tokenizer.decode(sample.tokens[len(prompt.tokens) :].tolist())
+
     def _sample(self, prompt: Prompt, completion: Completion) -> Sample:
-        given = np.zeros(len(prompt.tokens), np.float32)
+        known = prompt.tokens + prompt.given
         return Sample(
-            tokens=np.concatenate([np.array(prompt.tokens, np.int32), completion.tokens]),
-            prompt_length=len(prompt.tokens),
+            tokens=np.concatenate([np.array(known, np.int32), completion.tokens]),
+            prompt_length=len(known),
             finish=completion.finish,
             text=self._tokenizer.decode(completion.tokens.tolist()),
             policy_version=self.version,
-            rollout_logprob=np.concatenate([given, completion.logprobs]),
+            rollout_logprob=np.concatenate([np.zeros(len(known), np.float32), completion.logprobs]),
         )
 
     def _count_rollouts(self, groups: Sequence[Group]) -> None:
@@ -289,6 +359,15 @@ class Sampler:
                 self.count("reward/accuracy", Metric(sample.grade.correct))
             elif sample.grade.error:
                 self.count(f"reward/error_{_kind(sample.grade)}", Metric(1.0, len(groups) * len(groups[0].samples)))
+
+
+def _fill(
+    groups: Sequence[Group], lacks: Callable[[Sample], bool], compute: Callable[[list[Sample]], list[Sample]]
+) -> list[Group]:
+    """The groups with what `compute` makes of those samples that lack something, in one call."""
+    missing = [sample for group in groups for sample in group.samples if lacks(sample)]
+    filled = iter(compute(missing) if missing else [])
+    return [group.with_samples([next(filled) if lacks(s) else s for s in group.samples]) for group in groups]
 
 
 def _kind(grade: Grade) -> str:

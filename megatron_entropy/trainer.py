@@ -33,6 +33,7 @@ from megatron_entropy.records import Group, Metric, Prompt, Sample
 from megatron_entropy.report import StageSummary, read_summary, write_report, write_summary
 from megatron_entropy.resharding import source as weights
 from megatron_entropy.resharding.folder import write_folder
+from megatron_entropy.resharding.lora import write_adapter
 from megatron_entropy.resharding.megatron_folder import open_model
 from megatron_entropy.resharding.transfer import WeightPush
 from megatron_entropy.rollout.engine import EngineSpec
@@ -94,13 +95,14 @@ class Stage:
         longest_target = None if samples_itself else config.rollout.max_response_tokens
         self.prompts = self.method.select(self._load(config.data.train, longest_target))
         self.held_out = self._load(config.data.test, None) if config.data.test else []
-        self.actor = Actor(self.shape, config.actor, total_updates=config.steps * config.batch.updates)
+        updates = config.steps * config.batch.updates
+        self.actor = Actor(self.shape, config.actor, total_updates=updates, seed=config.seed)
         self.source = self._stream(config.rollout.dtype)
         self.progress = self._restore(resume)
         self.saver = checkpoint.Saver(
             folder.checkpoints(config.name), keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
         )
-        needs_engines = samples_itself or bool(self.held_out)
+        needs_engines = (samples_itself or bool(self.held_out)) and not config.rollout.replay
         if needs_engines and config.rollout.colocate:
             self.actor.offload()  # engines measure what is free when they start; the sampler brings it back
         pool = engines.start() if needs_engines else None
@@ -114,6 +116,8 @@ class Stage:
             push=self._weight_push(address or "", pool) if needs_engines else None,
             pool=pool,
             clock=self.clock,
+            temperature=self.temperature,
+            reference=self.method.reference,
         )
 
     def run(self) -> None:
@@ -141,8 +145,9 @@ class Stage:
         groups = method.generate(sampler)
         if method.scores:
             groups = sampler.score(groups, entropy="entropy" in method.scores)
+        groups = method.teacher(groups, sampler)
         with self.clock("reward"):
-            groups = method.reward(method.teacher(groups))
+            groups = method.reward(groups)
         metrics: dict[str, Metric] = {}
         trained: list[Group] = []
         for part in _split(groups, config.batch.updates):
@@ -151,7 +156,7 @@ class Stage:
             metrics = _add(metrics, self._update(step, [s for group in part for s in group.samples]))
         sampler.weights_changed()
         self.progress = dataclasses.replace(self.progress, step=step, position=sampler.stream.position)
-        metrics = {**metrics, **sampler.metrics(), **_rewards(trained)}
+        metrics = {**metrics, **sampler.metrics(), **method.counted(), **_rewards(trained)}
         if step == config.steps or (config.evaluation.every and step % config.evaluation.every == 0):
             metrics |= self._evaluate(step)
         self._log(step, metrics, trained)
@@ -162,7 +167,9 @@ class Stage:
             return {"train/left_out": Metric(1.0)}
         with self.clock("update"):
             try:
-                metrics = self.actor.update(samples, self.method.loss, temperature=self.temperature)
+                metrics = self.actor.update(
+                    samples, self.method.loss, temperature=self.temperature, divergence=self.method.divergence
+                )
             except NonFiniteLossError as error:
                 kept = self.folder.checkpoints(self.config.name)
                 raise NonFiniteLossError(
@@ -200,12 +207,18 @@ class Stage:
         fresh = checkpoint.Progress(0, 0, 0, self.config.fingerprint())
         stage_folder = self.folder.checkpoints(self.config.name)
         found = parallel.on_first_rank(lambda: checkpoint.newest(stage_folder) if resume else None)
+        keeps_start = self.method.reference in ("initial", "moving")
+        model = self.config.model
+        if keeps_start and model.reference:
+            self._load_weights(model.reference)
+            self.actor.keep_reference(moving=self.method.reference == "moving", own=True)
+        if found is None or keeps_start or self.config.actor.lora.rank:  # what a checkpoint does not hold
+            self._load_weights(model.path)
+        if keeps_start and not model.reference:
+            self.actor.keep_reference(moving=self.method.reference == "moving")
         if found is None:
             if resume:
                 log.info("stage %s has no complete checkpoint and starts from its beginning", self.config.name)
-            layout = self.config.actor.parallel
-            weights.load(open_model(self.config.model.path, self.shape), self.shape, layout, self.actor.named_shards())
-            self.actor.after_load()
             return fresh
         path, progress = found
         if progress.fingerprint != fresh.fingerprint:
@@ -214,6 +227,11 @@ class Stage:
         self.method.restore(progress.method)
         log.info("resuming stage %s after step %d from %s", self.config.name, progress.step, path)
         return dataclasses.replace(progress, fingerprint=fresh.fingerprint)
+
+    def _load_weights(self, path: str) -> None:
+        layout = self.config.actor.parallel
+        weights.load(open_model(path, self.shape), self.shape, layout, self.actor.named_shards())
+        self.actor.after_load()
 
     def _load(self, files: Sequence[str], max_target_tokens: int | None) -> list[Prompt]:
         data = self.config.data
@@ -224,6 +242,8 @@ class Stage:
             max_target_tokens=max_target_tokens,
             schema=data.columns,
             template=data.template or None,
+            system=data.system or None,
+            chat_options=data.chat_options,
         )
         if loaded.skipped.prompt or loaded.skipped.target:
             log.warning("%s: %s of %d rows", ", ".join(files), loaded.skipped, len(loaded))
@@ -231,15 +251,16 @@ class Stage:
 
     def _stream(self, dtype: str) -> weights.ShardedSource:
         layout = self.config.actor.parallel
-        return weights.ShardedSource(self.shape, layout, self.actor.named_shards(), resolve_dtype(dtype))
+        return weights.ShardedSource(self.shape, layout, self.actor.merged_shards(), resolve_dtype(dtype))
 
     def _weight_push(self, address: str, pool: EnginePool | None) -> WeightPush:
         backend = pool.backend if pool else "gloo"  # rank 0's choice, no other rank has the pool
         return WeightPush(self.source, address=address, checksum=self.config.rollout.verify_weights, backend=backend)
 
     def _export(self) -> None:
-        """Write the model as a Hugging Face folder; a collective."""
-        source = self._stream(self.config.actor.dtype)
+        """Write the model as a Hugging Face folder, and LoRA's adapter beside it; a collective."""
+        config = self.config.actor
+        source = self._stream(config.dtype)
         target = self.folder.export(self.config.name, self.last)
         if parallel.rank() == 0:
             tensors = ((name, tensor) for name, tensor in source if tensor is not None)
@@ -247,6 +268,11 @@ class Stage:
         else:
             for _ in source:
                 pass
+        if config.lora.rank:
+            write_adapter(
+                self.folder.adapter(self.config.name, self.last), self.shape, config, self.actor.adapter_shards(),
+                base=self.config.model.path, dtype=resolve_dtype(config.dtype),
+            )  # fmt: skip
         torch.distributed.barrier()
 
     def _open_writer(self) -> contextlib.AbstractContextManager[MetricsWriter | None]:

@@ -11,10 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from entropy_kernels import TokenStats
 from megatron_entropy.config import BatchConfig, Config, RolloutConfig
-from megatron_entropy.errors import DataError
+from megatron_entropy.errors import CheckpointError, DataError
 from megatron_entropy.methods import METHOD_CONFIGS, build_method, objectives
-from megatron_entropy.records import Grade, Group, Metric, Prompt, Sample
+from megatron_entropy.records import Batch, Grade, Group, Metric, Prompt, Sample
 
 PROMPT = Prompt(0, "q", (1, 2, 3), "7", (4, 5))
 
@@ -101,7 +102,6 @@ class Stub:
     def __init__(self, *rounds: list[tuple]) -> None:
         self.rounds = iter(rounds)
         self.taken = 0
-        self.metrics: dict[str, Metric] = {}
 
     def take(self, count: int) -> list[Prompt]:
         self.taken += count
@@ -110,8 +110,10 @@ class Stub:
     def sample(self, prompts, samples) -> list[Group]:
         return [group(*verdicts) for verdicts in next(self.rounds)]
 
-    def count(self, name: str, metric: Metric) -> None:
-        self.metrics[name] = self.metrics.get(name, Metric(0, 0)) + metric
+    def score_reference(self, groups, temperature=None) -> list[Group]:
+        return [
+            g.with_samples(dataclasses.replace(s, reference_logprob=s.constant(-1)) for s in g.samples) for g in groups
+        ]
 
 
 MIXED, RIGHT, WRONG = (True, False, False, False), (True,) * 4, (False,) * 4
@@ -119,9 +121,12 @@ MIXED, RIGHT, WRONG = (True, False, False, False), (True,) * 4, (False,) * 4
 
 def test_dapo_drops_unanimous_groups_and_refills():
     stub = Stub([RIGHT, MIXED], [WRONG, RIGHT], [MIXED, MIXED])
-    groups = method("dapo").generate(stub)
+    chosen = method("dapo")
+    groups = chosen.generate(stub)
     assert len(groups) == 2 and stub.taken == 6
-    assert stub.metrics["rollout/rounds"].value == 3 and stub.metrics["rollout/mixed_groups"].value == 0.5
+    counted = chosen.counted()
+    assert counted["rollout/rounds"].value == 3 and counted["rollout/mixed_groups"].value == 0.5
+    assert not chosen.counted(), "a step counts from nothing"
 
 
 def test_dapo_trains_on_what_it_has_after_max_rounds():
@@ -170,6 +175,50 @@ def test_an_empty_response_is_left_out():
     chosen = method("grpo")
     groups = chosen.credit(chosen.reward([Group(PROMPT, (sample(True, 0), sample(True, 4), sample(False, 4)))]))
     assert [s.response_length for s in groups[0].samples] == [4, 4]
+    assert chosen.counted()["train/empty"].value == pytest.approx(1 / 3)
+
+
+def test_groups_without_signal_are_counted():
+    chosen = method("grpo")
+    groups = chosen.credit(chosen.reward([group(*MIXED), group(*RIGHT), group(True), group(None, None)]))
+    assert not any(s.advantage.any() for g in groups[1:] for s in g.samples)
+    assert chosen.counted()["train/no_signal"] == Metric(3, 4)
+
+
+def test_a_penalty_needs_a_reference_and_asks_it():
+    plain, held = method("grpo"), method("grpo", kl_coefficient=0.04)
+    groups = [group(*MIXED)]
+    assert plain.reference == "none" and plain.teacher(groups, Stub()) is groups
+    assert held.reference == "initial"
+    trained = held.credit(held.reward(held.teacher(groups, Stub())))[0].samples
+    for s in trained:
+        np.testing.assert_allclose(s.kl_weight, s.constant(0.04))
+        assert s.reference_logprob is not None
+    assert plain.credit(plain.reward(groups))[0].samples[0].kl_weight is None
+
+
+@pytest.mark.parametrize("penalised", [True, False])
+def test_loss_adds_the_weighted_penalty(penalised):
+    chosen = method("grpo", kl_coefficient=0.5 if penalised else 0.0)
+    logprob = torch.tensor([-1.0, -2.0])
+    batch = Batch(
+        *(torch.zeros(2) for _ in range(4)), order=(0,), weight=torch.tensor([1.0, 0.0]), advantage=torch.zeros(2),
+        logprob=logprob, reference_logprob=torch.tensor([-1.5, -9.0]),
+        kl_weight=torch.tensor([0.5, 0.5]) if penalised else None,
+    )  # fmt: skip
+    loss, metrics = chosen.loss(TokenStats(logprob=logprob, entropy=torch.ones(2)), batch)
+    k3 = np.exp(-0.5) - 1 + 0.5
+    assert loss[0].item() == pytest.approx(0.5 * k3 if penalised else 0.0)
+    assert ("policy/penalty" in metrics) == penalised
+    if penalised:
+        assert metrics["policy/penalty"].value == pytest.approx(k3) and metrics["policy/penalised"].value == 1
+
+
+def test_what_another_method_remembers_is_refused():
+    chosen = method("grpo")
+    chosen.restore(chosen.state())
+    with pytest.raises(CheckpointError, match="passes"):
+        chosen.restore({"passes": 3})
 
 
 def test_sft_imitates_targets():

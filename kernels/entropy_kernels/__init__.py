@@ -6,6 +6,14 @@ torch; uses Triton on CUDA where it is installed. See README.md beside this pack
 """
 
 from .api import token_stats, token_stats_from_logits
+from .guided import GuidedTeacher, guided_teacher, guided_temperature
 from .records import TokenStats
 
-__all__ = ["TokenStats", "token_stats", "token_stats_from_logits"]
+__all__ = [
+    "GuidedTeacher",
+    "TokenStats",
+    "guided_teacher",
+    "guided_temperature",
+    "token_stats",
+    "token_stats_from_logits",
+]

@@ -120,9 +120,42 @@ def check_options(
         raise ValueError(f"skip_mass must lie in [0, 1), got {skip_mass}")
     if skip_mass and not compact:
         raise ValueError(f"skip_mass is {skip_mass}: counting the rows that remain needs compact=True")
-    for name, value in (("row_chunk", row_chunk), ("vocab_tile", vocab_tile)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1 or None, got {value}")
+    check_tile("row_chunk", row_chunk)
+    check_tile("vocab_tile", vocab_tile)
+
+
+def check_tile(name: str, value: int | None) -> None:
+    """A size of at least 1, or None for a good one."""
+    if value is not None and value < 1:
+        raise ValueError(f"{name} must be at least 1 or None, got {value}")
+
+
+def check_number(name: str, value: float, lowest: float = float("-inf"), *, inclusive: bool = True) -> None:
+    """A finite number not below `lowest`, or above it."""
+    if not (lowest <= value if inclusive else lowest < value) or not abs(value) < float("inf"):
+        relation = f" {'>=' if inclusive else '>'} {lowest:g}" if lowest > float("-inf") else ""
+        raise ValueError(f"{name} must be a finite number{relation}, got {value}")
+
+
+def check_search(
+    bounds: tuple[float, float],
+    top: int,
+    pivot: float,
+    slope: float,
+    amplitude: float,
+    floor: float,
+    iterations: int,
+) -> None:
+    """The numbers of the temperature search."""
+    if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] < float("inf"):
+        raise ValueError(f"bounds must be two finite temperatures, 0 < lowest <= highest, got {tuple(bounds)}")
+    for name, count in (("top", top), ("iterations", iterations)):
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+    check_number("pivot", pivot)
+    check_number("floor", floor)
+    for name, value in (("slope", slope), ("amplitude", amplitude)):
+        check_number(name, value, lowest=0.0)
 
 
 def check_main_grad(main_grad: Tensor | None, weight: Tensor) -> None:

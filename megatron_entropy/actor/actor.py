@@ -7,10 +7,12 @@ weight shard without ever holding the logits.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,17 +24,19 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from entropy_kernels import TokenStats, token_stats
+from entropy_kernels import TokenStats, guided_teacher, token_stats
 from megatron_entropy import cpu
+from megatron_entropy.actor import lora
 from megatron_entropy.actor.layers import describe_sequences
 from megatron_entropy.actor.model import build_chunks, head_weight
 from megatron_entropy.actor.offload import HostCopy, memory_of
 from megatron_entropy.actor.optimizer import build_optimizer, build_schedule
+from megatron_entropy.actor.reference import Reference
 from megatron_entropy.architecture import ModelShape
 from megatron_entropy.config import ActorConfig
 from megatron_entropy.errors import NonFiniteLossError
 from megatron_entropy.packing import pack, plan
-from megatron_entropy.records import Batch, Metric, Sample
+from megatron_entropy.records import Batch, GuidedTemperature, Metric, Sample
 
 LossFunction = Callable[[TokenStats, Batch], tuple[Tensor, dict[str, Metric]]]
 """From token statistics and batch to the per-token loss [T] (before weights) and metrics of the micro-batch."""
@@ -44,15 +48,18 @@ _EXPERT_NUMBER = re.compile(r"(\.local_experts\.|\.experts\.linear_fc[12]\.weigh
 class Actor:
     """One model, its optimizer and its learning-rate schedule on this rank; every method is a collective."""
 
-    def __init__(self, shape: ModelShape, config: ActorConfig, *, total_updates: int) -> None:
+    def __init__(self, shape: ModelShape, config: ActorConfig, *, total_updates: int, seed: int = 0) -> None:
         """Build the rank's part of the model; weights are not set until `resharding.source.load` or a checkpoint.
 
         Args:
             total_updates: optimizer steps of the whole stage, the length of the learning-rate schedule.
+            seed: what LoRA's adapters start from.
         """
         self.shape = shape
         self.config = config
         chunks = build_chunks(shape, config)
+        if config.lora.rank:
+            lora.attach(chunks, shape, config, seed=seed)
         settings = chunks[0].config
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
@@ -67,10 +74,24 @@ class Actor:
         self.optimizer: MegatronOptimizer = build_optimizer(config, self.chunks)
         self.schedule = build_schedule(config.optimizer, self.optimizer, total_updates)
         settings.grad_scale_func = self.optimizer.scale_loss
+        self.reference: Reference | None = None
         self._host_copy = HostCopy()
 
     def named_shards(self) -> dict[str, Tensor]:
-        """This rank's parameters under global names: layers count over all stages, experts over all ranks."""
+        """This rank's parameters but adapters, by global name: layers count over all stages, experts over all ranks."""
+        return {name: shard for name, shard in self._all_shards().items() if not lora.is_adapter(name)}
+
+    def adapter_shards(self) -> dict[str, Tensor]:
+        """This rank's parts of LoRA's adapters, as `named_shards`; empty without LoRA."""
+        return {name: shard for name, shard in self._all_shards().items() if lora.is_adapter(name)}
+
+    def merged_shards(self) -> Mapping[str, Tensor]:
+        """What `named_shards` has, with adapters folded in when a weight is read."""
+        if not self.config.lora.rank:
+            return self.named_shards()
+        return lora.MergedShards(self.named_shards(), self.adapter_shards(), self.config.lora.scale)
+
+    def _all_shards(self) -> dict[str, Tensor]:
         shards: dict[str, Tensor] = {}
         first_expert = 0
         if self.shape.moe:
@@ -103,6 +124,17 @@ class Actor:
         """Undo `offload`, if it was called."""
         self._host_copy.onload()
 
+    def keep_reference(self, *, moving: bool, own: bool = False) -> None:
+        """Remember the present weights as the reference.
+
+        Args:
+            moving: it will be moved.
+            own: copy them also where that could be spared, because LoRA leaves its base as it is.
+        """
+        if moving or own or not self.config.lora.rank:
+            parameters = self.named_shards() | self.adapter_shards()
+            self.reference = Reference(parameters, moving=moving, on_host=self.config.reference_on_host)
+
     def score(self, samples: Sequence[Sample], *, temperature: float, entropy: bool = True) -> list[Sample]:
         """Log-probability, and entropy, of every response token under the current weights.
 
@@ -112,45 +144,67 @@ class Actor:
         Returns:
             On every rank the samples with `logprob` (nats) and, if asked, `entropy` (nats, full vocabulary) filled.
         """
-        batches = self._pack(samples)
 
-        def measure(batch: Batch, stats: TokenStats) -> tuple[Tensor, dict[str, object]]:
-            columns = [stats.logprob] + ([stats.entropy] if entropy else [])
-            return stats.logprob.new_zeros(()), {"order": batch.order, "columns": torch.stack(columns).cpu()}
+        def measure(batch: Batch, chunk: GPTModel, hidden: Tensor) -> list[Tensor]:
+            stats = self._token_stats(batch, chunk, hidden, temperature=temperature, entropy=entropy)
+            return [stats.logprob] + ([stats.entropy] if stats.entropy is not None else [])
 
-        results = self._run(batches, measure, temperature=temperature, entropy=entropy, train=False)
-        lengths = [len(s.tokens) for s in samples]
-        starts = np.cumsum([0, *lengths])
-        table = torch.zeros(2 if entropy else 1, int(starts[-1]))
-        if self._reports:
-            for batch, result in zip(batches, results, strict=True):
-                edges = batch.boundaries.tolist()
-                for index, a, b in zip(batch.order, edges, edges[1:], strict=False):
-                    if index >= 0:
-                        table[:, starts[index] + 1 : starts[index + 1]] = result["columns"][:, a:b]
-        # Each entry comes from one rank, the others hold 0: the sum is exact.
-        dist.all_reduce(table)
-        filled = []
-        for index, sample in enumerate(samples):
-            columns = table[:, starts[index] : starts[index + 1]].numpy()
-            entropies = columns[1].copy() if entropy else None
-            filled.append(dataclasses.replace(sample, logprob=columns[0].copy(), entropy=entropies))
-        return filled
+        return self._fill(samples, ("logprob", "entropy") if entropy else ("logprob",), measure)
 
-    def update(self, samples: Sequence[Sample], loss: LossFunction, *, temperature: float) -> dict[str, Metric]:
+    def score_reference(
+        self, samples: Sequence[Sample], *, temperature: float | GuidedTemperature, by_policy: bool = False
+    ) -> list[Sample]:
+        """Log-probability of every response token under the reference, without entropy and without gradient.
+
+        Args:
+            samples: the same list on every rank.
+            temperature: one number, or the rule by which each token gets its own.
+            by_policy: the current weights take the reference's place.
+        Returns:
+            On every rank the samples with `reference_logprob` (nats) and, guided, `reference_temperature` filled.
+        """
+
+        def measure(batch: Batch, chunk: GPTModel, hidden: Tensor) -> list[Tensor]:
+            if isinstance(temperature, float):
+                return [self._token_stats(batch, chunk, hidden, temperature=temperature, entropy=False).logprob]
+            guided = guided_teacher(
+                hidden.squeeze(0), head_weight(chunk), batch.targets, **dataclasses.asdict(temperature), **self._head()
+            )
+            return [guided.logprob, guided.temperature]
+
+        guided = isinstance(temperature, GuidedTemperature)
+        fields = ("reference_logprob", "reference_temperature") if guided else ("reference_logprob",)
+        with self._as_reference(by_policy):
+            return self._fill(samples, fields, measure)
+
+    def update(
+        self,
+        samples: Sequence[Sample],
+        loss: LossFunction,
+        *,
+        temperature: float,
+        divergence: Literal["none", "forward", "reverse"] = "none",
+    ) -> dict[str, Metric]:
         """One optimizer step on `sum over tokens of weight * loss`.
 
         Args:
             samples: the same list on every rank, with `weight` filled.
             temperature: the distribution is softmax(logits / temperature).
+            divergence: put the full-vocabulary divergence from (`forward`: KL(reference || policy)) or to the reference
+                into the statistics, which costs another pass of the reference.
         Returns:
             On every rank the method's metrics, `train/loss`, `train/grad_norm` and `train/lr` of the whole step.
         Raises:
             NonFiniteLossError: on every rank, before the optimizer step, naming samples (or the gradient norm).
         """
         batches = self._pack(samples)
+        teacher = self._reference_states(batches) if divergence != "none" else None
 
-        def weigh(batch: Batch, stats: TokenStats) -> tuple[Tensor, dict[str, object]]:
+        def weigh(batch: Batch, chunk: GPTModel, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
+            stats = self._token_stats(batch, chunk, hidden, temperature=temperature, entropy=True)
+            if teacher is not None and divergence != "none":
+                value = self._divergence(batch, chunk, hidden, teacher, temperature, divergence)
+                stats = dataclasses.replace(stats, **{f"kl_{divergence}": value})
             per_token, metrics = loss(stats, batch)
             weighted = batch.weight * per_token
             total = weighted.sum()
@@ -160,7 +214,7 @@ class Actor:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        results = self._run(batches, weigh, temperature=temperature, entropy=True, train=True)
+        results = self._run(batches, weigh, train=True)
         gathered = self._gather_results(results)
         if bad := sorted({index for result in gathered for index in result["bad"]}):
             raise NonFiniteLossError(f"loss is not finite for sample(s) {', '.join(map(str, bad[:8]))} of the step")
@@ -179,6 +233,104 @@ class Actor:
             for name, metric in result["metrics"].items():
                 metrics[name] = metrics.get(name, Metric(0.0, 0.0)) + metric
         return metrics
+
+    def _head(self) -> dict[str, Any]:
+        """How the head is split, as the kernels want to know it."""
+        return {
+            "group": parallel_state.get_tensor_model_parallel_group(),
+            "sequence_parallel": self.config.parallel.sequence_parallel,
+            "vocab_size": self.shape.vocab_size,
+        }
+
+    def _token_stats(
+        self, batch: Batch, chunk: GPTModel, hidden: Tensor, *, temperature: float, entropy: bool
+    ) -> TokenStats:
+        return token_stats(
+            hidden.squeeze(0),
+            head_weight(chunk),
+            batch.targets,
+            temperature=temperature,
+            entropy=entropy,
+            **self._head(),
+        )
+
+    def _fill(
+        self,
+        samples: Sequence[Sample],
+        fields: Sequence[str],
+        measure: Callable[[Batch, GPTModel, Tensor], list[Tensor]],
+    ) -> list[Sample]:
+        """The samples with per-token fields filled by what `measure` computes of each micro-batch: [T] per field."""
+
+        def collect(batch: Batch, chunk: GPTModel, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
+            columns = torch.stack(measure(batch, chunk, hidden))
+            return columns.new_zeros(()), {"columns": columns.float().cpu()}
+
+        batches = self._pack(samples)
+        results = self._run(batches, collect, train=False)
+        starts = np.cumsum([0, *(len(s.tokens) for s in samples)])
+        table = torch.zeros(len(fields), int(starts[-1]))
+        if self._reports:
+            for batch, result in zip(batches, results, strict=True):
+                edges = batch.boundaries.tolist()
+                for index, a, b in zip(batch.order, edges, edges[1:], strict=False):
+                    if index >= 0:
+                        table[:, starts[index] + 1 : starts[index + 1]] = result["columns"][:, a:b]
+        # Each entry comes from one rank, the others hold 0: the sum is exact.
+        dist.all_reduce(table)
+        filled = []
+        for index, sample in enumerate(samples):
+            columns = table[:, starts[index] : starts[index + 1]].numpy()
+            values = {field: column.copy() for field, column in zip(fields, columns, strict=True)}
+            filled.append(dataclasses.replace(sample, **values))
+        return filled
+
+    def _as_reference(self, by_policy: bool = False) -> contextlib.AbstractContextManager[None]:
+        """Inside, the model is the reference."""
+        if by_policy:
+            return contextlib.nullcontext()
+        if self.reference is not None:
+            return self.reference.in_place()
+        assert self.config.lora.rank, "no reference was kept"
+        return lora.disabled(self)
+
+    def _reference_states(self, batches: list[Batch]) -> _Teacher:
+        """What the reference's head gets and is, on the last stage."""
+        heads: list[Tensor] = []
+
+        def keep(batch: Batch, chunk: GPTModel, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
+            heads.append(head_weight(chunk).detach())
+            return hidden.new_zeros(()), {"hidden": hidden.squeeze(0).detach()}
+
+        with self._as_reference(by_policy=self.reference is None and not self.config.lora.rank):
+            results = self._run(batches, keep, train=False)
+        states = {batch.order: result["hidden"] for batch, result in zip(batches, results, strict=False)}
+        return _Teacher(states, heads[0] if heads else None)
+
+    def _divergence(
+        self,
+        batch: Batch,
+        chunk: GPTModel,
+        hidden: Tensor,
+        teacher: _Teacher,
+        temperature: float,
+        direction: Literal["forward", "reverse"],
+    ) -> Tensor:
+        assert teacher.head is not None, "on the last stage"
+        own = batch.reference_temperature
+        from entropy_kernels import distillation
+
+        return distillation(
+            hidden.squeeze(0),
+            head_weight(chunk),
+            teacher.hidden[batch.order],
+            teacher.head,
+            batch.targets,
+            temperature=temperature,
+            teacher_temperature=temperature if own is None else own.where(own > 0, 1.0),
+            direction=direction,
+            **self._head(),
+        )
 
     @property
     def _reports(self) -> bool:
@@ -206,26 +358,14 @@ class Actor:
     def _run(
         self,
         batches: list[Batch],
-        measure: Callable[[Batch, TokenStats], tuple[Tensor, dict]],
+        measure: Callable[[Batch, GPTModel, Tensor], tuple[Tensor, dict[str, Any]]],
         *,
-        temperature: float,
-        entropy: bool,
         train: bool,
-    ) -> list[dict]:
+    ) -> list[dict[str, Any]]:
         """Drive the pipeline schedule; the last stage gets one result of `measure` per micro-batch."""
 
-        def after_model(batch: Batch, chunk: GPTModel, hidden: Tensor) -> tuple[Tensor, Tensor, dict]:
-            stats = token_stats(
-                hidden.squeeze(0),
-                head_weight(chunk),
-                batch.targets,
-                temperature=temperature,
-                group=parallel_state.get_tensor_model_parallel_group(),
-                sequence_parallel=self.config.parallel.sequence_parallel,
-                vocab_size=self.shape.vocab_size,
-                entropy=entropy,
-            )
-            total, result = measure(batch, stats)
+        def after_model(batch: Batch, chunk: GPTModel, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+            total, result = measure(batch, chunk, hidden)
             return total, torch.tensor(0, dtype=torch.int, device=total.device), result
 
         def forward_step(iterator: Iterator[Batch], chunk: DistributedDataParallel) -> tuple[Tensor, Callable]:
@@ -251,6 +391,13 @@ class Actor:
                 micro_batch_size=1,
                 forward_only=not train,
             )
+
+
+class _Teacher(NamedTuple):
+    """Of the reference: hidden states [T, H] by `Batch.order`, and its head's weight shard, where there is one."""
+
+    hidden: dict[tuple[int, ...], Tensor]
+    head: Tensor | None
 
 
 def _sum_gradients(model: list, num_tokens: Tensor | None = None, **kwargs: object) -> None:

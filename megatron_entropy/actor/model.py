@@ -6,6 +6,7 @@ on: logits never exist as a whole, the loss computes what it needs from hidden s
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 from typing import Any
@@ -174,7 +175,7 @@ def build_chunks(shape: ModelShape, config: ActorConfig) -> list[GPTModel]:
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         chunk = GPTModel(
             config=settings,
-            transformer_layer_spec=_layer_spec(shape, layout, stage),
+            transformer_layer_spec=_layer_spec(shape, config, stage),
             vocab_size=shape.padded_vocab_size,
             max_sequence_length=shape.max_positions,
             pre_process=first,
@@ -217,12 +218,14 @@ def _mark_sharded_weights(chunk: GPTModel) -> None:
                 parameter.allreduce = False
 
 
-def _layer_spec(shape: ModelShape, layout: ParallelConfig, chunk: int) -> Any:
+def _layer_spec(shape: ModelShape, config: ActorConfig, chunk: int) -> Any:
+    layout = config.parallel
     experts = shape.moe.num_experts if shape.moe else None
     if has_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(
+        fused: ModuleSpec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=experts, moe_grouped_gemm=experts is not None, qk_layernorm=shape.qk_norm
         )
+        return _with_norms_apart(fused) if config.lora.rank else fused
     layer: ModuleSpec = get_gpt_layer_local_spec(
         num_experts=experts, qk_layernorm=shape.qk_norm, normalization="RMSNorm"
     )
@@ -238,3 +241,17 @@ def _layer_spec(shape: ModelShape, layout: ParallelConfig, chunk: int) -> Any:
     stage = chunk * layout.pp + parallel_state.get_pipeline_model_parallel_rank()
     layers_here = len(split_layers(shape.num_layers, layout.pp * layout.vpp)[stage])
     return TransformerBlockSubmodules(layer_specs=[layer] * layers_here, layer_norm=Norm)
+
+
+def _with_norms_apart(layer: ModuleSpec) -> ModuleSpec:
+    """Transformer Engine's layer without norms fused into linear layers, whose input LoRA needs. Not run on a GPU."""
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
+
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = TENorm  # the second is that already where there are experts
+    parts.self_attention.submodules.linear_qkv = TEColumnParallelLinear
+    mlp: Any = parts.mlp  # megatron-core 0.17 and later describe it by a `partial` of its class
+    inner = mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
+    if hasattr(inner, "linear_fc1"):
+        inner.linear_fc1 = TEColumnParallelLinear
+    return layer

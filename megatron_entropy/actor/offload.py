@@ -67,6 +67,8 @@ def memory_of(actor: Actor) -> tuple[list[Tensor], list[Tensor]]:
         inner = optimizer.optimizer
         kept += [parameter for group in inner.param_groups for parameter in group["params"]]
         kept += [value for state in inner.state.values() for value in state.values() if isinstance(value, Tensor)]
+    if actor.reference is not None:
+        kept += [weight for weight in actor.reference.weights.values() if weight.device.type != "cpu"]
     gradients = [buffer.grad_data for buffer in _buffers(actor)]
     return kept, gradients
 

@@ -33,14 +33,14 @@ def build_optimizer(config: ActorConfig, chunks: list[DistributedDataParallel]) 
 def build_schedule(
     config: OptimizerConfig, optimizer: MegatronOptimizer, total_updates: int
 ) -> OptimizerParamScheduler:
-    """Linear warm-up from 0, then constant, or decay to `min_lr` over the stage's updates."""
+    """Linear warm-up, then constant, or decay to `min_lr` over `decay_steps` or the stage's updates."""
     return OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
+        init_lr=config.warmup_lr,
         max_lr=config.lr,
         min_lr=config.min_lr,
         lr_warmup_steps=config.warmup_steps,
-        lr_decay_steps=max(total_updates, config.warmup_steps + 1),
+        lr_decay_steps=max(config.decay_steps or total_updates, config.warmup_steps + 1),
         lr_decay_style=config.schedule,
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,

@@ -4,6 +4,8 @@
 under one layout is read under any other. For the distributed optimizer that needs its `fully_reshardable` form; for
 the plain ones the state is described here parameter by parameter, because Megatron would store their parameter groups
 as data common to all ranks, which differ between pipeline stages.
+
+With LoRA only the adapters and their optimizer state are described: the weights below them come from the model folder.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from megatron_entropy.actor.actor import Actor
+from megatron_entropy.actor.lora import is_adapter
 
 MASTER = "param"
 """Name of the fp32 weights the optimizer updates; written for fp32 models too, so that every optimizer finds it."""
@@ -28,14 +31,27 @@ _RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def sharded_state(actor: Actor, *, is_loading: bool) -> dict[str, Any]:
-    """Everything of the actor that a checkpoint holds, as sharded tensors; further ones would join it here by name.
+    """Everything of the actor that a checkpoint holds, as sharded tensors: weights, optimizer, a teacher that moves.
 
     Optimizer state that does not exist yet is created.
 
     Args:
         is_loading: the tensors will be loaded into.
     """
-    model = {f"model{i}": chunk.module.sharded_state_dict() for i, chunk in enumerate(actor.chunks)}
+    model = {f"model{i}": _trained(actor, chunk.module.sharded_state_dict()) for i, chunk in enumerate(actor.chunks)}
+    if actor.reference is not None and actor.reference.moving:
+        described = _described(actor, model)
+        reference = {
+            name: make_sharded_optimizer_tensor(described[name], weight, prefix="reference")
+            for name, weight in actor.reference.weights.items()
+            if name in described
+        }
+        return {**_trained_state(actor, model, is_loading=is_loading), "reference": reference}
+    return _trained_state(actor, model, is_loading=is_loading)
+
+
+def _trained_state(actor: Actor, model: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+    """Weights and optimizer state."""
     if not actor.config.parallel.distributed_optimizer:
         return {**model, "optimizer": _plain_state(actor, model)}
     state = []
@@ -50,11 +66,15 @@ def sharded_state(actor: Actor, *, is_loading: bool) -> dict[str, Any]:
 def restore(actor: Actor, loaded: dict[str, Any], *, updates: int) -> None:
     """Put what `dist_checkpointing.load` returned for `sharded_state` back into the actor.
 
+    With LoRA the weights below the adapters stay as they are.
+
     Args:
         updates: optimizer steps taken when it was saved.
     """
     for i, chunk in enumerate(actor.chunks):
-        chunk.module.load_state_dict(loaded[f"model{i}"], strict=True)
+        found = chunk.module.load_state_dict(loaded[f"model{i}"], strict=not actor.config.lora.rank)
+        left_out = [name for name in found.missing_keys if is_adapter(name)]
+        assert not (left_out or found.unexpected_keys), f"{left_out} missing, {found.unexpected_keys} unexpected"
     if actor.config.parallel.distributed_optimizer:
         for optimizer, tensors in zip(_single_optimizers(actor), loaded["optimizer"], strict=True):
             for moments in optimizer.optimizer.state.values():
@@ -64,6 +84,9 @@ def restore(actor: Actor, loaded: dict[str, Any], *, updates: int) -> None:
         for key, (main, moments) in _plain_parameters(actor).items():
             for name, value in loaded["optimizer"][key].items():
                 (main if name == MASTER else moments[name]).data.copy_(value)
+    for name, weight in loaded.get("reference", {}).items():
+        assert actor.reference is not None
+        actor.reference.weights[name].copy_(weight)
     for optimizer in _single_optimizers(actor):
         _set_step(optimizer.optimizer, updates)
     actor.schedule.num_steps = 0
@@ -76,18 +99,27 @@ def global_shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {t.key: tuple(t.global_shape) for t in nested_values(prepared) if isinstance(t, ShardedTensor)}
 
 
+def _trained(actor: Actor, state: dict[str, Any]) -> dict[str, Any]:
+    return {name: part for name, part in state.items() if is_adapter(name)} if actor.config.lora.rank else state
+
+
 def _single_optimizers(actor: Actor) -> list[Any]:
     return getattr(actor.optimizer, "chained_optimizers", [actor.optimizer])
 
 
-def _plain_state(actor: Actor, model: dict[str, Any]) -> dict[str, Any]:
+def _described(actor: Actor, model: dict[str, Any]) -> dict[str, Any]:
+    """Each parameter's place in its global tensor, by the parameter's name."""
     described = {
         id(tensor.data): tensor
         for tensor in nested_values(model)
         if isinstance(tensor, (ShardedTensor, ShardedTensorFactory))
     }
-    names = {id(parameter): name for name, parameter in actor.named_shards().items()}
-    by_name = {names[key]: tensor for key, tensor in described.items() if key in names}
+    names = _names(actor)
+    return {names[key]: tensor for key, tensor in described.items() if key in names}
+
+
+def _plain_state(actor: Actor, model: dict[str, Any]) -> dict[str, Any]:
+    by_name = _described(actor, model)
     state: dict[str, Any] = {}
     for name, (main, moments) in _plain_parameters(actor).items():
         tensors = {MASTER: main, **moments}
@@ -100,7 +132,7 @@ def _plain_state(actor: Actor, model: dict[str, Any]) -> dict[str, Any]:
 
 def _plain_parameters(actor: Actor) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
     """Name -> (the parameter the optimizer updates, its moments), creating moments that do not exist yet."""
-    names = {id(parameter): name for name, parameter in actor.named_shards().items()}
+    names = _names(actor)
     result = {}
     for optimizer in _single_optimizers(actor):
         assert not isinstance(optimizer, DistributedOptimizer)
@@ -109,6 +141,11 @@ def _plain_parameters(actor: Actor) -> dict[str, tuple[Tensor, dict[str, Tensor]
             state = optimizer.optimizer.state[main]
             result[names[id(parameter)]] = (main, {moment: state[moment] for moment in MOMENTS})
     return result
+
+
+def _names(actor: Actor) -> dict[int, str]:
+    """Name of each parameter, by its identity."""
+    return {id(parameter): name for name, parameter in (actor.named_shards() | actor.adapter_shards()).items()}
 
 
 def _pairs(optimizer: Any) -> Iterator[tuple[Tensor, Tensor]]:

@@ -77,7 +77,7 @@ def load_prompts(
             elif target is not None and max_target_tokens is not None and len(target) > max_target_tokens:
                 long_targets += 1
             else:
-                prompts.append(Prompt(index, text, tokens, row.answer, target))
+                prompts.append(Prompt(index, text, tokens, row.answer, target, semantic_entropy=row.semantic_entropy))
             index += 1
     skipped = Skipped(long_prompts, long_targets)
     if not prompts:

@@ -6,7 +6,9 @@ and its line in `SCHEMAS`. `auto` takes the first schema whose columns a file ha
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +28,15 @@ class Message:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of any schema: the question as a conversation, the ground truth, a worked solution."""
+    """One row of any schema: the question as a conversation, the ground truth, a worked solution.
+
+    `semantic_entropy`: what `tools/semantic_entropy.py` has written into a column of that name, in nats.
+    """
 
     messages: tuple[Message, ...]
     answer: str | None
     target: str | None
+    semantic_entropy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ def read_rows(file: str | Path, *, schema: str = "auto") -> Iterator[Row]:
             chosen = SCHEMAS[detect_schema(raw, place)]
         _require(raw, chosen.columns, place)
         try:
-            yield chosen.read(raw)
+            yield dataclasses.replace(chosen.read(raw), semantic_entropy=_semantic_entropy(raw))
         except _BadValue as error:
             raise DataError(f"{place}: {error}") from error
     if empty:
@@ -167,6 +173,15 @@ def _text(row: RawRow, column: str) -> str:
 def _optional_text(row: RawRow, column: str) -> str | None:
     value = row.get(column)
     return None if value is None or value == "" else _text(row, column)
+
+
+def _semantic_entropy(row: RawRow) -> float | None:
+    value = row.get("semantic_entropy")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise _BadValue(f"column 'semantic_entropy' must hold a number of at least 0, found {value!r}")
+    return float(value)
 
 
 def _messages(row: RawRow, column: str) -> tuple[Message, ...]:

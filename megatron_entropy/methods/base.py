@@ -10,11 +10,11 @@ with the same records, so a hook is plain sequential code; what it needs from th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from megatron_entropy.config import Config, MethodConfig
 from megatron_entropy.errors import CheckpointError
-from megatron_entropy.records import Batch, Group, Metric, Prompt
+from megatron_entropy.records import Batch, Group, GuidedTemperature, Metric, Prompt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,22 +23,44 @@ if TYPE_CHECKING:
 
 
 class Rollouts(Protocol):
-    """What `generate` may ask for."""
+    """What the hooks may ask for."""
 
     def take(self, count: int) -> list[Prompt]:
         """The next prompts of the training data."""
         ...
 
-    def sample(self, prompts: Sequence[Prompt], samples: int) -> list[Group]:
-        """So many graded responses to each prompt, by the current policy."""
+    def sample(self, prompts: Sequence[Prompt], samples: int, *, grade_given: bool = False) -> list[Group]:
+        """So many graded responses to each prompt, by the current policy; continuations of `Prompt.given` if there is.
+
+        Args:
+            grade_given: the verifier sees the given part of an answer too, not only what was generated.
+        """
         ...
 
     def score(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups with `logprob` and `entropy` filled by the actor at the rollout temperature."""
+        """The groups with `logprob` and `entropy` filled by the actor at the rollout temperature.
+
+        Samples that have both keep them, so nothing is computed twice.
+        """
         ...
 
-    def count(self, name: str, metric: Metric) -> None:
-        """Add to a metric of the step."""
+    def score_reference(
+        self, groups: Sequence[Group], temperature: float | GuidedTemperature | None = None
+    ) -> list[Group]:
+        """The groups with `reference_logprob` filled by the reference, without any gradient.
+
+        Args:
+            temperature: None: the rollout temperature (1 without rollouts). Guided, `reference_temperature` is filled
+                too.
+        """
+        ...
+
+    def move_reference(self, share: float) -> None:
+        """The reference becomes `(1 - share) * reference + share * policy`."""
+        ...
+
+    def text(self, token: int) -> str:
+        """The text of a single token; nothing for special tokens."""
         ...
 
 
@@ -46,14 +68,34 @@ class Method:
     """A training method; a subclass overrides the hooks in which it differs.
 
     `uses_rollouts`: responses come from the engines. `scores`: what the actor computes for every response before
-    `reward` (`logprob`, `entropy`); nothing is computed when empty.
+    `reward` (`logprob`, `entropy`); nothing is computed when empty. `reference`: what `score_reference` asks: the
+    policy as the stage began (with LoRA its base, else a copy), a copy that `move_reference` moves, or the policy
+    itself. `divergence`: the full-vocabulary divergence between reference and policy that `loss` finds in its
+    statistics, `kl_forward` (from the reference) or `kl_reverse`.
     """
 
     uses_rollouts: ClassVar[bool] = True
     scores: ClassVar[frozenset[str]] = frozenset({"logprob", "entropy"})
+    reference: Literal["none", "initial", "moving", "policy"] = "none"
+    divergence: Literal["none", "forward", "reverse"] = "none"
 
     def __init__(self, stage: Config) -> None:
+        """Take the stage's settings.
+
+        Raises:
+            ConfigError: the method's settings and the stage's do not fit.
+        """
         self.stage = stage
+        self._counted: dict[str, Metric] = {}
+
+    def count(self, name: str, total: float, of: float = 1.0) -> None:
+        """Add to a metric of the step, the mean `total / of`; hooks may call it."""
+        self._counted[name] = self._counted.get(name, Metric(0.0, 0.0)) + Metric(total, of)
+
+    def counted(self) -> dict[str, Metric]:
+        """What has been counted since the last call."""
+        counted, self._counted = self._counted, {}
+        return counted
 
     def select(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """Which prompts of the data set this stage trains on; called once. Default: all."""
@@ -63,16 +105,20 @@ class Method:
         """The step's groups of samples."""
         raise NotImplementedError
 
-    def teacher(self, groups: list[Group]) -> list[Group]:
-        """Fill per-token fields that come from another model, or from the whole step's statistics. Default: none."""
-        return groups
+    def teacher(self, groups: list[Group], rollouts: Rollouts) -> list[Group]:
+        """Fill per-token fields that come from the reference. Default: `reference_logprob` where there is one."""
+        return rollouts.score_reference(groups) if self.reference != "none" else groups
 
     def reward(self, groups: list[Group]) -> list[Group]:
         """Fill `reward` of every graded sample. Default: unchanged."""
         return groups
 
     def credit(self, groups: list[Group]) -> list[Group]:
-        """Fill `advantage` and `weight` of every sample of one optimizer step; weights hold the normalisation."""
+        """Fill `advantage` and `weight` of every sample of one optimizer step; weights hold the normalisation.
+
+        Whatever is chosen among the tokens of a step is chosen here, on all of them at once, so that the choice does
+        not depend on how ranks and micro-batches cut them.
+        """
         raise NotImplementedError
 
     def state(self) -> dict[str, Any]:

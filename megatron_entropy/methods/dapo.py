@@ -17,7 +17,7 @@ from megatron_entropy.config import Config
 from megatron_entropy.methods.base import Method, Rollouts
 from megatron_entropy.methods.grpo import Grpo, GrpoConfig
 from megatron_entropy.methods.objectives import soft_overlong_penalty
-from megatron_entropy.records import Group, Metric, Sample
+from megatron_entropy.records import Group, Sample
 
 
 class Dapo(Grpo):
@@ -38,8 +38,8 @@ class Dapo(Grpo):
             groups = self.explore(rollouts, per_round)
             kept += [group for group in groups if _is_mixed(group)] if self.config.dynamic_sampling else groups
             rounds += 1
-            rollouts.count("rollout/mixed_groups", Metric(sum(map(_is_mixed, groups)), len(groups)))
-        rollouts.count("rollout/rounds", Metric(rounds))
+            self.count("rollout/mixed_groups", sum(map(_is_mixed, groups)), len(groups))
+        self.count("rollout/rounds", rounds)
         return kept[:wanted]
 
     def explore(self, rollouts: Rollouts, prompts: int) -> list[Group]:

@@ -3,13 +3,19 @@
 For each prompt G responses are sampled; a response's advantage is its reward standardised within the group and the
 same for all its tokens. Differences to the paper, which are what the field runs today: the weight of a token is the
 same over the whole optimizer step (`aggregation = "token"`, DAPO eq. 12; `"sequence"` is the paper's), and there is no
-KL term to a reference policy.
+KL term to a reference policy unless `kl_coefficient` asks for it (the paper's is 0.04; k3 against the policy as the
+stage began).
+
+Counted, not trained on: answers the verifier could not judge (`reward/errors`), responses without a token
+(`train/empty`); groups whose rewards are all equal, or of one member, have no advantage (`train/no_signal`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
 
 from megatron_entropy.config import Config
 from megatron_entropy.methods.base import Method, Registered, Rollouts
@@ -22,7 +28,7 @@ from megatron_entropy.methods.objectives import (
     sequence_mean,
     token_mean,
 )
-from megatron_entropy.records import Batch, Group, Metric, Sample
+from megatron_entropy.records import Batch, Group, Metric, Sample, refill, samples_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +43,8 @@ class Grpo(Method):
         super().__init__(stage)
         assert isinstance(stage.method, GrpoConfig)
         self.config = stage.method
+        if self.config.kl_coefficient:
+            self.reference = "initial"
 
     def generate(self, rollouts: Rollouts) -> list[Group]:
         """One group per prompt, straight from the policy."""
@@ -47,34 +55,34 @@ class Grpo(Method):
         return [group.with_samples([self._rewarded(sample) for sample in group.samples]) for group in groups]
 
     def credit(self, groups: list[Group]) -> list[Group]:
-        """Group-standardised advantages; ungraded samples take part in no mean and weigh nothing."""
-        credited = []
+        """Group-standardised advantages; ungraded and empty samples take part in no mean and are left out."""
+        kept = []
         for group in groups:
             graded = [s for s in group.samples if s.reward is not None and s.response_length > 0]
             values = group_advantage([s.reward for s in graded if s.reward is not None], by_std=self.config.by_std)
-            for sample, value in zip(graded, values, strict=True):
-                credited.append(dataclasses.replace(sample, advantage=sample.constant(float(value))))
-        weigh = token_mean if self.config.aggregation == "token" else sequence_mean
-        weighted = iter(weigh(credited))
-        return [
-            group.with_samples(
-                [next(weighted) for s in group.samples if s.reward is not None and s.response_length > 0]
+            self.count("train/no_signal", not values.any())
+            self.count("train/empty", sum(not s.response_length for s in group.samples), len(group.samples))
+            kept.append(
+                group.with_samples(
+                    dataclasses.replace(sample, advantage=sample.constant(float(value)))
+                    for sample, value in zip(graded, values, strict=True)
+                )
             )
-            for group in groups
-        ]
+        samples = self._weigh(samples_of(kept))
+        if self.config.kl_coefficient:
+            samples = [dataclasses.replace(s, kl_weight=s.constant(self.config.kl_coefficient)) for s in samples]
+        return refill(kept, samples)
+
+    def penalty(self, stats: TokenStats, batch: Batch) -> Tensor:
+        """Divergence of every token [T] whose coefficient is `kl_weight`: k3 to the reference."""
+        assert batch.reference_logprob is not None
+        return k3(stats.logprob, batch.reference_logprob)
 
     def loss(self, stats: TokenStats, batch: Batch) -> tuple[Tensor, dict[str, Metric]]:
-        """Clipped surrogate, less `entropy_coefficient` times the entropy."""
+        """Clipped surrogate, plus `kl_weight` times the penalty, less `entropy_coefficient` times the entropy."""
         assert batch.logprob is not None and batch.advantage is not None and stats.entropy is not None
         config = self.config
-        loss, is_clipped = clipped_surrogate(
-            stats.logprob,
-            batch.logprob,
-            batch.advantage,
-            low=config.clip_low,
-            high=config.clip_high,
-            dual=config.dual_clip,
-        )
+        loss, is_clipped = self.surrogate(stats, batch)
         trained = batch.weight != 0
         metrics = {
             "policy/entropy": masked_mean(stats.entropy, trained),
@@ -85,9 +93,24 @@ class Grpo(Method):
             metrics["policy/kl_rollout"] = masked_mean(k3(batch.rollout_logprob, batch.logprob), trained)
             if config.importance_cap:
                 loss = loss * importance_weight(batch.logprob, batch.rollout_logprob, config.importance_cap)
+        if batch.kl_weight is not None:
+            penalty = self.penalty(stats, batch)
+            chosen = trained & (batch.kl_weight > 0)
+            metrics["policy/penalty"] = masked_mean(penalty, chosen)
+            metrics["policy/penalised"] = masked_mean(chosen.float(), trained)
+            loss = loss + batch.kl_weight * penalty
         if config.entropy_coefficient:
             loss = loss - config.entropy_coefficient * stats.entropy
         return loss, metrics
+
+    def surrogate(self, stats: TokenStats, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Policy loss of every token [T], and where clipping took its gradient away [T]."""
+        assert batch.logprob is not None and batch.advantage is not None
+        low, high, dual = self.config.clip_low, self.config.clip_high, self.config.dual_clip
+        return clipped_surrogate(stats.logprob, batch.logprob, batch.advantage, low=low, high=high, dual=dual)
+
+    def _weigh(self, samples: list[Sample]) -> list[Sample]:
+        return (token_mean if self.config.aggregation == "token" else sequence_mean)(samples)
 
     def _rewarded(self, sample: Sample) -> Sample:
         assert sample.grade is not None, "rollouts are graded"
@@ -111,6 +134,8 @@ class GrpoConfig(Registered):
     aggregation: Literal["token", "sequence"] = "token"
     correct_reward: float = 1.0
     wrong_reward: float = 0.0
+    kl_coefficient: float = Field(default=0.0, ge=0)
+    """Of the KL penalty to the policy as the stage began, for every token."""
     entropy_coefficient: float = 0.0
     importance_cap: float = 0.0
     """Truncated importance sampling between engine and trainer; 0: off. 2.0 is usual."""

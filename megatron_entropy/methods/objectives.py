@@ -66,6 +66,12 @@ def clipped_surrogate(
     return loss, is_clipped
 
 
+def unclipped_surrogate(logprob: Tensor, old_logprob: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
+    """The policy loss without PPO's clipping, minus advantage times ratio; returns what `clipped_surrogate` does."""
+    loss = -advantage * (logprob - old_logprob).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    return loss, loss.new_zeros(loss.shape, dtype=bool)  # type: ignore[arg-type]
+
+
 def k1(logprob: Tensor, other: Tensor) -> Tensor:
     """Estimator of KL(policy || other) per token: the log-ratio. Unbiased, of either sign. Schulman 2020."""
     return logprob - other
@@ -100,10 +106,69 @@ def soft_overlong_penalty(length: int, *, limit: int, buffer: int) -> float:
     return min(0.0, (limit - buffer - length) / buffer) if buffer else 0.0
 
 
-def token_mean(samples: Sequence[Sample]) -> list[Sample]:
-    """Every trained token weighs the same: 1 / number of trained tokens. DAPO, eq. 12."""
-    tokens = sum(s.response_length for s in samples)
-    return [dataclasses.replace(s, weight=s.constant(1 / max(tokens, 1))) for s in samples]
+def joined(samples: Sequence[Sample], field: str) -> np.ndarray:
+    """A per-token field of all response tokens, sample after sample: [N] float64."""
+    return np.concatenate([np.zeros(0), *(sample.response(field) for sample in samples)])
+
+
+def spread(samples: Sequence[Sample], field: str, values: np.ndarray) -> list[Sample]:
+    """The samples with a per-token field filled from `values` [N], as `joined` lists them; 0 on given tokens."""
+    ends = np.cumsum([sample.response_length for sample in samples])
+    filled = []
+    for sample, part in zip(samples, np.split(values, ends[:-1]) if samples else [], strict=True):
+        column = np.zeros(len(sample.tokens), np.float32)
+        column[sample.prompt_length :] = part
+        filled.append(dataclasses.replace(sample, **{field: column}))
+    return filled
+
+
+def covariance(logprob: np.ndarray, advantage: np.ndarray, among: np.ndarray | None = None) -> np.ndarray:
+    """Each token's part in the covariance of log-probability and advantage: [N].
+
+    Args:
+        logprob, advantage: [N] of all tokens that are compared.
+        among: [N] bool, the tokens whose means are subtracted; None: all.
+    Source:
+        Cui et al. 2025 (The Entropy Mechanism, arXiv 2505.22617), eq. 10.
+    """
+    if not len(logprob):
+        return np.zeros(0)
+    chosen = slice(None) if among is None else among
+    return (logprob - logprob[chosen].mean()) * (advantage - advantage[chosen].mean())
+
+
+def lowest(values: np.ndarray, count: int, among: np.ndarray | None = None) -> np.ndarray:
+    """The `count` smallest of [N] values (of those where `among` [N] holds), as a mask [N]; of equal ones the first."""
+    places = np.arange(len(values)) if among is None else np.flatnonzero(among)
+    mask = np.zeros(len(values), bool)
+    mask[places[np.argsort(values[places], kind="stable")[:count]]] = True
+    return mask
+
+
+def highest(values: np.ndarray, count: int, among: np.ndarray | None = None) -> np.ndarray:
+    """The `count` largest of [N] values; see `lowest`."""
+    return lowest(-values, count, among)
+
+
+def part_of(count: int, fraction: float) -> int:
+    """How many of `count` tokens a fraction of them is: rounded down, but at least one."""
+    return max(1, int(fraction * count))
+
+
+def running_mean(values: np.ndarray) -> np.ndarray:
+    """Mean of the first t values, for every t: [n]. Of token entropies it is CER's TECA series."""
+    return np.cumsum(values, dtype=np.float64) / np.arange(1, len(values) + 1)
+
+
+def token_mean(samples: Sequence[Sample], *, tokens: int = 0, parts: int = 1) -> list[Sample]:
+    """Every trained token weighs the same: 1 / number of trained tokens. DAPO, eq. 12.
+
+    Args:
+        tokens: take this for their number.
+        parts: the samples are one of so many parts whose means are averaged.
+    """
+    tokens = tokens or sum(s.response_length for s in samples)
+    return [dataclasses.replace(s, weight=s.constant(1 / (max(tokens, 1) * parts))) for s in samples]
 
 
 def sequence_mean(samples: Sequence[Sample]) -> list[Sample]:

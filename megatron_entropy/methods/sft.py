@@ -10,7 +10,7 @@ from megatron_entropy.config import Config
 from megatron_entropy.errors import DataError
 from megatron_entropy.methods.base import Method, Registered, Rollouts
 from megatron_entropy.methods.objectives import masked_mean, token_mean
-from megatron_entropy.records import Batch, Group, Metric, Prompt, Sample
+from megatron_entropy.records import Batch, Group, Metric, Prompt, Sample, refill, samples_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,8 +50,7 @@ class Sft(Method):
 
     def credit(self, groups: list[Group]) -> list[Group]:
         """Every target token weighs the same."""
-        samples = token_mean([sample for group in groups for sample in group.samples])
-        return [group.with_samples([sample]) for group, sample in zip(groups, samples, strict=True)]
+        return refill(groups, token_mean(samples_of(groups)))
 
     def loss(self, stats: TokenStats, batch: Batch) -> tuple[Tensor, dict[str, Metric]]:
         """Negative log-likelihood, less `entropy_coefficient` times the entropy."""

@@ -147,7 +147,7 @@ def write_folder(
     with replacing(folder) as partial:
         stream = iter(tensors)
         for name, shard in zip(names, shards, strict=True):
-            _write_shard(partial / name, shard, stream)
+            write_file(partial / name, shard, stream)
         assert next(stream, None) is None, "more tensors than metadata"
         if len(shards) > 1:
             weight_map = {meta[0]: name for name, shard in zip(names, shards, strict=True) for meta in shard}
@@ -209,8 +209,14 @@ def _split(metadata: Sequence[Meta], max_bytes: int) -> list[list[Meta]]:
     return shards
 
 
-def _write_shard(file: Path, shard: Sequence[Meta], tensors: Iterator[tuple[str, Tensor]]) -> None:
-    """Write a safetensors file tensor by tensor; the library's own writer wants them all at once."""
+def write_file(file: Path, shard: Sequence[Meta], tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """Write a safetensors file tensor by tensor; the library's own writer wants them all at once.
+
+    Args:
+        shard: the file's tensors, in their order; so many are taken from `tensors`.
+    Raises:
+        OSError: it cannot be written.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     kinds = {dtype: kind for kind, dtype in DTYPES.items()}
     end = 0

@@ -1,22 +1,30 @@
-"""Merges a LoRA adapter in PEFT's format into the model it was trained on, one tensor in memory at a time."""
+"""LoRA adapters in PEFT's format: written from the actor's shards, merged into the model they were trained on.
+
+Either way one tensor is in memory at a time.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from megatron_entropy.architecture import ModelShape
+from megatron_entropy.config import LINEARS, ActorConfig, LoraConfig
 from megatron_entropy.errors import ModelError
+from megatron_entropy.resharding import names
 from megatron_entropy.resharding.conversion import Progress, check_target, silent
-from megatron_entropy.resharding.folder import MAX_SHARD_BYTES, TensorFolder, write_folder
+from megatron_entropy.resharding.folder import MAX_SHARD_BYTES, TensorFolder, replacing, write_file, write_folder
+from megatron_entropy.resharding.source import ShardedSource
 
-_PREFIX = "base_model.model."
+_FILE, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _INERT = {
     "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "init_lora_weights",
     "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size",
@@ -34,6 +42,53 @@ class _Adapter:
 
     down: str
     up: str
+
+
+def write_adapter(
+    folder: Path,
+    shape: ModelShape,
+    config: ActorConfig,
+    local: Mapping[str, Tensor],
+    *,
+    base: str,
+    dtype: torch.dtype,
+) -> None:
+    """Write the adapters as a folder that PEFT, vLLM and `merge` read; a collective.
+
+    Args:
+        local: `Actor.adapter_shards()` of this rank.
+        base: the model folder they belong to.
+        dtype: of the tensors.
+    Raises:
+        ModelError: on rank 0, when it cannot be written; nothing is left behind then.
+    """
+    source = ShardedSource(shape, config.parallel, local, dtype, names.adapter_entries(shape, config.lora))
+    if dist.get_rank() != 0:
+        for _ in source:
+            pass
+        return
+    with replacing(folder) as partial:
+        write_file(partial / _FILE, source.metadata(), ((name, part) for name, part in source if part is not None))
+        (partial / _CONFIG).write_text(json.dumps(_config(shape, config.lora, base), indent=2) + "\n")
+
+
+def _config(shape: ModelShape, lora: LoraConfig, base: str) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,  # vLLM wants an integer
+        "target_modules": [module for linear in lora.linears(shape) for module in LINEARS[linear]],
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
 
 
 def merge(
@@ -59,11 +114,11 @@ def merge(
             raise ModelError(f"{folder}: no such folder")
     if not (base / "config.json").exists():
         raise ModelError(f"{base / 'config.json'}: no such file; a model folder needs it")
-    rank, scale, targets = _read_config(adapter / "adapter_config.json")
+    rank, scale, targets = _read_config(adapter / _CONFIG)
     weights, updates = TensorFolder(base), TensorFolder(adapter)
     pairs = _pair(updates)
     _check(weights, updates, pairs, rank)
-    _check_targets(adapter / "adapter_config.json", targets, pairs)
+    _check_targets(adapter / _CONFIG, targets, pairs)
     metadata = [(name, weights.dtype(name), weights.shape(name)) for name in weights.names()]
     with progress("merging", sum(math.prod(size) * kind.itemsize for _, kind, size in metadata)) as advance:
 
@@ -86,7 +141,7 @@ def _read_config(file: Path) -> tuple[int, float, list[str]]:
         raw: dict[str, Any] = json.loads(file.read_text())
         rank, alpha = int(raw["r"]), float(raw["lora_alpha"])
     except FileNotFoundError:
-        raise ModelError(f"{file}: no such file; an adapter folder needs it and adapter_model.safetensors") from None
+        raise ModelError(f"{file}: no such file; an adapter folder needs it and {_FILE}") from None
     except KeyError as error:
         raise ModelError(f"{file}: key {error.args[0]!r} is missing") from None
     except (ValueError, TypeError) as error:
@@ -109,11 +164,10 @@ def _pair(updates: TensorFolder) -> dict[str, _Adapter]:
     """Name of the base tensor -> the two of the adapter that change it."""
     parts: dict[str, dict[str, str]] = {}
     for name in updates.names():
-        module, _, part = name.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
-        if not name.startswith(_PREFIX) or part not in ("lora_A", "lora_B"):
-            raise ModelError(
-                f"{updates.file(name)}: tensor {name} {updates.shape(name)} is no {_PREFIX}<module>.lora_A/B.weight"
-            )
+        module, _, part = name.removeprefix(names.PEFT_PREFIX).removesuffix(".weight").rpartition(".")
+        if not name.startswith(names.PEFT_PREFIX) or part not in ("lora_A", "lora_B"):
+            wanted = f"{names.PEFT_PREFIX}<module>.lora_A/B.weight"
+            raise ModelError(f"{updates.file(name)}: tensor {name} {updates.shape(name)} is no {wanted}")
         parts.setdefault(f"{module}.weight", {})[part] = name
     for found in parts.values():
         if len(found) == 1:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_entropy.architecture import ModelShape
+from megatron_entropy.config import LoraConfig
 
 Kind = Literal["whole", "columns", "vocabulary", "qkv", "gate_up"]
 """How a tensor is split over tensor-parallel ranks.
@@ -39,6 +40,9 @@ class Rule:
     kind: Kind
     aliases: tuple[str, ...] = ()
 
+
+PEFT_PREFIX = "base_model.model."
+"""What PEFT puts before the name of a module that has an adapter."""
 
 _LAYER = "decoder.layers.{layer}."
 _EXPERT = _LAYER + "mlp.experts.local_experts.{expert}."
@@ -147,6 +151,31 @@ def entries(shape: ModelShape) -> list[Entry]:
         result += [_entry(rule, shape, layer, e) for e in experts for rule in layered if "{expert}" in rule.megatron]
     result.append(_entry(final_norm, shape, None, None))
     return result if shape.tied_embeddings else [*result, _entry(head, shape, None, None)]
+
+
+def adapter_entries(shape: ModelShape, lora: LoraConfig) -> list[Entry]:
+    """Every part of LoRA's adapters, under the names PEFT gives them; in the order of the layers.
+
+    Megatron's fused layers have one `down` for two or three modules of Hugging Face, and PEFT one for each: it comes
+    once for each of them.
+    """
+    linears, rank = lora.linears(shape), lora.rank
+    result = []
+    for entry in entries(shape):
+        layer, _, parameter = entry.megatron.rpartition(".")
+        if parameter != "weight" or layer.rpartition(".")[2] not in linears or entry.expert is not None:
+            continue
+        modules = [f"{PEFT_PREFIX}{tensor.removesuffix('.weight')}" for tensor in entry.tensors]
+        by_columns = entry.kind == "columns"
+        for module, (_, columns) in zip(modules, entry.shapes, strict=True):
+            down: Kind = "columns" if by_columns else "whole"
+            names, shapes = (f"{module}.lora_A.weight",), ((rank, columns),)
+            result.append(Entry(f"{layer}_lora.down", (), names, shapes, down, entry.layer))
+        names = tuple(f"{module}.lora_B.weight" for module in modules)
+        shapes = tuple((rows, rank) for rows, _ in entry.shapes)
+        up = "whole" if by_columns else entry.kind
+        result.append(Entry(f"{layer}_lora.up", (), names, shapes, up, entry.layer))
+    return result
 
 
 def with_tied_head(all_entries: list[Entry], shape: ModelShape) -> list[Entry]:

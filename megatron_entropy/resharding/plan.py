@@ -39,11 +39,13 @@ class Transfer(NamedTuple):
     length: int
 
 
-def plan(shape: ModelShape, layout: ParallelConfig) -> list[Placement]:
+def plan(shape: ModelShape, layout: ParallelConfig, placed: Sequence[Entry] | None = None) -> list[Placement]:
     """Place every parameter of a model.
 
+    Args:
+        placed: what to place instead of all `names.entries`.
     Returns:
-        In the order of `names.entries`, which is the order of a stream.
+        In the order of the entries, which is the order of a stream.
     Raises:
         ConfigError: naming the tensor and the key, when the layout cannot split it evenly.
     """
@@ -51,7 +53,7 @@ def plan(shape: ModelShape, layout: ParallelConfig) -> list[Placement]:
     stage_size = layout.tp * layout.cp * layout.dp
     placements = []
     checked = set()
-    for entry in entries(shape):
+    for entry in entries(shape) if placed is None else placed:
         key, parts = ("tp", layout.tp) if entry.expert is None else ("etp", layout.etp)
         if (entry.kind, key) not in checked:
             _check_even(entry, shape, parts, key)

@@ -9,7 +9,7 @@ plan names send their slices straight to rank 0, which puts them in place; other
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -54,26 +54,36 @@ class ShardedSource:
     """The actor's weights as a stream of Hugging Face tensors; see the module's text."""
 
     def __init__(
-        self, shape: ModelShape, layout: ParallelConfig, local: Mapping[str, Tensor], dtype: torch.dtype
+        self,
+        shape: ModelShape,
+        layout: ParallelConfig,
+        local: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        streamed: Sequence[names.Entry] | None = None,
     ) -> None:
         """Describe the stream.
 
         Args:
-            local: this rank's parameters under global names; read whenever the stream is.
+            local: this rank's parameters under global names; read whenever the stream is, each once for all slabs that
+                follow one another (it may be computed when it is asked for).
             dtype: type tensors are cast to before they are sent.
+            streamed: what the stream consists of and `local` holds a part of, instead of the whole model.
         """
         self.shape = shape
         self.dtype = dtype
         self.gather_seconds = 0.0
         """Spent so far on rank 0 waiting for what other ranks hold."""
         self._local = local
+        self._part: tuple[str, Tensor] | None = None
         self._device = next(iter(local.values())).device
         # Of a tied head only the embedding itself is read.
-        all_entries = names.entries(shape)
-        matched = names.match(names.with_tied_head(all_entries, shape), local)
+        known = names.with_tied_head(names.entries(shape), shape) if streamed is None else streamed
+        matched = names.match(known, local)
         self._name_of = {entry.megatron: name for name, entry in matched.items()}
         self._tensors = [
-            (placement, index) for placement in plan(shape, layout) for index in range(len(placement.entry.tensors))
+            (placement, index)
+            for placement in plan(shape, layout, streamed)
+            for index in range(len(placement.entry.tensors))
         ]
 
     def metadata(self) -> list[TensorMeta]:
@@ -108,7 +118,7 @@ class ShardedSource:
             coming = [self._receive(holder, slices, first, out) for holder, slices in shares if holder != 0]
         for holder, slices in shares:
             if holder == rank:
-                mine = self._local[self._name_of[placement.entry.megatron]].detach()
+                mine = self._read_part(self._name_of[placement.entry.megatron])
                 rows = [_cut(mine, piece.part_start, piece, span) for piece, span in slices]
                 if rank == 0:
                     _place(out, slices, first, rows)
@@ -118,6 +128,15 @@ class ShardedSource:
         if rank == 0:
             for place in coming:
                 place()
+        if index == len(placement.entry.tensors) - 1 and first + count == placement.entry.shapes[index][0]:
+            self._part = None
+
+    def _read_part(self, name: str) -> Tensor:
+        """This rank's part of a parameter, kept until the parameter's last row has been read."""
+        if self._part is None or self._part[0] != name:
+            self._part = None  # two are never held
+            self._part = (name, self._local[name].detach())
+        return self._part[1]
 
     def _receive(self, holder: int, slices: list[tuple[names.Piece, Rows]], first: int, out: Tensor) -> Callable:
         """Begin to take a rank's slices; what is returned waits for them and puts them in place."""

@@ -15,19 +15,24 @@ a request answered by another engine or a second time gets the same tokens, so t
             push.push(version, pool.clients())   # new engines have no weights; all are pushed to
 
 and the same around a push: `WeightPush.push` raises `EngineLost` on rank 0, whose `indices` are for `restart`, and
-then all ranks push again.
+then all ranks push again. Ray's own head processes are another matter: nothing works without them, and their death ends
+the run in a `Fault` (`_Ray`).
 """
 
 from __future__ import annotations
 
+import atexit
+import concurrent.futures
 import contextlib
 import logging
 import os
+import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import psutil
 import ray
@@ -49,6 +54,12 @@ _SOURCE_ROOT = str(Path(__file__).resolve().parents[2])
 
 START_TIMEOUT = 600.0
 """Seconds an engine may take to load its model."""
+RAY_START_TIMEOUT = 120.0
+"""Seconds Ray may take to start, before any engine is made."""
+RAY_STOP_TIMEOUT = 30.0
+"""Seconds Ray may take to stop before it is killed."""
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -70,11 +81,12 @@ class EngineClient:
         Fault: when it is alive and could not do as told.
     """
 
-    def __init__(self, index: int, actor: Actor, num_workers: int) -> None:
+    def __init__(self, index: int, actor: Actor, num_workers: int, ray_: _Ray) -> None:
         self.index = index
         self.num_workers = num_workers
         self.has_weights = False
         self._actor = actor
+        self._ray = ray_
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Join a transfer group."""
@@ -108,7 +120,7 @@ class EngineClient:
 
     def _call(self, method: str, *arguments: Any) -> Any:
         try:
-            return ray.get(getattr(self._actor, method).remote(*arguments))
+            return self._ray.run(lambda: ray.get(getattr(self._actor, method).remote(*arguments)))
         except RayTaskError as error:
             raise _cause(error) from error
         except RayError as error:
@@ -129,13 +141,13 @@ class EnginePool:
         self._spec = spec
         self._timeout = timeout
         self._threads = spec.threads or max(1, (os.cpu_count() or 1) // (2 * config.num_engines))
-        self._owns_ray, self._owns_gpus = _start_ray(config, spec)
+        self._ray, self._owns_gpus = _start_ray(config, spec)
         self._slots = [_Slot(*self._create(index)) for index in range(config.num_engines)]
 
     @property
     def address(self) -> str:
         """This machine's address as the engines reach it."""
-        return "127.0.0.1" if self._owns_ray else ray.util.get_node_ip_address()
+        return "127.0.0.1" if self._ray.is_ours else ray.util.get_node_ip_address()
 
     @property
     def backend(self) -> str:
@@ -158,12 +170,12 @@ class EnginePool:
             EngineFault: when one could not be made, with the reason.
             UserError: when the reason is a mistake of the user's.
         """
-        waiting: dict[Any, int] = {
-            slot.actor.ready.remote(): index for index, slot in enumerate(self._slots) if slot.pid is None
-        }
-        for reference, index in waiting.items():
+        waiting = [(index, slot) for index, slot in enumerate(self._slots) if slot.pid is None]
+        deadline = time.monotonic() + START_TIMEOUT
+        for index, slot in waiting:
             try:
-                self._slots[index].pid = ray.get(reference, timeout=START_TIMEOUT)
+                left = max(0.0, deadline - time.monotonic())
+                slot.pid = self._ray.run(lambda: ray.get(slot.actor.ready.remote(), timeout=left))
             except RayError as error:
                 cause = _cause(error)
                 if isinstance(cause, UserError):
@@ -229,8 +241,7 @@ class EnginePool:
         for slot in self._slots:
             self._kill(slot)
         self._slots = []
-        if self._owns_ray:
-            ray.shutdown()
+        self._ray.stop()
 
     def _create(self, index: int) -> tuple[Actor, EngineClient]:
         on_gpu = self._spec.device == "cuda"
@@ -242,30 +253,35 @@ class EnginePool:
             # Ray does not hand the driver's sys.path on; this lets a checkout work that is not installed.
             runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join([_SOURCE_ROOT, os.environ.get("PYTHONPATH", "")])}},
         )
-        actor = engine.remote(self._spec, self._config, self._threads)
-        return actor, EngineClient(index, actor, self._config.tensor_parallel)
+        actor = self._ray.run(lambda: engine.remote(self._spec, self._config, self._threads))
+        return actor, EngineClient(index, actor, self._config.tensor_parallel, self._ray)
 
     def _kill(self, slot: _Slot) -> None:
-        here = slot.pid is not None and self._owns_ray
+        here = slot.pid is not None and self._ray.is_ours
         processes = _family(slot.pid) if here else []
-        ray.kill(cast(Any, slot.actor), no_restart=True)
+        with contextlib.suppress(Fault):  # without Ray's head the engines are dead already
+            self._ray.run(lambda: ray.kill(cast(Any, slot.actor), no_restart=True))
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()  # a stopped process does not hear Ray, nor that its parent is gone
 
     def _reports(self, shares: list[list[Request]]) -> Iterator[tuple[int, list[Completion] | str]]:
         """What the engines answer, as it comes: completions, or why an engine is taken for dead."""
-        streams: dict[Any, int] = {
-            self._slots[index].actor.generate_stream.remote(share): index for index, share in enumerate(shares) if share
-        }
+        streams: dict[Any, int] = self._ray.run(
+            lambda: {
+                self._slots[index].actor.generate_stream.remote(share): index
+                for index, share in enumerate(shares)
+                if share
+            }
+        )
         heard = {index: time.monotonic() for index in streams.values()}
         while streams:
-            ready, _ = ray.wait(list(streams), num_returns=1, timeout=1.0, fetch_local=False)
+            ready, _ = self._ray.run(lambda: ray.wait(list(streams), num_returns=1, timeout=1.0, fetch_local=False))
             for stream in ready:
                 index = streams[stream]
                 heard[index] = time.monotonic()
                 try:
-                    report: Progress = ray.get(next(cast(Iterator[Any], stream)))
+                    report: Progress = self._ray.run(lambda: ray.get(next(cast(Iterator[Any], stream))))
                     yield index, report.completions
                 except StopIteration:
                     del streams[stream]
@@ -278,31 +294,132 @@ class EnginePool:
                     yield index, f"silent for {self._timeout:.0f} s"
 
 
-def _start_ray(config: RolloutConfig, spec: EngineSpec) -> tuple[bool, bool]:
+class _Ray:
+    """Ray: started by this process, or another's cluster. Whatever may wait for Ray is done through `run`.
+
+    Ray's head are two processes, gcs_server and raylet. Once one is dead most of Ray's calls wait for ever, or end this
+    process after a minute without a word. So they are watched where they are children of this process.
+    """
+
+    def __init__(self) -> None:
+        self.is_ours = False
+        self._head: list[tuple[str, psutil.Process]] = []
+        self._strangers: set[int] = set()
+        self._death: str | None = None
+        self._lock = threading.Lock()
+        self._is_over = threading.Event()
+        if ray.is_initialized():
+            self._watch()
+
+    def start(self, **options: Any) -> None:
+        """`ray.init`, also with the `address` of another's cluster.
+
+        Raises:
+            Fault: when it fails or does not come to an end.
+        """
+        self.is_ours = "address" not in options
+        self._strangers = {process.pid for process in psutil.Process().children()}
+        what = "Ray could not be started"
+        if not self.is_ours:
+            what = f"the Ray cluster of RAY_ADDRESS={os.environ.get('RAY_ADDRESS')} could not be joined"
+        deadline = time.monotonic() + RAY_START_TIMEOUT
+        # Linux ends Ray's processes with the thread that started them, not only with the whole process.
+        starting = _in_thread(
+            lambda: ray.init(log_to_driver=False, logging_level=logging.ERROR, **options), stay=self._is_over
+        )
+        try:
+            while not starting.done():
+                concurrent.futures.wait([starting], 0.1)
+                self._watch()
+                self.check()
+                if time.monotonic() > deadline:
+                    raise Fault(f"{what} within {RAY_START_TIMEOUT:.0f} s")
+            starting.result()
+        except Fault:
+            self._abandon()
+            raise
+        except Exception as error:
+            self._abandon()
+            raise Fault(f"{what}: {_one_line(error)}") from error
+
+    def run(self, work: Callable[[], Result]) -> Result:
+        """The result of `work()`.
+
+        Raises:
+            Fault: as soon as a watched process is dead.
+        """
+        self.check()
+        working = _in_thread(work)
+        while not working.done():
+            concurrent.futures.wait([working], 0.5)
+            self.check()
+        error = working.exception()
+        if isinstance(error, RayError | OSError) and not isinstance(error, RayTaskError):
+            time.sleep(0.2)  # its connections break a moment before a process is seen to be dead
+            self.check()
+        return working.result()
+
+    def check(self) -> None:
+        """Raise a `Fault` if a watched process is dead; what is left of Ray is ended then."""
+        with self._lock:
+            dead = [f"{name} (pid {process.pid})" for name, process in self._head if _is_dead(process)]
+            if dead and self._death is None:
+                self._death = f"Ray's head process {dead[0]} has died"
+                self._abandon()
+        if self._death is not None:
+            raise Fault(f"{self._death}; the run cannot go on, resume it with --resume")
+
+    def stop(self) -> None:
+        """Stop Ray if this process has started it."""
+        if not self.is_ours or self._death is not None:
+            return
+        stopping = _in_thread(ray.shutdown)
+        concurrent.futures.wait([stopping], RAY_STOP_TIMEOUT)
+        if not stopping.done():
+            self._abandon()
+        self._is_over.set()
+
+    def _watch(self) -> None:
+        """Find the head among this process's children."""
+        known = self._strangers | {process.pid for _, process in self._head}
+        for process in psutil.Process().children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.pid not in known and process.name() in ("gcs_server", "raylet"):
+                    self._head.append((process.name(), process))
+
+    def _abandon(self) -> None:
+        """End Ray without asking it, which would wait for the dead, at the interpreter's exit too."""
+        atexit.unregister(ray.shutdown)
+        for process in [member for _, process in self._head for member in _family(process.pid)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._is_over.set()
+
+
+def _start_ray(config: RolloutConfig, spec: EngineSpec) -> tuple[_Ray, bool]:
     """Join the cluster named by RAY_ADDRESS, or start Ray on this machine.
 
     Returns:
-        Whether it was started here, and whether the engines are kept off the trainer's GPUs.
+        Ray, and whether the engines are kept off the trainer's GPUs.
     """
+    started = _Ray()
     if ray.is_initialized():
-        return False, False
+        return started, False
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-        return False, False
+        started.start(address="auto")
+        return started, False
     own = _gpus_beside_the_trainer(config) if spec.device == "cuda" and not config.colocate else []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     try:
         if own:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
-        ray.init(
-            num_cpus=config.num_engines + 1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
-        )
+        started.start(num_cpus=config.num_engines + 1, include_dashboard=False)
     finally:
         if own and visible is None:
             del os.environ["CUDA_VISIBLE_DEVICES"]
         elif own and visible is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = visible
-    return True, bool(own)
+    return started, bool(own)
 
 
 def _gpus_beside_the_trainer(config: RolloutConfig) -> list[str]:
@@ -316,6 +433,30 @@ def _gpus_beside_the_trainer(config: RolloutConfig) -> list[str]:
         return left
     logger.warning("rollout engines share the trainer's GPUs: too few are left beside them")
     return []
+
+
+def _in_thread(work: Callable[[], Result], *, stay: threading.Event | None = None) -> Future[Result]:
+    """What `work()` will return, in a thread that keeps nobody from exiting; after a success it may `stay` on."""
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            if stay is not None:
+                stay.wait()
+
+    threading.Thread(target=run, daemon=True, name="ray").start()
+    return future
+
+
+def _is_dead(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _family(pid: int | None) -> list[psutil.Process]:

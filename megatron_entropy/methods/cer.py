@@ -1,0 +1,72 @@
+"""CER (Cumulative Entropy Regulation, arXiv 2510.02249): right answers earn more when they were given with confidence.
+
+Against GRPO: the reward of a right answer is (1 + (1 + exp(-TECA))) / 2, in (1, 1.5], that of a wrong one 0. TECA, the
+token entropy cumulative average, is the running mean of the full-vocabulary entropies of the response; the reward takes
+its last value, the mean over the response (end token included). The entropies are those of the old policy at the
+rollout temperature, before any top-p cut, from the pass that computes the old log-probs anyway. A k3 penalty holds the
+policy near the model without its adapters, which LoRA (`actor.lora`) trains.
+
+Read from the release (github AusertDream/CumulativeEntropyRegulation, reward_manager/cer_manager.py and the runs' own
+configurations); of the paper only summaries could be read. Different from it: the verifier is `reward.verifier` (the
+release: `boxed`); a response without a token earns nothing and is counted (the release divides by its length); the
+reference's entropy is not computed (the release does, and drops it).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from megatron_entropy.config import Config
+from megatron_entropy.methods.base import Method
+from megatron_entropy.methods.grpo import Grpo, GrpoConfig
+from megatron_entropy.records import Sample
+
+
+class Cer(Grpo):
+    """GRPO with the segmented entropy reward."""
+
+    def __init__(self, stage: Config) -> None:
+        super().__init__(stage)
+        assert isinstance(stage.method, CerConfig)
+        self.config: CerConfig = stage.method
+
+    def _rewarded(self, sample: Sample) -> Sample:
+        rewarded = super()._rewarded(sample)
+        if rewarded.reward is None or not sample.response_length:
+            return rewarded
+        teca = float(sample.response("entropy").mean(dtype=np.float64))
+        self.count("reward/teca", teca)
+        assert sample.grade is not None
+        reward = segmented_reward(
+            bool(sample.grade.correct),
+            teca,
+            accuracy_weight=self.config.accuracy_weight,
+            entropy_weight=self.config.entropy_weight,
+        )
+        return dataclasses.replace(rewarded, reward=reward)
+
+
+def segmented_reward(correct: bool, teca: float, *, accuracy_weight: float = 1.0, entropy_weight: float = 1.0) -> float:
+    """The reward of an answer, 0 when it is wrong.
+
+    Args:
+        teca: mean entropy of the response's tokens, nats.
+    Source:
+        cer_manager.py: (w_acc * 1 + w_te * (exp(-TECA) + 1)) / 2.
+    """
+    return (accuracy_weight + entropy_weight * (np.exp(-teca) + 1)) / 2 if correct else 0.0
+
+
+class CerConfig(GrpoConfig):
+    """Settings of CER, those of the release's run_gsm8k_lora.sh and its recorded runs."""
+
+    method: ClassVar[type[Method]] = Cer
+    name: Literal["cer"] = "cer"  # type: ignore[assignment]
+    dual_clip: float = 3.0
+    kl_coefficient: float = 0.001
+    """k3 (low_var_kl) to the policy without its adapters."""
+    accuracy_weight: float = 1.0
+    entropy_weight: float = 1.0
