@@ -158,7 +158,7 @@ class LoraConfig(Section):
                 f"actor.lora.targets: {wrong[0]} is {what}; known are {', '.join(modules)}, and all-linear alone"
             )
         if not self.targets:
-            raise ConfigError("actor.lora.targets is empty; all-linear is every layer, actor.lora.rank=0 turns LoRA off")
+            raise ConfigError("actor.lora.targets is empty; all-linear is every layer, actor.lora.rank=0 is no LoRA")
         for parts in known.values():
             missing = [part for part in parts if part not in self.targets]
             if 0 < len(missing) < len(parts):

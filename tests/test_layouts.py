@@ -8,7 +8,7 @@ import check_layouts
 import numpy as np
 import pytest
 
-QUANTITIES = ("logprob", "entropy", "loss", "grad_norm", "parameters")
+QUANTITIES = (*check_layouts.NUMBERS, "parameters")
 
 
 @pytest.mark.actor
@@ -33,7 +33,8 @@ def test_every_layout_of_experts_agrees_with_one_rank():
 def test_the_comparison_sees_a_difference():
     """An outcome that differs in one parameter by twice the tolerance does not pass for equal."""
     one = np.zeros(1)
-    reference = check_layouts.Outcome(one, one, one, one, {"w": np.zeros(3)})
-    moved = check_layouts.Outcome(one, one, one, one, {"w": np.array([0, 0, 2 * check_layouts.TOLERANCE])})
+    numbers = dict.fromkeys(check_layouts.NUMBERS, one)
+    reference = check_layouts.Outcome(**numbers, parameters={"w": np.zeros(3)})
+    moved = check_layouts.Outcome(**numbers, parameters={"w": np.array([0, 0, 2 * check_layouts.TOLERANCE])})
     differences = check_layouts.compare(moved, reference)
     assert differences["parameters"] > check_layouts.TOLERANCE and differences["logprob"] == 0

@@ -3,8 +3,9 @@
 
 Loads a small random Hugging Face checkpoint, and one with experts, into the real Megatron model under every layout, on
 CPU ranks of this machine, in fp32. Scores one batch of sequences of uneven lengths and takes two optimizer steps on
-it; compares log-probabilities, entropies, losses, gradient norms and the parameters afterwards with the single-rank
-run.
+it, then a third towards a teacher that has followed half the way; compares log-probabilities, entropies, the teacher's
+log-probabilities and temperatures, losses, gradient norms and the parameters afterwards with the single-rank run. What
+methods select by them (critical tokens, lowest entropies, highest covariances) must be the same tokens.
 
     python tools/check_layouts.py [--out layouts.json] [--tolerance 1e-5]
 
@@ -24,13 +25,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from entropy_kernels import TokenStats
 from megatron_entropy import parallel
 from megatron_entropy.architecture import read_shape
 from megatron_entropy.config import ActorConfig, OptimizerConfig, ParallelConfig
-from megatron_entropy.records import Metric, Sample
+from megatron_entropy.methods.objectives import covariance, highest, joined, lowest
+from megatron_entropy.records import Batch, GuidedTemperature, Metric, Sample
 
 TOLERANCE = 1e-5
 """fp32 sums in another order differ by about 1e-7 relative; two optimizer steps stay well below this."""
+
+NUMBERS = ("logprob", "entropy", "teacher", "temperature", "selected", "loss", "grad_norm")
+"""Fields of `Outcome` that are compared number by number."""
 
 LENGTHS = ((3, 40), (17, 23), (8, 5), (30, 64), (12, 1), (5, 33), (21, 18), (9, 51))
 """(prompt, response) tokens: short, long, one-token, so that every pack is uneven and crosses bucket sizes."""
@@ -75,6 +81,9 @@ class Outcome:
 
     logprob: np.ndarray
     entropy: np.ndarray
+    teacher: np.ndarray
+    temperature: np.ndarray
+    selected: np.ndarray
     loss: np.ndarray
     grad_norm: np.ndarray
     parameters: dict[str, np.ndarray]
@@ -112,6 +121,7 @@ def measure(folder: str, layout: Layout) -> Outcome | None:
     actor = Actor(shape, config, total_updates=2)
     load(TensorFolder(folder), shape, actor.config.parallel, actor.named_shards())
     actor.after_load()
+    actor.keep_reference(moving=True)
     samples = make_samples(shape.vocab_size)
     scored = actor.score(samples, temperature=0.8)
 
@@ -124,6 +134,12 @@ def measure(folder: str, layout: Layout) -> Outcome | None:
         metrics = actor.update(scored, loss, temperature=0.8)
         losses.append(metrics["train/loss"].value)
         norms.append(metrics["train/grad_norm"].value)
+    assert actor.reference is not None
+    actor.reference.move(0.5)
+    taught = actor.score_reference(scored, temperature=GuidedTemperature(top=32, pivot=4.0))
+    metrics = actor.update(taught, _distil, temperature=1.0, divergence="reverse")
+    losses.append(metrics["train/loss"].value)
+    norms.append(metrics["train/grad_norm"].value)
     source = ShardedSource(shape, actor.config.parallel, actor.named_shards(), torch.float32)
     parameters = {name: tensor.numpy().copy() for name, tensor in source if tensor is not None}
     if parallel.rank() != 0:
@@ -131,18 +147,32 @@ def measure(folder: str, layout: Layout) -> Outcome | None:
     return Outcome(
         np.concatenate([s.response("logprob") for s in scored]),
         np.concatenate([s.response("entropy") for s in scored]),
+        np.concatenate([s.response("reference_logprob") for s in taught]),
+        np.concatenate([s.response("reference_temperature") for s in taught]),
+        select(scored),
         np.array(losses),
         np.array(norms),
         parameters,
     )
 
 
+def _distil(stats: TokenStats, batch: Batch) -> tuple[torch.Tensor, dict[str, Metric]]:
+    assert stats.kl_reverse is not None
+    return stats.kl_reverse - stats.logprob, {}
+
+
+def select(samples: list[Sample]) -> np.ndarray:
+    """Which tokens methods would choose: bits of CURE's most uncertain, SENT's least uncertain, highest covariances."""
+    entropy, logprob, advantage = (joined(samples, field) for field in ("entropy", "logprob", "advantage"))
+    low = lowest(entropy, int(0.8 * len(entropy)))
+    high = highest(covariance(logprob, advantage), len(entropy) // 10, among=low)
+    uncertain = [highest(sample.response("entropy"), 3) for sample in samples]
+    return 1 * low + 2 * high + 4 * np.concatenate(uncertain)
+
+
 def compare(outcome: Outcome, reference: Outcome) -> dict[str, float]:
     """Largest absolute difference of each quantity."""
-    differences = {
-        name: float(np.abs(getattr(outcome, name) - getattr(reference, name)).max())
-        for name in ("logprob", "entropy", "loss", "grad_norm")
-    }
+    differences = {name: float(np.abs(getattr(outcome, name) - getattr(reference, name)).max()) for name in NUMBERS}
     assert outcome.parameters.keys() == reference.parameters.keys()
     differences["parameters"] = max(
         float(np.abs(value - reference.parameters[name]).max()) for name, value in outcome.parameters.items()
@@ -189,7 +219,7 @@ def main() -> int:
     parser.add_argument("--tolerance", type=float, default=TOLERANCE)
     arguments = parser.parse_args()
     rows = run() + run(EXPERT_LAYOUTS, experts=True)
-    columns = ("logprob", "entropy", "loss", "grad_norm", "parameters")
+    columns = (*NUMBERS, "parameters")
     print(f"{'layout':36s}" + "".join(f"{c:>12s}" for c in columns) + f"{'seconds':>9s}")
     for row in rows:
         print(f"{row['layout']:36s}" + "".join(f"{row[c]:12.1e}" for c in columns) + f"{row['seconds']:9.1f}")

@@ -165,7 +165,7 @@ class Actor:
         """
 
         def measure(batch: Batch, chunk: GPTModel, hidden: Tensor) -> list[Tensor]:
-            if isinstance(temperature, float):
+            if not isinstance(temperature, GuidedTemperature):
                 return [self._token_stats(batch, chunk, hidden, temperature=temperature, entropy=False).logprob]
             guided = guided_teacher(
                 hidden.squeeze(0), head_weight(chunk), batch.targets, **dataclasses.asdict(temperature), **self._head()

@@ -24,7 +24,8 @@ from megatron_entropy.resharding.conversion import Progress, check_target, silen
 from megatron_entropy.resharding.folder import MAX_SHARD_BYTES, TensorFolder, replacing, write_file, write_folder
 from megatron_entropy.resharding.source import ShardedSource
 
-_FILE, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+_CONFIG = "adapter_config.json"
 _INERT = {
     "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "init_lora_weights",
     "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size",
@@ -68,7 +69,9 @@ def write_adapter(
             pass
         return
     with replacing(folder) as partial:
-        write_file(partial / _FILE, source.metadata(), ((name, part) for name, part in source if part is not None))
+        write_file(
+            partial / ADAPTER_FILE, source.metadata(), ((name, part) for name, part in source if part is not None)
+        )
         (partial / _CONFIG).write_text(json.dumps(_config(shape, config.lora, base), indent=2) + "\n")
 
 
@@ -141,7 +144,7 @@ def _read_config(file: Path) -> tuple[int, float, list[str]]:
         raw: dict[str, Any] = json.loads(file.read_text())
         rank, alpha = int(raw["r"]), float(raw["lora_alpha"])
     except FileNotFoundError:
-        raise ModelError(f"{file}: no such file; an adapter folder needs it and {_FILE}") from None
+        raise ModelError(f"{file}: no such file; an adapter folder needs it and {ADAPTER_FILE}") from None
     except KeyError as error:
         raise ModelError(f"{file}: key {error.args[0]!r} is missing") from None
     except (ValueError, TypeError) as error:
