@@ -8,7 +8,7 @@ without, this rank's hidden @ weight^T in the inputs' type as torch runs it, all
 columns into one buffer, the fastest blocking found on CPUs. "ours product" is the same product as
 the guided teacher makes it: its row chunks, its columns, float32 results. "search" is the guided
 teacher beyond that. Memory is the peak beyond the inputs. Logits have a standard deviation of 2
-times a factor per token between `--spread` and 1, so that tokens of every entropy occur.
+times `--scale` times a factor per token between `--spread` and 1, so that every kind of token occurs.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import benchmark as common
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
 from entropy_kernels import guided, guided_teacher
 from entropy_kernels.chunked import spans
 from entropy_kernels.collectives import locate
@@ -97,7 +98,8 @@ def worker(rank: int, options: argparse.Namespace, port: int, outbox: Any) -> No
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=options.tp)
     problem = common.make_problem(options, rank)
     factors = torch.linspace(options.spread, 1.0, options.tokens, dtype=torch.float64).to(problem.hidden)
-    problem.hidden *= options.scale * factors[torch.randperm(options.tokens, generator=torch.Generator().manual_seed(3)), None]
+    order = torch.randperm(options.tokens, generator=torch.Generator().manual_seed(3))
+    problem.hidden *= options.scale * factors[order, None]
     runs = contestants(options, problem, dist.group.WORLD)
     measured = {name: common.Measurement() for name in runs}
     shares = kinds(runs[GUIDED](), problem.target)
@@ -128,7 +130,8 @@ def report(options: argparse.Namespace, measured: dict[str, common.Measurement],
           f"on {options.device}, {options.threads} threads, torch {torch.__version__}; "
           f"fp32 logits {logits / 2**20:.0f} MiB per rank; temperatures: "
           + ", ".join(f"{share:.0%} {kind}" for kind, share in shares.items()))  # fmt: skip
-    print(f"{'':20s} {'median s':>9s} {'x floor':>8s} {'cpu x':>6s} {'- product':>10s} {'peak MiB':>9s} {'/logits':>8s}")
+    print(f"{'':20s} {'median s':>9s} {'x floor':>8s} {'cpu x':>6s} {'- product':>10s} {'peak MiB':>9s} "
+          f"{'/logits':>8s}")  # fmt: skip
     rows = {}
     floor, product = measured[FLOOR], measured[PRODUCT]
     for name, m in measured.items():
@@ -157,7 +160,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--masked", type=float, default=0.0, help="fraction of ignored rows")
     parser.add_argument("--spread", type=float, default=0.25, help="smallest factor on a token's logits")
-    parser.add_argument("--scale", type=float, default=1.0, help="factor on every logit")
+    parser.add_argument("--scale", type=float, default=4.0, help="factor on every logit")
     parser.add_argument("--row-chunk", type=int, help="rows of a chunk; a good number unless given")
     parser.add_argument("--columns", type=int, default=1024, help="columns of a tile of the floor")
     parser.add_argument("--repeats", type=int, default=5)

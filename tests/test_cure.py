@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from entropy_kernels import TokenStats, token_stats_from_logits
@@ -23,6 +23,7 @@ from megatron_entropy.methods import build_method, objectives
 from megatron_entropy.methods.cer import Cer, CerConfig
 from megatron_entropy.methods.cure import Cure, CureConfig, critical_positions
 from megatron_entropy.methods.dapo import DapoConfig
+from megatron_entropy.methods.sent import Sent, SentConfig
 from megatron_entropy.packing import IGNORED, pack, plan
 from megatron_entropy.records import Batch, Grade, Group, Metric, Prompt, Sample, refill, samples_of
 from megatron_entropy.rewards.pool import RewardPool
@@ -247,6 +248,7 @@ def test_a_cut_is_always_allowed_and_among_the_k_most_uncertain(pairs, top):
 # TV6
 
 
+@settings(max_examples=30)
 @given(st.permutations(range(6)), st.integers(1, 60))
 def test_cuts_do_not_depend_on_the_order_of_rows_or_their_micro_batches(order, budget):
     table = torch.randn(40, 40, generator=torch.Generator().manual_seed(1)) * 2
@@ -539,6 +541,33 @@ def test_a_method_can_be_made_of_two():
     assert chosen.counted()["rollout/cut_entropy"].value > 3
     with pytest.raises(ConfigError, match=r"batch\.samples"):
         build_method(stage(config, samples=3))
+
+
+class CureSent(Cure, Sent):
+    """Branches at critical tokens, penalised where they are sure."""
+
+
+class CureSentConfig(CureConfig, SentConfig):
+    method: ClassVar[type] = CureSent
+    name: Literal["cure_sent"] = "cure_sent"
+
+
+@pytest.mark.parametrize("form", ["paper", "release"])
+def test_a_method_can_branch_as_one_and_credit_as_another(form):
+    config = CureSentConfig.model_validate(
+        {"form": form, "first_responses": 1, "branches": 1, "top": 1, "low_fraction": 0.5, "overlong_buffer": 0}
+    )
+    built = build_method(stage(config, samples=2).model_copy(update={"batch": BatchConfig(samples=2, updates=2)}))
+    assert isinstance(built, CureSent) and built.reference == "initial" and built.config is config
+    assert config.clip == (form == "paper") and config.clip_high == 0.28
+    script = Script(prompts(1), lambda p, n: [30, EOS] if p.given else [23, 31, 32, EOS], ANSWERS, peaked(31))
+    (group,) = built.credit(built.reward(script.score(built.explore(script, 1))))
+    advantages = [s.response("advantage")[0] for s in group.samples]
+    np.testing.assert_allclose(advantages, [math.sqrt(0.5), -math.sqrt(0.5)], atol=1e-5)
+    penalised = np.concatenate([s.response("kl_weight") for s in group.samples])
+    assert set(penalised) <= {np.float32(b) for b in (0, config.beta_low, config.beta_high)}
+    counted = built.counted()
+    assert counted["train/low_entropy"].value == 0.5 and counted["rollout/cut_entropy"].value > 3
 
 
 def test_the_penalty_of_the_one_adds_to_the_reward_of_the_other():

@@ -347,15 +347,30 @@ def test_a_checkpoint_of_other_adapters_is_refused(folder, tmp_path):
     assert "is missing" in converted and "\n" not in converted
 
 
-def run(config: str, overrides: list[str], resume: bool) -> None:
+@contextmanager
+def told(messages: list[str]) -> Iterator[None]:
+    """What the package logs inside."""
+    logger = logging.getLogger("megatron_entropy")
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+
+
+def run(config: str, overrides: list[str], resume: bool) -> list[str]:
+    """Train; what was logged on this rank."""
     from megatron_entropy.methods import METHOD_CONFIGS
     from megatron_entropy.trainer import train
 
-    logging.basicConfig(level=logging.INFO)
-    train(configuration.load(config, overrides, METHOD_CONFIGS), resume=resume)
+    messages: list[str] = []
+    with told(messages):
+        train(configuration.load(config, overrides, METHOD_CONFIGS), resume=resume)
+    return messages
 
 
-def test_a_run_exports_the_merged_model_and_the_adapter(tmp_path, capfd, monkeypatch):
+def test_a_run_exports_the_merged_model_and_the_adapter(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["", "--out", str(tmp_path / "in"), "--train", "32", "--test", "4"])
     make_arithmetic.main()
     config = tmp_path / "run.toml"
@@ -373,12 +388,12 @@ def test_a_run_exports_the_merged_model_and_the_adapter(tmp_path, capfd, monkeyp
         lora = {{rank = 4, alpha = 8}}
     """)  # fmt: skip
     (tmp_path / "run").mkdir()
-    parallel.run_on_ranks(run, 2, str(config), ["--actor.parallel.tp=2"], False)
+    first = parallel.run_on_ranks(run, 2, str(config), ["--actor.parallel.tp=2"], False)[0]
     (tmp_path / "run" / "summary.json").unlink()  # which says that the stage is finished
-    parallel.run_on_ranks(run, 2, str(config), ["--steps=3", "--actor.parallel.pp=2"], True)
-    captured = capfd.readouterr().err
-    assert "resuming stage train after step 2" in captured
-    assert captured.count("parameters trained") == 2
+    second = parallel.run_on_ranks(run, 2, str(config), ["--steps=3", "--actor.parallel.pp=2"], True)[0]
+    assert any("resuming stage train after step 2" in message for message in second)
+    counts = [[message for message in messages if "parameters trained" in message] for messages in (first, second)]
+    assert len(counts[0]) == 1 and counts[0] == counts[1]
 
     base, hf, adapter, merged = (tmp_path / name for name in ("in/model", "run/hf", "run/adapter", "merged"))
     assert merge_lora.main([str(base), str(adapter), str(merged)]) == 0
@@ -401,16 +416,6 @@ def experts(folder: str, layout: ParallelConfig) -> tuple[list, dict, list[str],
     steps = [update(actor), update(actor)]
     assert all(torch.equal(shard, before[name]) for name, shard in actor.named_shards().items())
     return steps, whole(actor, actor.merged_shards()), list(adapters(actor)), messages
-
-
-@contextmanager
-def told(messages: list[str]) -> Iterator[None]:
-    logger = logging.getLogger("megatron_entropy.actor.lora")
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    yield
 
 
 def test_of_a_model_with_experts_the_attention_is_adapted(tmp_path):

@@ -87,8 +87,12 @@ def spec_choice(**settings):
 
 @pytest.mark.parametrize(
     "rewards,expected",
-    [([1, -1, -1, 1, -1, -1, -1, -1], (1.620183, -0.540061)), ([1] * 7 + [-1], (0.353553, -2.474870)), ([1] * 8, (0, 0))],
-)  # fmt: skip
+    [
+        ([1, -1, -1, 1, -1, -1, -1, -1], (1.620183, -0.540061)),
+        ([1] * 7 + [-1], (0.353553, -2.474870)),
+        ([1] * 8, (0, 0)),
+    ],
+)
 def test_advantages(rewards, expected):
     advantage = objectives.group_advantage(rewards)
     np.testing.assert_allclose([advantage[0], advantage[-1]], expected, atol=1e-6)

@@ -42,7 +42,7 @@ from megatron_entropy.config import RolloutConfig, seed_of
 from megatron_entropy.errors import ConfigError, DataError
 from megatron_entropy.methods.semantic_entropy import Weight, semantic_entropy
 from megatron_entropy.records import Grade, Prompt
-from megatron_entropy.rewards import VERIFIERS, RewardPool
+from megatron_entropy.rewards import VERIFIERS, RewardPool, load_verifier
 from megatron_entropy.rollout.engine import Completion, EngineSpec, Request
 
 if TYPE_CHECKING:
@@ -175,9 +175,7 @@ class Judge:
         if self._comparison is not None:
             self._comparison.close()
 
-    def judge(
-        self, questions: Sequence[tuple[str | None, Sequence[str]]]
-    ) -> list[tuple[list[bool | None], list[int]]]:
+    def judge(self, questions: Sequence[tuple[str | None, Sequence[str]]]) -> list[tuple[list[bool | None], list[int]]]:
         """Verdicts and clusters of the responses to each question.
 
         Args:
@@ -198,7 +196,7 @@ class Judge:
         return list(zip(verdicts, clusters, strict=True))
 
     def _compare(self, comparison: RewardPool, questions: Sequence[Sequence[str]]) -> list[list[int]]:
-        """Clusters by mathematical equality: of each two different texts of a question, are they equal?"""
+        """Clusters by mathematical equality, which is asked of each two different answers to a question."""
         grades = iter(comparison.grade([(text, text) for texts in questions for text in texts]))
         answers = [[next(grades).extracted for _ in texts] for texts in questions]
         asked: list[tuple[int, tuple[str, str]]] = []
@@ -230,11 +228,11 @@ class FolderSource:
 
     def __init__(self, folder: str, shape: ModelShape, dtype: torch.dtype) -> None:
         from megatron_entropy.resharding import names
-        from megatron_entropy.resharding.megatron_folder import open_model
+        from megatron_entropy.resharding.folder import TensorFolder
         from megatron_entropy.transport import TensorMeta
 
         self.gather_seconds = 0.0
-        self._folder = open_model(folder, shape)
+        self._folder = TensorFolder(folder)
         self._metadata = [
             TensorMeta(name, dtype, size)
             for entry in names.entries(shape)
@@ -515,6 +513,7 @@ def run(chosen: argparse.Namespace) -> int:
         raise ConfigError(f"--out {out}: is one of the data files; name another")
     if out.exists() and not chosen.overwrite:
         raise ConfigError(f"--out {out}: exists; add --overwrite to replace it")
+    load_verifier(chosen.verifier)  # an unknown one is told before the engines start
     prompts = _load(chosen)
     num_rows = sum(1 for file in files for _ in _rows(file))
     num_rows = min(num_rows, chosen.limit or num_rows)
@@ -523,6 +522,7 @@ def run(chosen: argparse.Namespace) -> int:
         raise DataError(f"{files[0]}: no prompt of the first {num_rows} rows is within the limit; raise --limit")
     partial = out.with_name(out.name + ".partial")
     settings = {name: getattr(chosen, name) for name in SETTINGS}
+    settings["data"] = [[str(file), file.stat().st_size] for file in files]
     done = read_partial(partial, settings)
     sample(chosen, prompts, done, partial)
     of_row = {

@@ -6,12 +6,14 @@ torch; uses Triton on CUDA where it is installed. See README.md beside this pack
 """
 
 from .api import token_stats, token_stats_from_logits
+from .distillation import distillation
 from .guided import GuidedTeacher, guided_teacher, guided_temperature
 from .records import TokenStats
 
 __all__ = [
     "GuidedTeacher",
     "TokenStats",
+    "distillation",
     "guided_teacher",
     "guided_temperature",
     "token_stats",

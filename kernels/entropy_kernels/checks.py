@@ -37,6 +37,26 @@ def check_operands(hidden: Tensor, weight: Tensor) -> None:
         raise ValueError(f"weight is on {weight.device} but hidden is on {hidden.device}")
 
 
+def check_teacher(teacher_hidden: Tensor, teacher_weight: Tensor, hidden: Tensor, weight: Tensor) -> None:
+    """A second model over the same tokens and vocabulary rows; its hidden size and dtype are its own."""
+    check_matrix("teacher_hidden", teacher_hidden)
+    check_matrix("teacher_weight", teacher_weight)
+    width = teacher_hidden.shape[1]
+    if teacher_weight.shape[1] != width:
+        raise ValueError(f"teacher_weight has {teacher_weight.shape[1]} columns but teacher_hidden has {width} (H)")
+    if teacher_weight.dtype != teacher_hidden.dtype:
+        raise ValueError(
+            f"teacher_weight has dtype {teacher_weight.dtype} but teacher_hidden has {teacher_hidden.dtype}"
+        )
+    if teacher_hidden.shape[0] != hidden.shape[0]:
+        raise ValueError(f"teacher_hidden has {teacher_hidden.shape[0]} rows but hidden has {hidden.shape[0]}")
+    if teacher_weight.shape[0] != weight.shape[0]:
+        raise ValueError(f"teacher_weight has {teacher_weight.shape[0]} rows but weight has {weight.shape[0]} (V/tp)")
+    for name, value in (("teacher_hidden", teacher_hidden), ("teacher_weight", teacher_weight)):
+        if value.device != hidden.device:
+            raise ValueError(f"{name} is on {value.device} but hidden is on {hidden.device}")
+
+
 def check_target(target: Tensor, tokens: int, device: torch.device) -> None:
     """target is an integer vector with one entry per token."""
     if target.dim() != 1 or target.shape[0] != tokens:

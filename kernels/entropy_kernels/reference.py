@@ -87,3 +87,60 @@ def from_logits(logits: Tensor, request: Request, vocab_size: int) -> dict[str, 
 def _finite(logp: Tensor) -> Tensor:
     """Log-probs with 0 for impossible tokens, so that 0 * log 0 is 0 there, gradient included."""
     return logp.masked_fill(logp == -torch.inf, 0.0)
+
+
+def guided(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    bounds: tuple[float, float] = (1.1, 1.5),
+    top: int = 512,
+    pivot: float = 1.2,
+    slope: float = 2.0,
+    amplitude: float = 0.5,
+    floor: float = 0.03,
+    iterations: int = 20,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-prob, temperature and entropy of `guided_teacher`, row by row from logits [T, V]."""
+    rows = []
+    for z, label in zip(logits, target, strict=True):
+        largest = z.topk(min(top, z.shape[0])).values
+        now = _entropy(largest)
+        goal = now + amplitude / (1.0 + torch.exp(-slope * (now - pivot)))
+        low, high = bounds
+        if _entropy(z) <= floor or goal <= _entropy(largest / low):
+            temperature = low
+        elif goal >= _entropy(largest / high):
+            temperature = high
+        else:
+            for _ in range(iterations):
+                middle = (low + high) / 2
+                if _entropy(largest / middle) < goal:
+                    low = middle
+                else:
+                    high = middle
+            temperature = (low + high) / 2
+        logprob = torch.log_softmax(z / temperature, dim=0)[label]
+        rows.append(torch.stack([logprob, z.new_tensor(temperature), _entropy(z)]))
+    logprob, temperature, entropy = torch.stack(rows).unbind(1)
+    return logprob, temperature, entropy
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    """Entropy of softmax(logits [V]), nats."""
+    logp = torch.log_softmax(logits, dim=0)
+    return -(logp.exp() * _finite(logp)).sum()
+
+
+def distillation(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float | Tensor,
+    teacher_temperature: float | Tensor,
+    direction: str,
+) -> Tensor:
+    """[T] KL(q || p) ("forward") or KL(p || q) of logits [T, V]; the teacher q is a constant."""
+    logp = torch.log_softmax(logits / column(temperature), dim=1)
+    logq = torch.log_softmax(teacher_logits.detach() / column(teacher_temperature), dim=1)
+    left, right = (logq, logp) if direction == "forward" else (logp, logq)
+    return (left.exp() * (_finite(left) - _finite(right))).sum(dim=1)

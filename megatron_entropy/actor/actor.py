@@ -24,7 +24,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from entropy_kernels import TokenStats, guided_teacher, token_stats
+from entropy_kernels import TokenStats, distillation, guided_teacher, token_stats
 from megatron_entropy import cpu
 from megatron_entropy.actor import lora
 from megatron_entropy.actor.layers import describe_sequences
@@ -318,8 +318,6 @@ class Actor:
     ) -> Tensor:
         assert teacher.head is not None, "on the last stage"
         own = batch.reference_temperature
-        from entropy_kernels import distillation
-
         return distillation(
             hidden.squeeze(0),
             head_weight(chunk),

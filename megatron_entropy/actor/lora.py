@@ -85,12 +85,11 @@ class LoraAdapter(torch.nn.Module):
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
         """Draw `down` uniformly from +-1/sqrt(in), as PEFT does (Kaiming with a = sqrt 5), the same in every layout."""
-        tp, rank = (
-            parallel_state.get_tensor_model_parallel_world_size(),
-            parallel_state.get_tensor_model_parallel_rank(),
-        )
-        width = self.down.shape[1]
-        columns, first = (width, 0) if self.column else (width * tp, width * rank)
+        columns = width = self.down.shape[1]
+        first = 0
+        if not self.column:
+            columns *= parallel_state.get_tensor_model_parallel_world_size()
+            first = width * parallel_state.get_tensor_model_parallel_rank()
         bound = 1 / math.sqrt(columns)
         generator = torch.Generator().manual_seed(seed)
         full = torch.empty(self.down.shape[0], columns).uniform_(-bound, bound, generator=generator)

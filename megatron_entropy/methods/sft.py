@@ -40,7 +40,8 @@ class Sft(Method):
         for prompt in prompts:
             if prompt.target is None:
                 raise DataError(
-                    f"method sft needs worked solutions, but row {prompt.index} of data.train has no target"
+                    f"method {self.config.name} needs worked solutions, "
+                    f"but row {prompt.index} of data.train has no target"
                 )
         return list(prompts)
 

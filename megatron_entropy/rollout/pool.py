@@ -24,6 +24,7 @@ from __future__ import annotations
 import atexit
 import concurrent.futures
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -120,7 +121,7 @@ class EngineClient:
 
     def _call(self, method: str, *arguments: Any) -> Any:
         try:
-            return self._ray.run(lambda: ray.get(getattr(self._actor, method).remote(*arguments)))
+            return self._ray.run(_ask, getattr(self._actor, method), *arguments)
         except RayTaskError as error:
             raise _cause(error) from error
         except RayError as error:
@@ -170,12 +171,11 @@ class EnginePool:
             EngineFault: when one could not be made, with the reason.
             UserError: when the reason is a mistake of the user's.
         """
-        waiting = [(index, slot) for index, slot in enumerate(self._slots) if slot.pid is None]
-        deadline = time.monotonic() + START_TIMEOUT
-        for index, slot in waiting:
+        for index, slot in enumerate(self._slots):
+            if slot.pid is not None:
+                continue
             try:
-                left = max(0.0, deadline - time.monotonic())
-                slot.pid = self._ray.run(lambda: ray.get(slot.actor.ready.remote(), timeout=left))
+                slot.pid = self._ray.run(_ask, slot.actor.ready, timeout=START_TIMEOUT)
             except RayError as error:
                 cause = _cause(error)
                 if isinstance(cause, UserError):
@@ -253,35 +253,33 @@ class EnginePool:
             # Ray does not hand the driver's sys.path on; this lets a checkout work that is not installed.
             runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join([_SOURCE_ROOT, os.environ.get("PYTHONPATH", "")])}},
         )
-        actor = self._ray.run(lambda: engine.remote(self._spec, self._config, self._threads))
+        actor = self._ray.run(engine.remote, self._spec, self._config, self._threads)
         return actor, EngineClient(index, actor, self._config.tensor_parallel, self._ray)
 
     def _kill(self, slot: _Slot) -> None:
         here = slot.pid is not None and self._ray.is_ours
         processes = _family(slot.pid) if here else []
         with contextlib.suppress(Fault):  # without Ray's head the engines are dead already
-            self._ray.run(lambda: ray.kill(cast(Any, slot.actor), no_restart=True))
+            self._ray.run(ray.kill, cast(Any, slot.actor))
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()  # a stopped process does not hear Ray, nor that its parent is gone
 
     def _reports(self, shares: list[list[Request]]) -> Iterator[tuple[int, list[Completion] | str]]:
         """What the engines answer, as it comes: completions, or why an engine is taken for dead."""
-        streams: dict[Any, int] = self._ray.run(
-            lambda: {
-                self._slots[index].actor.generate_stream.remote(share): index
-                for index, share in enumerate(shares)
-                if share
-            }
-        )
+        streams: dict[Any, int] = {
+            self._ray.run(self._slots[index].actor.generate_stream.remote, share): index
+            for index, share in enumerate(shares)
+            if share
+        }
         heard = {index: time.monotonic() for index in streams.values()}
         while streams:
-            ready, _ = self._ray.run(lambda: ray.wait(list(streams), num_returns=1, timeout=1.0, fetch_local=False))
+            ready, _ = self._ray.run(ray.wait, list(streams), num_returns=1, timeout=1.0, fetch_local=False)
             for stream in ready:
                 index = streams[stream]
                 heard[index] = time.monotonic()
                 try:
-                    report: Progress = self._ray.run(lambda: ray.get(next(cast(Iterator[Any], stream))))
+                    report: Progress = self._ray.run(_next, stream)
                     yield index, report.completions
                 except StopIteration:
                     del streams[stream]
@@ -297,15 +295,15 @@ class EnginePool:
 class _Ray:
     """Ray: started by this process, or another's cluster. Whatever may wait for Ray is done through `run`.
 
-    Ray's head are two processes, gcs_server and raylet. Once one is dead most of Ray's calls wait for ever, or end this
-    process after a minute without a word. So they are watched where they are children of this process.
+    Ray's head are two processes, gcs_server and raylet. Once one is dead some of Ray's calls wait for ever, and others
+    end this process after a minute without a word. So they are watched where they are children of this process.
     """
 
     def __init__(self) -> None:
         self.is_ours = False
         self._head: list[tuple[str, psutil.Process]] = []
         self._strangers: set[int] = set()
-        self._death: str | None = None
+        self._death = ""
         self._lock = threading.Lock()
         self._is_over = threading.Event()
         if ray.is_initialized():
@@ -321,12 +319,11 @@ class _Ray:
         self._strangers = {process.pid for process in psutil.Process().children()}
         what = "Ray could not be started"
         if not self.is_ours:
-            what = f"the Ray cluster of RAY_ADDRESS={os.environ.get('RAY_ADDRESS')} could not be joined"
+            what = f"the Ray cluster at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')} could not be joined"
+        options |= {"log_to_driver": False, "logging_level": logging.ERROR}
         deadline = time.monotonic() + RAY_START_TIMEOUT
-        # Linux ends Ray's processes with the thread that started them, not only with the whole process.
-        starting = _in_thread(
-            lambda: ray.init(log_to_driver=False, logging_level=logging.ERROR, **options), stay=self._is_over
-        )
+        # Linux ends Ray's processes with the thread that started them, so it stays.
+        starting = _in_thread(functools.partial(ray.init, **options), stay=self._is_over)
         try:
             while not starting.done():
                 concurrent.futures.wait([starting], 0.1)
@@ -335,48 +332,47 @@ class _Ray:
                 if time.monotonic() > deadline:
                     raise Fault(f"{what} within {RAY_START_TIMEOUT:.0f} s")
             starting.result()
-        except Fault:
-            self._abandon()
-            raise
-        except Exception as error:
-            self._abandon()
+        except BaseException as error:
+            self._forget()
+            if isinstance(error, Fault) or not isinstance(error, Exception):
+                raise
             raise Fault(f"{what}: {_one_line(error)}") from error
 
-    def run(self, work: Callable[[], Result]) -> Result:
-        """The result of `work()`.
+    def run(self, function: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
+        """What `function` returns or raises.
 
         Raises:
             Fault: as soon as a watched process is dead.
         """
         self.check()
-        working = _in_thread(work)
+        working = _in_thread(functools.partial(function, *arguments, **options))
         while not working.done():
             concurrent.futures.wait([working], 0.5)
             self.check()
         error = working.exception()
         if isinstance(error, RayError | OSError) and not isinstance(error, RayTaskError):
-            time.sleep(0.2)  # its connections break a moment before a process is seen to be dead
+            time.sleep(0.2)  # a process's connections break a moment before it is seen to be dead
             self.check()
         return working.result()
 
     def check(self) -> None:
-        """Raise a `Fault` if a watched process is dead; what is left of Ray is ended then."""
+        """Raise a `Fault` if a watched process is dead."""
         with self._lock:
             dead = [f"{name} (pid {process.pid})" for name, process in self._head if _is_dead(process)]
-            if dead and self._death is None:
+            if dead and not self._death:
                 self._death = f"Ray's head process {dead[0]} has died"
-                self._abandon()
-        if self._death is not None:
+                self._kill()
+        if self._death:
             raise Fault(f"{self._death}; the run cannot go on, resume it with --resume")
 
     def stop(self) -> None:
-        """Stop Ray if this process has started it."""
-        if not self.is_ours or self._death is not None:
+        """Stop Ray if this process has started it, dead or alive."""
+        if not self.is_ours:
             return
-        stopping = _in_thread(ray.shutdown)
+        stopping = _in_thread(ray.shutdown)  # takes five seconds where the head is dead
         concurrent.futures.wait([stopping], RAY_STOP_TIMEOUT)
         if not stopping.done():
-            self._abandon()
+            self._forget()
         self._is_over.set()
 
     def _watch(self) -> None:
@@ -387,12 +383,17 @@ class _Ray:
                 if process.pid not in known and process.name() in ("gcs_server", "raylet"):
                     self._head.append((process.name(), process))
 
-    def _abandon(self) -> None:
-        """End Ray without asking it, which would wait for the dead, at the interpreter's exit too."""
+    def _kill(self) -> None:
+        """End the head, and the engines, which are raylet's children."""
+        for _, process in self._head:
+            for member in _family(process.pid):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
+
+    def _forget(self) -> None:
+        """End Ray without its help: it hangs, and would when the interpreter exits."""
         atexit.unregister(ray.shutdown)
-        for process in [member for _, process in self._head for member in _family(process.pid)]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        self._kill()
         self._is_over.set()
 
 
@@ -450,6 +451,16 @@ def _in_thread(work: Callable[[], Result], *, stay: threading.Event | None = Non
 
     threading.Thread(target=run, daemon=True, name="ray").start()
     return future
+
+
+def _ask(method: Any, *arguments: Any, timeout: float | None = None) -> Any:
+    """What an actor's method returns."""
+    return ray.get(method.remote(*arguments), timeout=timeout)
+
+
+def _next(stream: Any) -> Any:
+    """The next item that a generator of an actor's yields."""
+    return ray.get(next(stream))
 
 
 def _is_dead(process: psutil.Process) -> bool:
