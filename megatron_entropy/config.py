@@ -21,7 +21,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, SerializeAsAny, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    SerializeAsAny,
+    ValidationError,
+    model_validator,
+)
 
 from megatron_entropy.architecture import ModelShape
 from megatron_entropy.errors import ConfigError
@@ -108,6 +117,15 @@ class OptimizerConfig(Section):
     eps: float = Field(default=1e-8, gt=0)
     clip_grad: float = Field(default=1.0, ge=0)
     """Global gradient norm above which gradients are scaled down; 0: never."""
+
+    @model_validator(mode="after")
+    def _is_in_order(self) -> OptimizerConfig:
+        for name in ("min_lr", "warmup_lr"):
+            if getattr(self, name) > self.lr:
+                raise ValueError(f"{name}={getattr(self, name)} is above lr={self.lr}")
+        if 0 < self.decay_steps <= self.warmup_steps:
+            raise ValueError(f"decay_steps={self.decay_steps} must be above warmup_steps={self.warmup_steps}")
+        return self
 
 
 LINEARS = {

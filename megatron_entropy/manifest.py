@@ -1,8 +1,8 @@
 """`state.json` of a checkpoint: what the checkpoint is of, and size and checksum of every file, its own included.
 
 The checksum is CRC-32: it finds torn writes and flipped bits, not forgery. It costs one more pass over the bytes: when
-written, in the background by the rank that wrote the file; when read, by one process with a thread per core (538 MB took
-0.08 s on two cores from a warm cache).
+written, in the background by the rank that wrote the file; when read, by one process with a thread per core (538 MB
+took 0.08 s on two cores from a warm cache).
 """
 
 from __future__ import annotations

@@ -168,7 +168,11 @@ class Stage:
         with self.clock("update"):
             try:
                 metrics = self.actor.update(
-                    samples, self.method.loss, temperature=self.temperature, divergence=self.method.divergence
+                    samples,
+                    self.method.loss,
+                    temperature=self.temperature,
+                    divergence=self.method.divergence,
+                    by_policy=self.method.reference == "policy",
                 )
             except NonFiniteLossError as error:
                 kept = self.folder.checkpoints(self.config.name)

@@ -188,7 +188,6 @@ def test_temperature_of_the_teacher(guided, expected):
     assert teacher.log == [expected]
 
 
-@pytest.mark.xfail(strict=True, reason="a fixed temperature does not reach the divergence (CurioSft.teacher)")
 @pytest.mark.parametrize("kind", ["forward", "reverse"])
 def test_a_fixed_temperature_reaches_the_divergence(kind):
     """`Actor.update` takes the teacher's temperature from the batch."""

@@ -2,11 +2,14 @@
 
 Proves: log-probs equal transformers' at a temperature other than 1; a completion is a function of the request and the
 weights alone (not of the batch, the number of engines, or an engine's death in between); pushes replace the weights
-and survive dead engines, changed bytes and missing tensors. Not proved here: sharded sources, GPUs.
+and survive dead engines, changed bytes and missing tensors; the death of Ray's head is told within seconds, whatever is
+being waited for. Not proved here: sharded sources, GPUs.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import threading
@@ -15,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -295,3 +299,104 @@ def test_engine_that_cannot_start_says_why(pool: EnginePool, tmp_path: Path) -> 
             broken.wait_ready()
     finally:
         broken.shutdown()
+
+
+class HeadKiller(Source):
+    """A source of weights in a process with Ray's head of its own, of which it kills one process at a chosen moment."""
+
+    def __init__(self, model: PreTrainedModel, name: str, moment: str) -> None:
+        super().__init__(model)
+        self.name, self.moment = name, moment
+        self.killed_at = float("inf")
+
+    def reached(self, moment: str, after: float = 0.0) -> None:
+        if moment == self.moment:
+            threading.Thread(target=self.kill, args=(after,), daemon=True).start()
+
+    def on_slab(self, number: int) -> None:
+        if number == 6:
+            self.reached("push")
+            time.sleep(0.1)
+
+    def kill(self, after: float) -> None:
+        while True:
+            for process in psutil.Process().children():
+                if process.name() == self.name:
+                    time.sleep(after)
+                    process.kill()
+                    self.killed_at = time.monotonic()
+                    return
+            time.sleep(0.01)
+
+
+def lose_head(name: str, moment: str, spec: EngineSpec, pipe: multiprocessing.connection.Connection) -> None:
+    """Use an engine until Ray's head is found dead; tell the fault, and how many seconds after the kill it came."""
+    model = qwen3(0)
+    source = HeadKiller(model, name, moment)
+    pool = None
+    try:
+        source.reached("start", 0.5)
+        pool = EnginePool(RolloutConfig(num_engines=1, max_restarts=5), spec)
+        source.reached("load", 0.5)
+        pool.wait_ready()
+        push = WeightPush(source, bucket_bytes=2**12, timeout=60)
+        push.push(1, pool.clients())
+        source.reached("generate", 0.2)
+        pool.generate(requests(400, max_tokens=200), "test")
+        source.reached("restart")
+        pool.restart([0])
+        pool.wait_ready()
+        pipe.send(("nothing was raised", 0.0))
+    except Fault as fault:
+        pipe.send((str(fault), time.monotonic() - source.killed_at))
+    finally:
+        if pool is not None:
+            pool.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("name", "moment"),
+    [
+        ("gcs_server", "start"),
+        ("raylet", "start"),
+        ("gcs_server", "load"),
+        ("raylet", "load"),
+        ("gcs_server", "push"),
+        ("raylet", "generate"),
+        ("gcs_server", "restart"),
+    ],
+)
+def test_death_of_rays_head_is_told_at_once(name: str, moment: str, spec: EngineSpec) -> None:
+    """Left to themselves Ray's calls wait a minute or for ever, or Ray ends the process."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=lose_head, args=(name, moment, spec, theirs))
+    process.start()
+    theirs.close()
+    descendants = []
+    try:
+        assert ours.poll(90), "nothing was told"
+        descendants = psutil.Process(process.pid).children(recursive=True)
+        told, seconds = ours.recv()
+        assert f"Ray's head process {name} (pid " in told and "resume it with --resume" in told
+        assert seconds < 10  # one, but for a busy machine
+        process.join(30)
+        assert process.exitcode == 0
+        assert psutil.wait_procs(descendants, timeout=20)[1] == []
+    finally:
+        process.kill()
+
+
+def test_cluster_that_cannot_be_joined_is_named(spec: EngineSpec) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+        process = spawn.Process(target=lose_head, args=("", "", spec, theirs))
+        process.start()
+    theirs.close()
+    try:
+        assert ours.poll(90), "nothing was told"
+        assert ours.recv()[0].startswith("the Ray cluster at RAY_ADDRESS=127.0.0.1:1 could not be joined: ")
+    finally:
+        process.kill()

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Random kills of a real training run, which must end as if nobody had touched it.
 
-    python tools/kill_test.py [--kills 50] [--seed 1] [--out kill_test.json]
+    python tools/kill_test.py [--kills 50] [--seed 1] [--timeout 240] [--out kill_test.json]
 
 Trains a tiny model by GRPO under TP2 with a vLLM engine and verifier workers, a checkpoint every step: once
 undisturbed, then again and again while SIGKILL hits a trainer rank, rank 0, an engine, a verifier worker or Ray's head
@@ -10,8 +10,9 @@ killed several times. Every disturbed run must end with the same parameters and 
 the undisturbed one, bit for bit; the death of an engine or of a worker must not end it once it trains; and no process
 may stay behind (of Ray's own helpers it is only known that they end by themselves).
 
-Prints what was killed when and how it ended, writes it as JSON, and exits with code 1 if a promise was broken. The plan
-of kills is a function of the seed, the moments are not quite. Needs Linux, about half a minute per kill on two cores.
+Prints what was killed when and how it ended, writes it as JSON after every run, and exits with code 1 if a promise was
+broken. The plan of kills is a function of the seed, the moments are not quite. Needs Linux, about half a minute per
+kill on two cores.
 """
 
 from __future__ import annotations
@@ -45,8 +46,6 @@ REPLACED = ("engine", "verifier worker")
 PHASES = ("generate", "update", "push", "save", "any")
 RAY_HELPERS = ("DashboardAgent", "RuntimeEnvAgent", "dashboard/agent.py", "runtime_env/agent/", "default_worker.py")
 """Ray's agents, and workers that are nobody's yet; those of a killed node end by themselves, but after a minute."""
-TIMEOUT = 240.0
-"""Seconds from a start to its end; a run that takes longer hangs."""
 LINGER = 20.0
 """Seconds that processes of a run may outlive it."""
 
@@ -169,8 +168,9 @@ class Verdict:
 class Run:
     """A training run in a folder of its own, and the processes of its present start."""
 
-    def __init__(self, folder: Path, inputs: Path, steps: int) -> None:
+    def __init__(self, folder: Path, inputs: Path, steps: int, timeout: float) -> None:
         self.folder = folder
+        self.timeout = timeout
         folder.mkdir()
         (folder / "config.toml").write_text(CONFIG.format(folder=folder, inputs=inputs, steps=steps))
         self.steps = steps
@@ -241,7 +241,7 @@ class Run:
     def end(self) -> int | None:
         """Wait for the end; the exit code, or None where the run hung. Whatever it has left behind is ended too."""
         try:
-            code = self.process.wait(max(0.0, TIMEOUT - self.seconds))
+            code = self.process.wait(max(0.0, self.timeout - self.seconds))
         except subprocess.TimeoutExpired:
             code = None
         self.ended = time.monotonic()
@@ -339,7 +339,7 @@ def strike(run: Run, kill: Kill, seconds: dict[str, float], skip: int) -> bool:
         while run.process.poll() is None and run.seconds < kill.fraction * seconds["any"]:
             time.sleep(0.01)
     inside, victims, looked = False, [], 0.0
-    while run.process.poll() is None and run.seconds < TIMEOUT:
+    while run.process.poll() is None and run.seconds < run.timeout:
         if time.monotonic() - looked > 0.25 and not inside:
             victims, looked = run.find(kill.target), time.monotonic()
         phase = run.phase()
@@ -386,8 +386,10 @@ def disturb(run: Run, number: int, plan: list[Kill], seconds: dict[str, float], 
         last.ended_after = round(run.ended - struck, 1)
 
 
-def kill_test(kills: int, seed: int, steps: int, folder: Path, console: Console) -> dict:
-    """Make the runs; the report."""
+def kill_test(chosen: argparse.Namespace, folder: Path, console: Console) -> dict:
+    """Make the runs; the report, which is also written after each."""
+    begin = time.monotonic()
+    kills, seed = chosen.kills, chosen.seed
     rng = random.Random(seed)
     inputs = folder / "inputs"
     script = ROOT / "examples" / "make_arithmetic.py"
@@ -397,7 +399,7 @@ def kill_test(kills: int, seed: int, steps: int, folder: Path, console: Console)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("undisturbed", total=kills)
-        first = Run(folder / "0", inputs, steps)
+        first = Run(folder / "0", inputs, chosen.steps, chosen.timeout)
         first.start()
         if first.end() != 0:
             raise RuntimeError(f"the undisturbed run failed:\n{first.log_tail()}")
@@ -405,9 +407,26 @@ def kill_test(kills: int, seed: int, steps: int, folder: Path, console: Console)
         seconds["any"] = first.seconds
         plan, done, verdicts = make_plan(kills, rng), [], []
         left_behind = list(first.left_behind)
+
+        def write() -> dict:
+            report = {
+                "seed": seed,
+                "planned": kills,
+                "kills": [asdict(kill) for kill in done],
+                "runs": [asdict(verdict) for verdict in verdicts],
+                "left_behind": left_behind,
+                "seconds": round(time.monotonic() - begin, 1),
+            }
+            report["broken"] = broken(report)
+            partial = chosen.out.with_name(f"{chosen.out.name}.partial")
+            partial.write_text(json.dumps(report, indent=1) + "\n")
+            partial.replace(chosen.out)
+            return report
+
+        report = write()
         while plan:
             progress.update(task, description=f"run {len(verdicts) + 1}")
-            run = Run(folder / str(len(verdicts) + 1), inputs, steps)
+            run = Run(folder / str(len(verdicts) + 1), inputs, chosen.steps, chosen.timeout)
             struck = disturb(run, len(verdicts) + 1, plan, seconds, rng)
             done += struck
             parameters, metrics = run.result()
@@ -416,13 +435,9 @@ def kill_test(kills: int, seed: int, steps: int, folder: Path, console: Console)
             left_behind += run.left_behind
             if all(same):
                 shutil.rmtree(run.folder)
+            report = write()
             progress.advance(task, len(struck))
-    return {
-        "seed": seed,
-        "kills": [asdict(kill) for kill in done],
-        "runs": [asdict(verdict) for verdict in verdicts],
-        "left_behind": left_behind,
-    }
+    return report
 
 
 def broken(report: dict) -> list[str]:
@@ -474,6 +489,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=6, help="of each run")
+    parser.add_argument("--timeout", type=float, default=240.0, help="seconds of a start, beyond which it hangs")
     parser.add_argument("--out", type=Path, default=Path("kill_test.json"))
     chosen = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 120)
@@ -482,17 +498,13 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     folder = Path(tempfile.mkdtemp(prefix="kill_"))
     try:
-        start = time.monotonic()
-        report = kill_test(chosen.kills, chosen.seed, chosen.steps, folder, console)
-        report["seconds"] = round(time.monotonic() - start, 1)
+        report = kill_test(chosen, folder, console)
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
         clear()
         shutil.rmtree(folder, ignore_errors=True)
-    report["broken"] = broken(report)
-    chosen.out.write_text(json.dumps(report, indent=1) + "\n")
     print_table(report, console)
     for line in report["broken"]:
         console.print(f"broken: {line}", style="red", highlight=False, markup=False, soft_wrap=True)

@@ -27,6 +27,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -130,6 +131,10 @@ def same_answer(left: str, right: str) -> Grade:
     # It takes the first for the ground truth, which for sets and relations makes a difference.
     equal = bool(other) and (verify(found, other, **limits) or verify(other, found, **limits))
     return Grade(bool(equal), str(found[-1]))
+
+
+if multiprocessing.parent_process() is not None:
+    same_answer("$1$", "$2$")  # in a worker: what it imports and caches counts as its start, not as its first answer
 
 
 def merge(answers: Sequence[str | None], equal: Mapping[tuple[str, str], bool]) -> list[int]:

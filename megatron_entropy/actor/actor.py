@@ -184,6 +184,7 @@ class Actor:
         *,
         temperature: float,
         divergence: Literal["none", "forward", "reverse"] = "none",
+        by_policy: bool = False,
     ) -> dict[str, Metric]:
         """One optimizer step on `sum over tokens of weight * loss`.
 
@@ -192,13 +193,14 @@ class Actor:
             temperature: the distribution is softmax(logits / temperature).
             divergence: put the full-vocabulary divergence from (`forward`: KL(reference || policy)) or to the reference
                 into the statistics, which costs another pass of the reference.
+            by_policy: the weights before the step take the reference's place in that.
         Returns:
             On every rank the method's metrics, `train/loss`, `train/grad_norm` and `train/lr` of the whole step.
         Raises:
             NonFiniteLossError: on every rank, before the optimizer step, naming samples (or the gradient norm).
         """
         batches = self._pack(samples)
-        teacher = self._reference_states(batches) if divergence != "none" else None
+        teacher = self._reference_states(batches, by_policy) if divergence != "none" else None
 
         def weigh(batch: Batch, chunk: GPTModel, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
             stats = self._token_stats(batch, chunk, hidden, temperature=temperature, entropy=True)
@@ -285,7 +287,7 @@ class Actor:
             filled.append(dataclasses.replace(sample, **values))
         return filled
 
-    def _as_reference(self, by_policy: bool = False) -> contextlib.AbstractContextManager[None]:
+    def _as_reference(self, by_policy: bool) -> contextlib.AbstractContextManager[None]:
         """Inside, the model is the reference."""
         if by_policy:
             return contextlib.nullcontext()
@@ -294,7 +296,7 @@ class Actor:
         assert self.config.lora.rank, "no reference was kept"
         return lora.disabled(self)
 
-    def _reference_states(self, batches: list[Batch]) -> _Teacher:
+    def _reference_states(self, batches: list[Batch], by_policy: bool) -> _Teacher:
         """What the reference's head gets and is, on the last stage."""
         heads: list[Tensor] = []
 
@@ -302,7 +304,7 @@ class Actor:
             heads.append(head_weight(chunk).detach())
             return hidden.new_zeros(()), {"hidden": hidden.squeeze(0).detach()}
 
-        with self._as_reference(by_policy=self.reference is None and not self.config.lora.rank):
+        with self._as_reference(by_policy):
             results = self._run(batches, keep, train=False)
         states = {batch.order: result["hidden"] for batch, result in zip(batches, results, strict=False)}
         return _Teacher(states, heads[0] if heads else None)

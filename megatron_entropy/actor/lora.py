@@ -141,6 +141,7 @@ def attach(chunks: list[GPTModel], shape: ModelShape, config: ActorConfig, *, se
         chunk.requires_grad_(False)
         if config.recompute != "none" and chunk.pre_process:
             chunk.embedding.register_forward_hook(_ask_for_gradients)
+        layer: Any
         for layer in chunk.decoder.layers:
             for name in linears:
                 place = "mlp" if "fc" in name else "self_attention"

@@ -247,7 +247,7 @@ def _with_norms_apart(layer: ModuleSpec) -> ModuleSpec:
     """Transformer Engine's layer without norms fused into linear layers, whose input LoRA needs. Not run on a GPU."""
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
 
-    parts = layer.submodules
+    parts: Any = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = TENorm  # the second is that already where there are experts
     parts.self_attention.submodules.linear_qkv = TEColumnParallelLinear
     mlp: Any = parts.mlp  # megatron-core 0.17 and later describe it by a `partial` of its class

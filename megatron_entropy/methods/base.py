@@ -143,6 +143,20 @@ class Method:
 
 
 class Registered(MethodConfig):
-    """Base of method configurations: remembers the class it configures."""
+    """Base of method configurations: remembers the class it configures.
+
+    One that derives from several takes a setting's default from the first class, in Python's order, that states it, as
+    Python does with attributes; pydantic alone would take what the first base has only inherited.
+    """
 
     method: ClassVar[type[Method]]
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        if len(cls.__bases__) > 1:
+            for base in reversed(cls.__mro__[1:]):
+                stated = base.__dict__.get("__annotations__", {}).keys() & cls.model_fields.keys()
+                for name in stated - cls.__dict__.get("__annotations__", {}).keys():
+                    cls.model_fields[name] = base.model_fields[name]
+            cls.model_rebuild(force=True)

@@ -8,7 +8,7 @@ policy near the model without its adapters, which LoRA (`actor.lora`) trains.
 
 Read from the release (github AusertDream/CumulativeEntropyRegulation, reward_manager/cer_manager.py and the runs' own
 configurations); of the paper only summaries could be read. Different from it: the verifier is `reward.verifier` (the
-release: `boxed`); a response without a token earns nothing and is counted (the release divides by its length); the
+release: `boxed`); a response without a token is left out and counted (the release divides by its length); the
 reference's entropy is not computed (the release does, and drops it).
 """
 
@@ -18,6 +18,7 @@ import dataclasses
 from typing import ClassVar, Literal
 
 import numpy as np
+from pydantic import Field
 
 from megatron_entropy.config import Config
 from megatron_entropy.methods.base import Method
@@ -61,12 +62,15 @@ def segmented_reward(correct: bool, teca: float, *, accuracy_weight: float = 1.0
 
 
 class CerConfig(GrpoConfig):
-    """Settings of CER, those of the release's run_gsm8k_lora.sh and its recorded runs."""
+    """Settings of CER, those of the release's run_gsm8k_lora.sh and its recorded runs.
+
+    `correct_reward` and `wrong_reward` have no effect.
+    """
 
     method: ClassVar[type[Method]] = Cer
     name: Literal["cer"] = "cer"  # type: ignore[assignment]
     dual_clip: float = 3.0
-    kl_coefficient: float = 0.001
+    kl_coefficient: float = Field(default=0.001, ge=0)
     """k3 (low_var_kl) to the policy without its adapters."""
     accuracy_weight: float = 1.0
     entropy_weight: float = 1.0

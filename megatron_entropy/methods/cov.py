@@ -1,9 +1,9 @@
-"""Clip-Cov and KL-Cov (Cui et al. 2025, The Entropy Mechanism, arXiv 2505.22617): hold back the tokens that cost entropy.
+"""Clip-Cov and KL-Cov (Cui et al. 2025, arXiv 2505.22617): hold back the few tokens that use up the policy's entropy.
 
-They are the few whose log-probability and advantage vary together most. A token's part in that covariance is
+It is those whose log-probability and advantage vary together most. A token's part in that covariance is
 (log p - mean log p) (A - mean A), eq. 10, means over all tokens of the step. Against GRPO: Clip-Cov takes some of the
-tokens with a covariance within bounds out of the loss (eq. 11, 12); KL-Cov adds |log p - log p_old| to the loss of those
-with the largest and clips no ratio at all (eq. 13, 14).
+tokens with a covariance within bounds out of the loss (eq. 11, 12); KL-Cov adds |log p - log p_old| to the loss of
+those with the largest and clips no ratio at all (eq. 13, 14).
 
 Read from verl (core_algos.py, compute_policy_loss_clip_cov and _kl_cov, and its recipe/entropy); of the paper only
 notes could be read. Different from it: tokens are chosen among those of the whole optimizer step, not of a micro-batch,

@@ -1,15 +1,17 @@
 """CurioSFT (arXiv 2602.02244): supervised tuning that a tempered copy of the student keeps curious.
 
-Against plain SFT: every target token has a second term, alpha/2 (log p - log q)^2, the K2 loss to a teacher. The teacher
-is a copy of the student that follows it in steps; q is its distribution at a temperature of the token's own, chosen so
-that its entropy rises where it is already high (entropy-guided temperature selection, `records.GuidedTemperature`).
-So the student is held back where it is surer of the label than the softened teacher, and nowhere else.
+Against plain SFT: every target token has a second term, alpha/2 (log p - log q)^2, the K2 loss to a teacher. The
+teacher is a copy of the student that follows it in steps; q is its distribution at a temperature of the token's own,
+chosen so that its entropy rises where it is already high (entropy-guided temperature selection,
+`records.GuidedTemperature`). The student is held back where it is surer of the label than the softened teacher, and
+pushed where it is less sure.
 
 Read from the release (github HaoooWang/CurioSFT, core_algos.py, dp_actor.py); of the paper only the abstract could be
 read. The release moves 99 % of the way to the student every 5 steps (`student_share`), a lagging copy; whoever reads
-"EMA 0.99" as a slow teacher sets 0.01. Different from it: every target token of the step weighs the same; the release
-takes the mean within micro-batches of 2 sequences first (`micro_batch = 2` does that), and searches temperatures in
-bfloat16, here in fp32.
+"EMA 0.99" as a slow teacher sets 0.01. Different from it: every target token of the step weighs the same (the release
+takes the mean within micro-batches of 2 sequences first, `micro_batch = 2`); temperatures are searched in fp32 (there in
+the logits' type); solutions over the length limit are left out (there cut, without an end token). Its script drops the
+first `<think>` of a solution, which its template has written already; here the data must come so.
 
 Switches: `distillation = "forward"` or `"reverse"` is the full-vocabulary divergence in place of K2, `"none"` plain SFT
 (with `entropy_coefficient` the bonus baseline); `guided = false` a fixed temperature; `teacher = "policy"` the student
@@ -20,11 +22,13 @@ After it comes reinforcement learning: GRPO, or `curio_rl`, GRPO with the loss t
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from megatron_entropy.config import Config
+from megatron_entropy.errors import ConfigError
 from megatron_entropy.methods.base import Method, Rollouts
 from megatron_entropy.methods.grpo import Grpo, GrpoConfig
 from megatron_entropy.methods.objectives import LOG_RATIO_LIMIT, k2, masked_mean, token_mean
@@ -45,6 +49,11 @@ class CurioSft(Sft):
         assert isinstance(stage.method, CurioSftConfig)
         self.config: CurioSftConfig = stage.method
         self._passes = 0
+        low, high = self.config.temperature_bounds
+        if not 0 < low <= high:
+            raise ConfigError(
+                f"method.temperature_bounds=[{low}, {high}] must be two positive numbers, the lower first"
+            )
         if self.config.distillation != "none":
             self.reference = self.config.teacher
         if self.config.distillation in ("forward", "reverse"):
@@ -58,8 +67,14 @@ class CurioSft(Sft):
         if self.reference == "moving" and self._passes and self._passes % config.every == 0:
             rollouts.move_reference(config.student_share)
         self._passes += 1
-        guidance = GuidedTemperature(bounds=config.temperature_bounds)
-        return rollouts.score_reference(groups, guidance if config.guided else config.temperature)
+        if config.guided:
+            return rollouts.score_reference(groups, GuidedTemperature(bounds=config.temperature_bounds))
+        groups = rollouts.score_reference(groups, config.temperature)
+        fixed = [
+            dataclasses.replace(sample, reference_temperature=sample.constant(config.temperature))
+            for sample in samples_of(groups)
+        ]
+        return refill(groups, fixed)
 
     def credit(self, groups: list[Group]) -> list[Group]:
         """Every target token weighs the same, or as released the same within `micro_batch` sequences."""
@@ -139,7 +154,10 @@ class CurioRl(Grpo):
 
 
 class CurioRlConfig(GrpoConfig):
-    """Settings of the release's scripts/2_rl.sh; clip bounds, rewards and advantages are GRPO's own."""
+    """Settings of the release's scripts/2_rl.sh; clip bounds, rewards and advantages are GRPO's own.
+
+    `aggregation` and `dual_clip` have no effect. The release's reward also asks for a `</think>`.
+    """
 
     method: ClassVar[type[Method]] = CurioRl
     name: Literal["curio_rl"] = "curio_rl"  # type: ignore[assignment]

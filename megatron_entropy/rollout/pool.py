@@ -414,7 +414,9 @@ def _start_ray(config: RolloutConfig, spec: EngineSpec) -> tuple[_Ray, bool]:
     try:
         if own:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
-        started.start(num_cpus=config.num_engines + 1, include_dashboard=False)
+        # Otherwise Ray ends this process a minute after gcs_server's death, in the middle of a long step.
+        patience = {"gcs_rpc_server_reconnect_timeout_s": 10**6}
+        started.start(num_cpus=config.num_engines + 1, include_dashboard=False, _system_config=patience)
     finally:
         if own and visible is None:
             del os.environ["CUDA_VISIBLE_DEVICES"]
