@@ -1,7 +1,7 @@
 """The examples: every file is valid; the tiny ones train the same under TP2 and PP2 on the same rollouts.
 
 The files with the papers' settings are checked against the published sizes of their models, without the models. The
-tiny ones run whole (`-m exhaustive`; one of them always): three steps of each stage under TP2 with what the engines
+tiny ones run whole with `-m exhaustive`: three steps of each stage under TP2 with what the engines
 answer recorded, then under PP2 on the recording. Losses within 1e-4: layouts sum in another order, and three steps of
 Adam at these learning rates carry that on.
 """
@@ -86,11 +86,8 @@ def inputs(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [name if name == "cure" else pytest.param(name, marks=pytest.mark.exhaustive) for name in TINY if name != "start"],
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", [name for name in TINY if name != "start"])
 def test_a_tiny_example_trains_the_same_under_another_layout(name, inputs, tmp_path):
     recorded = tmp_path / "rollouts"
     tensor = train(name, inputs, tmp_path / "tp2", f"--rollout.record={recorded}", "--actor.parallel.tp=2")

@@ -2,8 +2,8 @@
 
 Against DAPO: of a group's G = n1 (1 + n2) samples only n1 start at the question. Each of these is cut once at a
 critical token, one of the K most uncertain by the actor's full-vocabulary entropy, and continued n2 times from the
-tokens before it; the critical token itself is sampled anew. All G are one group: one baseline, the same clipped loss, on
-generated tokens only (what is re-used of the parent is trained once, in the parent). Stage 2 is DAPO from stage 1's
+tokens before it; the critical token itself is sampled anew. All G are one group: one baseline, the same clipped loss,
+on generated tokens only (what is re-used of the parent is trained once, in the parent). Stage 2 is DAPO from stage 1's
 model.
 
 Read from the release (github bytedance/CURE, recipe/CURE_First_Stage/dapo_ray_trainer.py); of the paper only the

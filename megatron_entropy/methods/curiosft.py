@@ -9,9 +9,9 @@ pushed where it is less sure.
 Read from the release (github HaoooWang/CurioSFT, core_algos.py, dp_actor.py); of the paper only the abstract could be
 read. The release moves 99 % of the way to the student every 5 steps (`student_share`), a lagging copy; whoever reads
 "EMA 0.99" as a slow teacher sets 0.01. Different from it: every target token of the step weighs the same (the release
-takes the mean within micro-batches of 2 sequences first, `micro_batch = 2`); temperatures are searched in fp32 (there in
-the logits' type); solutions over the length limit are left out (there cut, without an end token). Its script drops the
-first `<think>` of a solution, which its template has written already; here the data must come so.
+takes the mean within micro-batches of 2 sequences first, `micro_batch = 2`); temperatures are searched in fp32 (there
+in the logits' type); solutions over the length limit are left out (there cut, without an end token). Its script drops
+the first `<think>` of a solution, which its template has written already; here the data must come so.
 
 Switches: `distillation = "forward"` or `"reverse"` is the full-vocabulary divergence in place of K2, `"none"` plain SFT
 (with `entropy_coefficient` the bonus baseline); `guided = false` a fixed temperature; `teacher = "policy"` the student
