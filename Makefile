@@ -1,4 +1,4 @@
-# make setup | demo | test | test-modern | lint | clean        (SEED=1 RUN=runs/quickstart PYTHON=python3.11)
+# make setup | demo | compare | test | test-modern | lint | clean        (SEED=1 RUN=runs/quickstart PYTHON=python3.11)
 
 SEED ?= 1
 RUN ?= runs/quickstart
@@ -14,7 +14,7 @@ find_python = for candidate in python$(1) "$${PYENV_ROOT:-$$HOME/.pyenv}"/versio
 	"$$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != ($(subst .,$(comma),$(1))))' >/dev/null 2>&1 \
 	&& echo "$$candidate" && break; done
 
-.PHONY: setup demo test test-modern lint clean
+.PHONY: setup demo compare test test-modern lint clean
 
 setup: $(VENV)/.setup
 
@@ -41,6 +41,9 @@ demo: setup
 	$(VENV)/bin/python examples/make_arithmetic.py --out $(RUN)/inputs --seed $(SEED)
 	$(VENV)/bin/megatron-entropy train examples/quickstart.toml --overwrite --output=$(RUN) --seed=$(SEED) \
 		--model.path=$(RUN)/inputs/model --data.train='["$(RUN)/inputs/train.jsonl"]' --data.test='["$(RUN)/inputs/test.jsonl"]'
+
+compare: setup
+	$(VENV)/bin/python tools/compare.py --seeds 1 2 3 --out runs/compare --page examples/compare
 
 test: $(VENV)/.setup-dev
 	$(VENV)/bin/python -m pytest -q

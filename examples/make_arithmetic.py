@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -67,10 +67,10 @@ def answer_of(question: str) -> int:
     return value
 
 
-def draw_question(rng: random.Random) -> str:
-    """A chain of as many digits as one of `OPERANDS` says."""
+def draw_question(rng: random.Random, operands: Sequence[int] = OPERANDS) -> str:
+    """A chain of as many digits as one of `operands` says."""
     question = str(rng.randrange(MODULUS))
-    for _ in range(rng.choice(OPERANDS) - 1):
+    for _ in range(rng.choice(operands) - 1):
         question += rng.choice("+-*") + str(rng.randint(*RIGHT))
     return question
 

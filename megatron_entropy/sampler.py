@@ -87,8 +87,9 @@ class Sampler:
         self._metrics.clear()
 
     def metrics(self) -> dict[str, Metric]:
-        """What has been counted since the step began."""
-        return dict(self._metrics)
+        """What has been counted since the step began; `rollout/tokens` is the number of all that were generated."""
+        lengths = self._metrics.get("rollout/length")
+        return {**self._metrics, "rollout/tokens": Metric(lengths.total)} if lengths else dict(self._metrics)
 
     def count(self, name: str, metric: Metric) -> None:
         """Add to a metric of the step."""

@@ -99,8 +99,7 @@ def distillation(
     checks.check_target(target, tokens, device)
     keep = target != ignore_index
     for name, value in (("temperature", temperature), ("teacher_temperature", teacher_temperature)):
-        counts = isinstance(value, Tensor) and value.shape == keep.shape and value.device == device
-        checks.check_temperature(name, value.masked_fill(~keep, 1) if counts else value, tokens, device, look)
+        checks.check_temperature(name, _counted(value, keep), tokens, device, look)
     dtype = accumulate_dtype(hidden.dtype)
     call = _Call(
         shard=shard,
@@ -136,6 +135,13 @@ class _Call:
 
 _Betas = tuple[Tensor | float, Tensor | float]
 """Inverse temperatures of student and teacher."""
+
+
+def _counted(temperature: float | Tensor, keep: Tensor) -> float | Tensor:
+    """The temperature with 1 for ignored rows, if it fits the tokens at all."""
+    if isinstance(temperature, Tensor) and temperature.shape == keep.shape and temperature.device == keep.device:
+        return temperature.masked_fill(~keep, 1)
+    return temperature
 
 
 def _inverse(temperature: float | Tensor, dtype: torch.dtype) -> float | Tensor:
