@@ -43,13 +43,15 @@ demo: setup
 		--model.path=$(RUN)/inputs/model --data.train='["$(RUN)/inputs/train.jsonl"]' --data.test='["$(RUN)/inputs/test.jsonl"]'
 
 compare: setup
-	$(VENV)/bin/python tools/compare.py --seeds 1 2 3 --out runs/compare --page examples/compare
+	$(VENV)/bin/python tools/compare.py --seeds 1 2 3 --jobs 2 --out runs/compare --page examples/compare
 
 test: $(VENV)/.setup-dev
 	$(VENV)/bin/python -m pytest -q
 
 test-modern: $(MODERN)/.setup
-	$(MODERN)/bin/python -m pytest -q tests/test_actor.py tests/test_layouts.py tests/test_checkpoint.py tests/kernels/test_exactness.py
+	$(MODERN)/bin/python -m pytest -q \
+		tests/test_actor.py tests/test_layouts.py tests/test_reference.py tests/test_lora.py tests/test_checkpoint.py \
+		tests/test_conversion.py tests/kernels/test_exactness.py
 
 $(MODERN)/.setup: requirements/modern.txt setup.py
 	@python="$(PYTHON312)"; [ -n "$$python" ] || python="$$($(call find_python,3.12))"; \

@@ -211,15 +211,7 @@ class Stage:
         fresh = checkpoint.Progress(0, 0, 0, self.config.fingerprint())
         stage_folder = self.folder.checkpoints(self.config.name)
         found = parallel.on_first_rank(lambda: checkpoint.newest(stage_folder) if resume else None)
-        keeps_start = self.method.reference in ("initial", "moving")
-        model = self.config.model
-        if keeps_start and model.reference:
-            self._load_weights(model.reference)
-            self.actor.keep_reference(moving=self.method.reference == "moving", own=True)
-        if found is None or keeps_start or self.config.actor.lora.rank:  # what a checkpoint does not hold
-            self._load_weights(model.path)
-        if keeps_start and not model.reference:
-            self.actor.keep_reference(moving=self.method.reference == "moving")
+        self._begin(is_resumed=found is not None)
         if found is None:
             if resume:
                 log.info("stage %s has no complete checkpoint and starts from its beginning", self.config.name)
@@ -231,6 +223,18 @@ class Stage:
         self.method.restore(progress.method)
         log.info("resuming stage %s after step %d from %s", self.config.name, progress.step, path)
         return dataclasses.replace(progress, fingerprint=fresh.fingerprint)
+
+    def _begin(self, *, is_resumed: bool) -> None:
+        """Load what a checkpoint does not hold: the first weights, LoRA's base, what the reference starts from."""
+        model, reference = self.config.model, self.method.reference
+        needs_reference = reference in ("initial", "moving")
+        if needs_reference and model.reference:
+            self._load_weights(model.reference)
+            self.actor.keep_reference(moving=reference == "moving", own=True)
+        if not is_resumed or needs_reference or self.config.actor.lora.rank:
+            self._load_weights(model.path)
+        if needs_reference and not model.reference:
+            self.actor.keep_reference(moving=reference == "moving")
 
     def _load_weights(self, path: str) -> None:
         layout = self.config.actor.parallel

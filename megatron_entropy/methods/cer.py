@@ -23,6 +23,7 @@ from pydantic import Field
 from megatron_entropy.config import Config
 from megatron_entropy.methods.base import Method
 from megatron_entropy.methods.grpo import Grpo, GrpoConfig
+from megatron_entropy.methods.objectives import running_mean
 from megatron_entropy.records import Sample
 
 
@@ -38,7 +39,7 @@ class Cer(Grpo):
         rewarded = super()._rewarded(sample)
         if rewarded.reward is None or not sample.response_length:
             return rewarded
-        teca = float(sample.response("entropy").mean(dtype=np.float64))
+        teca = float(running_mean(sample.response("entropy"))[-1])
         self.count("reward/teca", teca)
         assert sample.grade is not None
         reward = segmented_reward(

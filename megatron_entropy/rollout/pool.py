@@ -259,7 +259,7 @@ class EnginePool:
     def _kill(self, slot: _Slot) -> None:
         here = slot.pid is not None and self._ray.is_ours
         processes = _family(slot.pid) if here else []
-        with contextlib.suppress(Fault):  # without Ray's head the engines are dead already
+        with contextlib.suppress(Fault):  # without Ray's head there is nobody to ask; engines end with the raylet
             self._ray.run(ray.kill, cast(Any, slot.actor))
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -361,7 +361,6 @@ class _Ray:
             dead = [f"{name} (pid {process.pid})" for name, process in self._head if _is_dead(process)]
             if dead and not self._death:
                 self._death = f"Ray's head process {dead[0]} has died"
-                self._kill()
         if self._death:
             raise Fault(f"{self._death}; the run cannot go on, resume it with --resume")
 
@@ -369,7 +368,10 @@ class _Ray:
         """Stop Ray if this process has started it, dead or alive."""
         if not self.is_ours:
             return
-        stopping = _in_thread(ray.shutdown)  # takes five seconds where the head is dead
+        if any(name == "raylet" and _is_dead(process) for name, process in self._head):
+            self._forget()  # where Ray does not reach the raylet it ends this process, before anybody has told why
+            return
+        stopping = _in_thread(ray.shutdown)  # takes five seconds where gcs_server is dead
         concurrent.futures.wait([stopping], RAY_STOP_TIMEOUT)
         if not stopping.done():
             self._forget()
@@ -383,17 +385,13 @@ class _Ray:
                 if process.pid not in known and process.name() in ("gcs_server", "raylet"):
                     self._head.append((process.name(), process))
 
-    def _kill(self) -> None:
-        """End the head, and the engines, which are raylet's children."""
+    def _forget(self) -> None:
+        """End Ray, and the engines, which are raylet's children, without its help; do not ask it at the exit either."""
+        atexit.unregister(ray.shutdown)
         for _, process in self._head:
             for member in _family(process.pid):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     member.kill()
-
-    def _forget(self) -> None:
-        """End Ray without its help: it hangs, and would when the interpreter exits."""
-        atexit.unregister(ray.shutdown)
-        self._kill()
         self._is_over.set()
 
 
