@@ -232,6 +232,21 @@ def test_without_distance_every_penalty_and_its_gradient_is_0(values, form):
     np.testing.assert_allclose(gradient, -advantage / len(advantage), atol=1e-12)
 
 
+@pytest.mark.parametrize("name,settings", [("kl_cov", {}), ("sent", {"form": "release", "kl_coefficient": 0.0})])
+def test_rounding_between_two_passes_is_no_distance(name, settings):
+    """|log p - log p_old| has a full gradient however small it is; that of 1e-5 nats would be the sign of noise."""
+    noise = np.linspace(-1e-5, 1e-5, len(LOGPROB))
+    weight = np.ones(len(LOGPROB))
+    _, gradient = loss_of(
+        method(name, **settings), kl_weight=weight, advantage=0 * ADVANTAGE, logprob=LOGPROB + noise, old=LOGPROB
+    )
+    assert not gradient.any()
+    _, gradient = loss_of(
+        method(name, **settings), kl_weight=weight, advantage=0 * ADVANTAGE, logprob=LOGPROB + 0.001, old=LOGPROB
+    )
+    np.testing.assert_allclose(gradient, 1 / len(LOGPROB))
+
+
 @given(tokens(), st.floats(0, 1), st.sampled_from(["all", "low"]), st.floats(0.01, 1))
 def test_equal_betas_make_the_covariance_rule_irrelevant(values, beta, over, fraction):
     entropy, logprob, advantage = values

@@ -204,6 +204,7 @@ def make_inputs(cell: Cell) -> None:
         run_script(
             "tools/semantic_entropy.py", stage.model.path, cell.inputs / "practice.jsonl", "--out", with_entropies,
             "--verifier", stage.reward.verifier, "--max-tokens", stage.rollout.max_response_tokens,
+            "--max-prompt-tokens", stage.data.max_prompt_tokens,
             "--seed", cell.seed, "--samples", 8,
         )  # fmt: skip
 

@@ -9,7 +9,8 @@ Read from verl (core_algos.py, compute_policy_loss_clip_cov and _kl_cov, and its
 notes could be read. Different from it: tokens are chosen among those of the whole optimizer step, not of a micro-batch,
 by the policy before the step, where verl takes the policy of the moment; at `batch.updates = 1` the two are the same.
 verl never drops a token that PPO has clipped; at ratio 1, where the choice is made here, there is none. At least one
-token is chosen of every micro-batch there, of every step here.
+token is chosen of every micro-batch there, of every step here. A |log p - log p_old| below 1e-4 is 0 here: before the
+first update there is none, and verl takes the sign of rounding errors for a gradient.
 """
 
 from __future__ import annotations
@@ -25,7 +26,15 @@ from megatron_entropy.config import Config, seed_of
 from megatron_entropy.errors import ConfigError
 from megatron_entropy.methods.base import Method
 from megatron_entropy.methods.grpo import Grpo, GrpoConfig
-from megatron_entropy.methods.objectives import covariance, highest, joined, part_of, spread, unclipped_surrogate
+from megatron_entropy.methods.objectives import (
+    absolute_log_ratio,
+    covariance,
+    highest,
+    joined,
+    part_of,
+    spread,
+    unclipped_surrogate,
+)
 from megatron_entropy.records import Batch, Group, Sample, refill, samples_of
 
 if TYPE_CHECKING:
@@ -95,7 +104,7 @@ class KlCov(Grpo):
     def penalty(self, stats: TokenStats, batch: Batch) -> Tensor:
         """The absolute log-ratio to the policy before the step."""
         assert batch.logprob is not None
-        return (stats.logprob - batch.logprob).abs()
+        return absolute_log_ratio(stats.logprob, batch.logprob)
 
 
 def drawn_between(covariances: np.ndarray, bounds: tuple[float, float], *, fraction: float, seed: int) -> np.ndarray:

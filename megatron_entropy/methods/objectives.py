@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios are clamped here before exp, as verl does (core_algos.py): e^20 is finite in every type."""
 
+ROUNDING = 1e-4
+"""Nats by which two passes over the same weights may differ; an absolute value makes a full gradient of their sign."""
+
 
 def group_advantage(rewards: Sequence[float], *, eps: float = 1e-6, by_std: bool = True) -> np.ndarray:
     """Advantages of one group: reward minus mean, over the sample standard deviation (ddof = 1).
@@ -86,6 +89,12 @@ def k3(logprob: Tensor, other: Tensor) -> Tensor:
     """Estimator of KL(policy || other) per token: r - 1 - log r with r = other / policy. Schulman 2020."""
     log_ratio = (other - logprob).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     return log_ratio.exp() - 1 - log_ratio
+
+
+def absolute_log_ratio(logprob: Tensor, old_logprob: Tensor) -> Tensor:
+    """|log p - log p_old| per token, the penalty of KL-Cov and of SENT's release; 0 below `ROUNDING`."""
+    distance = (logprob - old_logprob).abs()
+    return distance * (distance > ROUNDING)
 
 
 def importance_weight(old_logprob: Tensor, rollout_logprob: Tensor, cap: float) -> Tensor:

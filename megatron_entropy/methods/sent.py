@@ -26,7 +26,8 @@ figures and a summary could be read. The two disagree, so there are two forms, a
 The release chooses within micro-batches of 4 sequences, where its fraction gives one token of each kind, so next to
 nothing is penalised; `selection_sequences = 4` comes close to it (4 sequences that follow one another, whatever rank
 computes them). Different from it, too: its integer mask picks the covariances of other tokens than meant, here they are
-the tokens' own; every token of the optimizer step weighs the same, not of the micro-batch.
+the tokens' own; every token of the optimizer step weighs the same, not of the micro-batch; a |log p - log p_old| below
+1e-4 is 0, as rounding errors alone would otherwise have a gradient.
 
 Two [[stages]] with `curriculum_stage` 1 and 2 are the release's two runs: the second starts from the model that the
 first exported, with a new optimizer, and that model is its reference.
@@ -46,6 +47,7 @@ from megatron_entropy.errors import ConfigError, DataError
 from megatron_entropy.methods.base import Method
 from megatron_entropy.methods.grpo import Grpo, GrpoConfig
 from megatron_entropy.methods.objectives import (
+    absolute_log_ratio,
     covariance,
     highest,
     joined,
@@ -122,7 +124,7 @@ class Sent(Grpo):
         if self.config.penalty_to == "reference":
             return super().penalty(stats, batch)
         assert batch.logprob is not None
-        return (stats.logprob - batch.logprob).abs()
+        return absolute_log_ratio(stats.logprob, batch.logprob)
 
     def surrogate(self, stats: TokenStats, batch: Batch) -> tuple[Tensor, Tensor]:
         """PPO's clipped loss, or the same without clipping."""

@@ -19,6 +19,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -91,9 +92,15 @@ class BucketTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._receiver = Receiver(info, info.rank_offset + self.parallel_config.rank)
 
     def start_weight_update(self) -> None:
-        """Give layers their loadable form back: vLLM on a CPU repacks linear weights after loading."""
+        """Give layers their loadable form back: vLLM on a CPU repacks linear weights and experts after loading."""
         self._expected = {name for name, _ in self.model.named_parameters()}
         initialize_layerwise_reload(self.model)
+        if self.device.type == "cpu":
+            # vLLM pads and packs experts only when it also makes their kernel. With a kernel left from before it would
+            # take the tensors as they come for packed ones.
+            for layer in self.model.modules():
+                if isinstance(method := getattr(layer, "quant_method", None), FusedMoEMethodBase):
+                    method.moe_kernel = None
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """As the base class, but without synchronising an accelerator that is not there."""
@@ -182,7 +189,8 @@ class Worker:
         """CRC-32 of every tensor that this worker computes with, under vLLM's name for it.
 
         vLLM packs the weights of linear layers on a CPU and keeps no other copy. They are read back through the layer
-        itself: its answer to the unit vectors is exactly its weights (the sign of a zero apart).
+        itself: its answer to the unit vectors is exactly its weights (the sign of a zero apart). For experts on a CPU
+        it is the checksum of what they are packed into, zeros to fill up included.
         """
         model: torch.nn.Module = self.get_model()  # type: ignore[attr-defined]
         sums = {}
