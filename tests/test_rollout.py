@@ -360,13 +360,13 @@ def lose_head(name: str, moment: str, spec: EngineSpec, pipe: multiprocessing.co
 @pytest.mark.parametrize(
     ("name", "moment"),
     [
-        ("gcs_server", "start"),
-        ("raylet", "start"),
+        pytest.param("gcs_server", "start", marks=pytest.mark.exhaustive),
+        pytest.param("raylet", "start", marks=pytest.mark.exhaustive),
         ("gcs_server", "load"),
-        ("raylet", "load"),
-        ("gcs_server", "push"),
+        pytest.param("raylet", "load", marks=pytest.mark.exhaustive),
+        pytest.param("gcs_server", "push", marks=pytest.mark.exhaustive),
         ("raylet", "generate"),
-        ("gcs_server", "restart"),
+        pytest.param("gcs_server", "restart", marks=pytest.mark.exhaustive),
     ],
 )
 def test_death_of_rays_head_is_told_at_once(name: str, moment: str, spec: EngineSpec) -> None:
