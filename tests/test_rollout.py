@@ -345,7 +345,8 @@ def lose_head(name: str, moment: str, spec: EngineSpec, pipe: multiprocessing.co
         push = WeightPush(source, bucket_bytes=2**12, timeout=60)
         push.push(1, pool.clients())
         source.reached("generate", 0.2)
-        pool.generate(requests(400, max_tokens=200), "test")
+        if moment == "generate":
+            pool.generate(requests(400, max_tokens=200), "test")
         source.reached("restart")
         pool.restart([0])
         pool.wait_ready()
@@ -378,13 +379,13 @@ def test_death_of_rays_head_is_told_at_once(name: str, moment: str, spec: Engine
     theirs.close()
     descendants = []
     try:
-        assert ours.poll(90), "nothing was told"
+        assert ours.poll(180), "nothing was told"  # mostly the time that an engine takes to load
         descendants = psutil.Process(process.pid).children(recursive=True)
         told, seconds = ours.recv()
         assert f"Ray's head process {name} (pid " in told and "resume it with --resume" in told
         assert seconds < 10  # one, but for a busy machine
         process.join(30)
-        assert process.exitcode == 0
+        assert process.exitcode in (0, 1)  # no crash; Ray itself may end a process that has lost its raylet
         assert psutil.wait_procs(descendants, timeout=20)[1] == []
     finally:
         process.kill()

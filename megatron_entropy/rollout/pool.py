@@ -261,9 +261,7 @@ class EnginePool:
         processes = _family(slot.pid) if here else []
         with contextlib.suppress(Fault):  # without Ray's head there is nobody to ask; engines end with the raylet
             self._ray.run(ray.kill, cast(Any, slot.actor))
-        for process in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()  # a stopped process does not hear Ray, nor that its parent is gone
+        _kill(processes)  # a stopped process does not hear Ray, nor that its parent is gone
 
     def _reports(self, shares: list[list[Request]]) -> Iterator[tuple[int, list[Completion] | str]]:
         """What the engines answer, as it comes: completions, or why an engine is taken for dead."""
@@ -369,12 +367,13 @@ class _Ray:
         if not self.is_ours:
             return
         if any(name == "raylet" and _is_dead(process) for name, process in self._head):
-            self._forget()  # where Ray does not reach the raylet it ends this process, before anybody has told why
-            return
+            return  # where Ray misses its raylet it may end this process: at the exit, once the fault has been told
+        members = self._members()
         stopping = _in_thread(ray.shutdown)  # takes five seconds where gcs_server is dead
         concurrent.futures.wait([stopping], RAY_STOP_TIMEOUT)
         if not stopping.done():
             self._forget()
+        _kill(members)  # without gcs_server raylet's agents outlive it by a minute
         self._is_over.set()
 
     def _watch(self) -> None:
@@ -388,11 +387,11 @@ class _Ray:
     def _forget(self) -> None:
         """End Ray, and the engines, which are raylet's children, without its help; do not ask it at the exit either."""
         atexit.unregister(ray.shutdown)
-        for _, process in self._head:
-            for member in _family(process.pid):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    member.kill()
+        _kill(self._members())
         self._is_over.set()
+
+    def _members(self) -> list[psutil.Process]:
+        return [member for _, process in self._head for member in _family(process.pid)]
 
 
 def _start_ray(config: RolloutConfig, spec: EngineSpec) -> tuple[_Ray, bool]:
@@ -477,6 +476,12 @@ def _family(pid: int | None) -> list[psutil.Process]:
         return [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
+
+
+def _kill(processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _spread(requests: Sequence[Request], num_engines: int) -> list[list[Request]]:
