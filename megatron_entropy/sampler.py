@@ -178,7 +178,6 @@ class Sampler:
 
         def attempt() -> tuple[int, ...]:
             assert self._push is not None and self._pool is not None
-            self._pool.wait_ready()
             try:
                 self._push.push(self.version, self._pool.clients())
             except EngineLost as lost:
@@ -186,6 +185,7 @@ class Sampler:
                 return lost.indices
             return ()
 
+        parallel.on_first_rank(self._wait_ready)  # a fault told after the others are in the push would not reach them
         lost = self._wake("weights")
         if not lost:
             if parallel.rank() != 0:
@@ -229,6 +229,10 @@ class Sampler:
             return ()
 
         return parallel.on_first_rank(wake) if self._colocated else ()
+
+    def _wait_ready(self) -> None:
+        assert self._pool is not None
+        self._pool.wait_ready()
 
     def _restart(self, indices: Sequence[int]) -> None:
         assert self._pool is not None
