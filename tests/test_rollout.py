@@ -358,16 +358,17 @@ def lose_head(name: str, moment: str, spec: EngineSpec, pipe: multiprocessing.co
             pool.shutdown()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("name", "moment"),
     [
-        pytest.param("gcs_server", "start", marks=pytest.mark.exhaustive),
-        pytest.param("raylet", "start", marks=pytest.mark.exhaustive),
+        ("gcs_server", "start"),
+        ("raylet", "start"),
         ("gcs_server", "load"),
-        pytest.param("raylet", "load", marks=pytest.mark.exhaustive),
-        pytest.param("gcs_server", "push", marks=pytest.mark.exhaustive),
+        ("raylet", "load"),
+        ("gcs_server", "push"),
         ("raylet", "generate"),
-        pytest.param("gcs_server", "restart", marks=pytest.mark.exhaustive),
+        ("gcs_server", "restart"),
     ],
 )
 def test_death_of_rays_head_is_told_at_once(name: str, moment: str, spec: EngineSpec) -> None:
