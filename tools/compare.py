@@ -611,8 +611,8 @@ def page_text(curves: Curves, budget: int, seeds: Sequence[int], command: str) -
     lines = [
         "# The methods side by side",
         "",
-        "Written by `tools/compare.py` from what the runs wrote; nothing on this page is typed in. How to read it, and what",
-        "was tried besides: [NOTES.md](NOTES.md).",
+        "Written by `tools/compare.py` from what the runs wrote; nothing on this page is typed in. How to read it, and",
+        "what was tried besides: [NOTES.md](NOTES.md).",
         "",
         "The task is small arithmetic with words and hesitation ([make_compare.py](../make_compare.py)), the model has",
         "1.2 M parameters, the engines are the real ones (Megatron actor, vLLM). A seed has one random model and one",
