@@ -340,22 +340,28 @@ def report(options: argparse.Namespace, measured: dict[str, Measurement], absent
     return {"options": vars(options), "machine": machine, "results": rows, "not_run": absent}
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+def command_line(description: str, *, tp: int, dtype: str) -> argparse.ArgumentParser:
+    """The options that every benchmark of a head has."""
+    parser = argparse.ArgumentParser(description=description.split("\n", 1)[0])
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--hidden", type=int, default=896)
     parser.add_argument("--vocab", type=int, default=151936)
-    parser.add_argument("--tp", type=int, default=1, help="ranks; they share --threads")
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--tp", type=int, default=tp, help="ranks; they share --threads")
+    parser.add_argument("--dtype", default=dtype, choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--masked", type=float, default=0.0, help="fraction of ignored rows")
-    parser.add_argument("--peaked", type=float, default=0.0, help="logit of the targets; 0: as random as the others")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", help="file for the numbers")
+    return parser
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = command_line(__doc__ or "", tp=1, dtype="bfloat16")
+    parser.add_argument("--peaked", type=float, default=0.0, help="logit of the targets; 0: as random as the others")
     parser.add_argument("--check", type=int, default=32, help="rows compared with float64")
     parser.add_argument("--only", nargs="*", default=[], help="contestants whose name contains")
-    parser.add_argument("--json", help="file for the numbers")
     return parser.parse_args(arguments)
 
 

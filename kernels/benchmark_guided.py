@@ -151,21 +151,11 @@ def report(options: argparse.Namespace, measured: dict[str, common.Measurement],
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--hidden", type=int, default=896)
-    parser.add_argument("--vocab", type=int, default=151936)
-    parser.add_argument("--tp", type=int, default=2, help="ranks; they share --threads")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--masked", type=float, default=0.0, help="fraction of ignored rows")
+    parser = common.command_line(__doc__ or "", tp=2, dtype="float32")
     parser.add_argument("--spread", type=float, default=0.25, help="smallest factor on a token's logits")
     parser.add_argument("--scale", type=float, default=4.0, help="factor on every logit")
     parser.add_argument("--row-chunk", type=int, help="rows of a chunk; a good number unless given")
     parser.add_argument("--columns", type=int, default=1024, help="columns of a tile of the floor")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", help="file for the numbers")
     options = parser.parse_args(arguments)
     options.peaked = 0.0
     return options

@@ -444,7 +444,8 @@ def _build(tree: dict[str, Any], method_configs: Mapping[str, type[MethodConfig]
         prefix = "method." if error.title == method_class.__name__ else ""
         key = prefix + ".".join(str(part) for part in first["loc"])
         given = "" if first["type"] == "missing" else f" (got {first['input']!r})"
-        raise ConfigError(f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}{given}") from None
+        said = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{key}: {said[0].lower()}{said[1:]}{given}") from None
 
 
 def _reject_unknown_keys(tree: Mapping[str, Any], section: type[BaseModel], prefix: str) -> None:

@@ -240,26 +240,6 @@ def test_memory_of_other_methods_is_refused():
         method("sft").restore(chosen.state())
 
 
-@pytest.mark.parametrize("share,expected", [(0.99, 1.99), (0.01, 1.01), (0.0, 1.0), (1.0, 2.0)])
-def test_a_move_goes_so_far_towards_the_student(share, expected):
-    student = torch.nn.Parameter(torch.ones(3))
-    reference = Reference({"w": student}, moving=True, on_host=False)
-    student.data.fill_(2)
-    reference.move(share)
-    assert reference.weights["w"].tolist() == [pytest.approx(expected)] * 3
-    assert student.tolist() == [2, 2, 2] and not reference.weights["w"].requires_grad
-
-
-def test_small_moves_of_a_bfloat16_student_are_not_lost():
-    student = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
-    reference = Reference({"w": student}, moving=True, on_host=True)
-    student.data.fill_(1.0078125)
-    for _ in range(100):
-        reference.move(0.01)
-    assert reference.weights["w"].dtype == torch.float32
-    assert reference.weights["w"].item() == pytest.approx(1 + 0.0078125 * (1 - 0.99**100), abs=1e-5)
-
-
 def test_the_reference_takes_the_students_place_and_gives_it_back():
     student = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
     reference = Reference({"w": student}, moving=True, on_host=False)

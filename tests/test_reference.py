@@ -109,12 +109,14 @@ def test_a_teacher_that_moved_comes_back_under_another_layout(folder, tmp_path):
             np.testing.assert_allclose(mine, its, atol=1e-5, err_msg=str(layout))
 
 
-def test_moving_is_a_weighted_mean():
+@pytest.mark.parametrize("share,expected", [(0.99, 1.99), (0.01, 1.01), (0.0, 1.0), (1.0, 2.0)])
+def test_a_move_goes_so_far_towards_the_policy(share, expected):
     weight = torch.nn.Parameter(torch.ones(3))
     teacher = Reference({"w": weight}, moving=True, on_host=False)
     weight.data.fill_(2.0)
-    teacher.move(0.99)  # curiosft.md, section 7
-    torch.testing.assert_close(teacher.weights["w"], torch.full((3,), 1.99))
+    teacher.move(share)  # 0.99: curiosft.md, section 7
+    torch.testing.assert_close(teacher.weights["w"], torch.full((3,), expected))
+    assert weight.tolist() == [2.0] * 3 and not teacher.weights["w"].requires_grad
 
 
 def test_small_steps_of_a_bfloat16_model_are_not_lost():
