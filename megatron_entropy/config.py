@@ -221,8 +221,9 @@ class RolloutConfig(Section):
     gpu_memory_utilization: float = Field(default=0.6, gt=0, le=1)
     colocate: bool = False
     """Engines on the trainer's GPUs take turns with it: one side's memory is away while the other works."""
-    weight_transfer: Literal["auto", "gloo", "nccl"] = "auto"
-    """What carries the weights to the engines; `auto`: nccl where they have GPUs beside the trainer's, else gloo."""
+    weight_transfer: Literal["auto", "shared_memory", "gloo", "nccl"] = "auto"
+    """What carries the weights to the engines. `auto`: nccl where they have GPUs beside the trainer's; else memory that
+    all share on one machine, gloo over several."""
     verify_weights: bool = False
     """Compare checksums of all weights that are pushed before and after they travel; a difference ends the run."""
     max_restarts: NonNegativeInt = 3

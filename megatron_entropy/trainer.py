@@ -262,7 +262,8 @@ class Stage:
         return weights.ShardedSource(self.shape, layout, self.actor.merged_shards(), resolve_dtype(dtype))
 
     def _weight_push(self, address: str, pool: EnginePool | None) -> WeightPush:
-        backend = pool.backend if pool else "gloo"  # rank 0's choice, no other rank has the pool
+        on_one_machine = parallel.on_one_machine()
+        backend = parallel.on_first_rank(lambda: pool.backend(trainer_on_one_machine=on_one_machine) if pool else "")
         return WeightPush(self.source, address=address, checksum=self.config.rollout.verify_weights, backend=backend)
 
     def _export(self) -> None:

@@ -1,13 +1,10 @@
-"""The bytes between trainer rank 0 and the rollout engines: buckets of tensors broadcast over a group of their own.
+"""The bytes between the trainer and the rollout engines: tensors in buckets.
 
-The group is a `TCPStore` with a gloo or an NCCL process group, never torch's global default group: rank 0 is the
-trainer's `Sender`, ranks 1..n are the engines' workers, each a `Receiver`. Both sides are told the same list of
-`TensorMeta` and cut it into the same buckets, so that nothing but tensor bytes (and checksums, when asked for) is on
-the wire. A tensor is cut into slabs of rows that are an eighth of a bucket at most, so that the sender never holds more
-than two buckets, whatever the size of a tensor: one that is filled and one on the wire. A receiver takes the next
-bucket while it loads the last.
-
-Over gloo the buckets lie in host memory; over NCCL on the GPUs, where every rank needs a GPU of its own.
+Rank 0 is the trainer's `Sender`, ranks 1..n are the engines' workers, each a `Receiver`; a `Link` carries the buckets.
+Both sides are told the same list of `TensorMeta` and cut it into the same buckets, so that nothing but tensor bytes
+(and checksums, when asked for) travels. A tensor is cut into slabs of rows that are an eighth of a bucket at most, so
+that the sender never holds more than two buckets, whatever the size of a tensor: one that is filled and one on its
+way. A receiver takes the next bucket while it loads the last.
 
 A receiver that cannot use what it gets (a checksum that differs, a model that refuses a tensor) goes on receiving to
 the end and raises then: the sender and the other receivers never wait for it. A peer that dies closes its sockets,
@@ -19,12 +16,10 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import os
-import re
-import socket
-import time
+import mmap
+import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -32,13 +27,20 @@ import torch
 import torch.distributed as dist
 
 from megatron_entropy.errors import Fault
+from megatron_entropy.links import (
+    SHARED_MEMORY,
+    BroadcastLink,
+    Link,
+    LinkInfo,
+    SharedMemory,
+    SharedMemoryLink,
+    TransportError,
+    poll,
+    reason_of,
+)
 
 BUCKET_BYTES = 64 * 2**20
 ALIGNMENT = 16  # a view of a byte buffer as another type must start at a multiple of its item size
-
-
-class TransportError(Fault):
-    """The group broke: a peer died or did not answer in time."""
 
 
 class ChecksumError(Fault):
@@ -86,25 +88,43 @@ class Slab(NamedTuple):
 
 @dataclass(frozen=True)
 class Bucket:
-    """Slabs at `offsets` (bytes) of a buffer of `num_bytes`."""
+    """Slabs at `offsets` (bytes) of a buffer; `num_bytes` of tensors, behind which there may be their checksums."""
 
     slabs: tuple[Slab, ...]
     offsets: tuple[int, ...]
     num_bytes: int
 
+    def size(self, *, checksum: bool) -> int:
+        """Bytes of the buffer."""
+        return self._sums_start + 8 * len(self.slabs) if checksum else self.num_bytes
 
-@dataclass(frozen=True)
-class LinkInfo:
-    """What a receiver needs to join: plain values, so that it travels as a dictionary."""
+    def places(self, buffer: torch.Tensor, metadata: Sequence[TensorMeta]) -> Iterator[tuple[Slab, torch.Tensor]]:
+        """Every slab with its place in the buffer, a tensor [rows, ...]."""
+        for slab, offset in zip(self.slabs, self.offsets, strict=True):
+            yield slab, slab.view(buffer, offset, metadata[slab.number])
 
-    address: str
-    port: int
-    world_size: int
-    rank_offset: int
-    bucket_bytes: int
-    checksum: bool
-    timeout: float
-    backend: str = "gloo"
+    def merged(self, metadata: Sequence[TensorMeta]) -> Bucket:
+        """The same bytes, with slabs of a tensor that lie right behind one another as one slab."""
+        slabs: list[Slab] = []
+        offsets: list[int] = []
+        for slab, offset in zip(self.slabs, self.offsets, strict=True):
+            if slabs and slabs[-1].number == slab.number:
+                last = slabs[-1]
+                row_bytes = metadata[slab.number].num_bytes // metadata[slab.number].shape[0]
+                if offsets[-1] + last.rows * row_bytes == offset:
+                    slabs[-1] = last._replace(rows=last.rows + slab.rows)
+                    continue
+            slabs.append(slab)
+            offsets.append(offset)
+        return Bucket(tuple(slabs), tuple(offsets), self.num_bytes)
+
+    def sums(self, buffer: torch.Tensor) -> torch.Tensor:
+        """The place of the checksums, int64 [slabs]."""
+        return buffer[self._sums_start :].view(torch.int64)
+
+    @property
+    def _sums_start(self) -> int:
+        return -(-self.num_bytes // ALIGNMENT) * ALIGNMENT
 
 
 class WeightClient(Protocol):
@@ -161,6 +181,11 @@ def plan_buckets(metadata: Sequence[TensorMeta], bucket_bytes: int) -> list[Buck
     return buckets
 
 
+def max_size(buckets: Sequence[Bucket], *, checksum: bool) -> int:
+    """Bytes of the largest bucket."""
+    return max((bucket.size(checksum=checksum) for bucket in buckets), default=0)
+
+
 def checksum(data: torch.Tensor) -> int:
     """CRC-32 of a tensor's bytes."""
     return zlib.crc32(_bytes(data).cpu().numpy().data)
@@ -173,7 +198,7 @@ class Sender:
         address: of this machine, as the engines reach it.
         num_receivers: engine workers that will join.
         timeout: seconds without progress after which a wait is an error.
-        backend: `gloo` or `nccl`.
+        backend: `gloo`, `nccl` or `shared_memory`.
     """
 
     def __init__(
@@ -189,8 +214,13 @@ class Sender:
         self._store = dist.TCPStore(
             address, 0, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=timeout)
         )
-        self._info = LinkInfo(address, self._store.port, num_receivers + 1, 0, bucket_bytes, checksum, timeout, backend)
-        self._link: _Link | None = None
+        self._shared = SharedMemory() if backend == SHARED_MEMORY else None
+        self.memory = self._shared.path if self._shared else ""
+        """Path of the memory that other ranks may write into as well, if the backend has any."""
+        self._info = LinkInfo(
+            address, self._store.port, num_receivers + 1, 0, bucket_bytes, checksum, timeout, backend, self.memory
+        )
+        self._link: Link | None = None
 
     def init_info(self, rank_offset: int) -> dict[str, Any]:
         """What the engine whose first worker has rank `rank_offset` must be told to join."""
@@ -204,59 +234,56 @@ class Sender:
         """
         # Forming a gloo group blocks until all are there, so absent peers are waited for here, where `check` runs.
         ranks = [_arrival(rank) for rank in range(1, self._info.world_size)]
-        _poll(lambda: self._store.check(ranks), check, self._info.timeout, "engines to join the weight transfer")
-        self._link = _Link(self._store, 0, self._info)
+        poll(lambda: self._store.check(ranks), check, self._info.timeout, "engines to join the weight transfer")
+        self._link = _link(self._store, 0, self._info)
 
     def send(
         self,
         metadata: Sequence[TensorMeta],
         read: Callable[[Slab, torch.Tensor], None],
         check: Callable[[], None] = lambda: None,
+        filled: Callable[[], None] = lambda: None,
     ) -> int:
-        """Broadcast tensors; returns the number of bytes sent.
+        """Send tensors; returns the number of their bytes.
 
         While a bucket travels the next one is filled, so gathering and sending overlap.
 
         Args:
             read: writes a slab into a tensor [rows, ...]; called for every slab of `plan_buckets`, in order.
+            filled: called after the slabs of each bucket, when the bucket before it has been taken; where other ranks
+                write into shared memory, it waits until they have.
         Raises:
             TransportError: when a receiver died or the group made no progress in time.
         """
         assert self._link is not None, "connect() comes first"
         buckets = plan_buckets(metadata, self._info.bucket_bytes)
-        size = max((bucket.num_bytes for bucket in buckets), default=0)
-        buffers = [self._link.empty(size, torch.uint8) for _ in buckets[:2]]
+        self._link.begin(max_size(buckets, checksum=self._info.checksum))
+        buffers = self._link.buffers()
         for turn, bucket in enumerate(buckets):
-            buffer = buffers[turn % 2][: bucket.num_bytes]
-            sums = self._fill(bucket, metadata, buffer, read)
+            buffer = buffers[turn % 2][: bucket.size(checksum=self._info.checksum)]
+            for slab, place in bucket.places(buffer, metadata):
+                read(slab, place)
             self._link.finish(check)
-            self._link.start(buffer)
+            filled()
             if self._info.checksum:
-                self._link.start(sums)
+                self._seal(bucket, metadata, buffer)
+            self._link.start(buffer)
         self._link.finish(check)
         return sum(bucket.num_bytes for bucket in buckets)
 
-    def _fill(
-        self,
-        bucket: Bucket,
-        metadata: Sequence[TensorMeta],
-        buffer: torch.Tensor,
-        read: Callable[[Slab, torch.Tensor], None],
-    ) -> torch.Tensor:
-        """Fill the bucket's buffer; returns the checksum of each slab, int64 [slabs]."""
-        sums = []
-        for slab, offset in zip(bucket.slabs, bucket.offsets, strict=True):
-            place = slab.view(buffer, offset, metadata[slab.number])
-            read(slab, place)
-            if self._info.checksum:
-                sums.append(checksum(place))
-        return torch.tensor(sums, dtype=torch.int64, device=buffer.device)
+    def _seal(self, bucket: Bucket, metadata: Sequence[TensorMeta], buffer: torch.Tensor) -> None:
+        """Put the checksums behind the slabs."""
+        sums = [checksum(place) for _, place in bucket.places(buffer, metadata)]
+        bucket.sums(buffer).copy_(torch.tensor(sums))
 
     def close(self) -> None:
         """Leave the group: receivers that still wait for data get an error."""
         if self._link is not None:
             self._link.close()
         self._link = None
+        if self._shared is not None:
+            self._shared.close()
+        self._shared = None
 
 
 class Receiver:
@@ -272,10 +299,10 @@ class Receiver:
         try:
             store = dist.TCPStore(info.address, info.port, is_master=False, timeout=timeout)
             store.set(_arrival(rank), "here")
-            self._link: _Link | None = _Link(store, rank, info)
+            self._link: Link | None = _link(store, rank, info)
         except (RuntimeError, dist.DistError) as error:
             raise TransportError(
-                f"cannot join the weight transfer at {info.address}:{info.port}: {_reason(error)}"
+                f"cannot join the weight transfer at {info.address}:{info.port}: {reason_of(error)}"
             ) from error
 
     def receive(self, metadata: Sequence[TensorMeta], load: Callable[[list[tuple[str, torch.Tensor]]], None]) -> None:
@@ -291,33 +318,31 @@ class Receiver:
         """
         assert self._link is not None, "the receiver is closed"
         failure: Exception | None = None
-        assembly = _Assembly(metadata)
+        assembly = _Assembly(metadata, checked=self._info.checksum)
+        memory = _Memory(self._link.device)
         buckets = plan_buckets(metadata, self._info.bucket_bytes)
-        coming = self._start(buckets[0]) if buckets else None
+        self._link.begin(max_size(buckets, checksum=self._info.checksum))
+        coming = self._start(buckets[0], memory) if buckets else None
         for bucket, following in zip(buckets, [*buckets[1:], None], strict=True):
             self._link.finish()
             assert coming is not None
-            buffer, sums = coming
-            coming = self._start(following) if following else None
+            buffer = coming
+            coming = self._start(following, memory) if following else None
             if failure is None:
                 try:
-                    if tensors := assembly.add(bucket, buffer, sums):
+                    if tensors := assembly.add(bucket, buffer):
                         load(tensors)
                 except Exception as error:  # raised at the end: the group must not wait for this receiver
                     failure = error
         if failure is not None:
             raise failure
 
-    def _start(self, bucket: Bucket) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Begin to take a bucket: the memory for its bytes and for its checksums, where there are any."""
+    def _start(self, bucket: Bucket, memory: _Memory) -> torch.Tensor:
+        """Begin to take a bucket, into the memory that is returned."""
         assert self._link is not None
-        buffer = self._link.empty(bucket.num_bytes, torch.uint8)
+        buffer = memory.take(bucket.size(checksum=self._info.checksum))
         self._link.start(buffer)
-        if not self._info.checksum:
-            return buffer, None
-        sums = self._link.empty(len(bucket.slabs), torch.int64)
-        self._link.start(sums)
-        return buffer, sums
+        return buffer
 
     def close(self) -> None:
         """Leave the group."""
@@ -326,134 +351,61 @@ class Receiver:
         self._link = None
 
 
-class _Link:
-    """A group and the broadcasts from rank 0 that are under way.
-
-    Gloo closes its connections, which is how the peers learn of an end, only when the group and every piece of work
-    on it are gone. All of them are kept here and nowhere else, for a local variable would live on in the traceback of
-    the very error that makes us close.
-    """
-
-    def __init__(self, store: dist.Store, rank: int, info: LinkInfo) -> None:
-        self._timeout = info.timeout
-        self._device = torch.device("cpu")
-        if info.backend == "nccl":
-            self._device = torch.device("cuda", torch.cuda.current_device())
-        self._group: Any = {"gloo": _gloo_group, "nccl": _nccl_group}[info.backend](store, rank, info)
-        self._under_way: list[tuple[dist.Work, torch.Tensor]] = []
-
-    def empty(self, size: int, dtype: torch.dtype) -> torch.Tensor:
-        """Memory that can be broadcast."""
-        return torch.empty(size, dtype=dtype, device=self._device)
-
-    def start(self, tensor: torch.Tensor) -> None:
-        """Begin to broadcast a contiguous tensor."""
-        assert self._group is not None, "the link is closed"
-        options = dist.BroadcastOptions()
-        options.rootRank = 0
-        options.rootTensor = 0
-        try:
-            self._under_way.append((self._group.broadcast([tensor], options), tensor))
-        except RuntimeError as error:
-            raise TransportError(f"weight transfer broke: {_reason(error)}") from error
-
-    def finish(self, check: Callable[[], None] = lambda: None) -> None:
-        """Wait for all broadcasts under way and let go of their tensors."""
-        while self._under_way:
-            _poll(self._first_is_done, check, self._timeout, "a bucket of weights to be taken")
-            try:
-                self._under_way[0][0].wait()
-            except RuntimeError as error:
-                raise TransportError(f"weight transfer broke: {_reason(error)}") from error
-            del self._under_way[0]
-
-    def _first_is_done(self) -> bool:
-        return self._under_way[0][0].is_completed()
-
-    def close(self) -> None:
-        """Break off what is under way and leave the group."""
-        self._under_way.clear()
-        if self._device.type == "cuda" and self._group is not None:
-            self._group.abort()  # NCCL would wait for the peers
-        self._group = None
-
-
-def _gloo_group(store: dist.Store, rank: int, info: LinkInfo) -> Any:
-    gloo: Any = dist.ProcessGroupGloo  # torch's type stubs lack most of it
-    options = gloo._Options()
-    options._devices = [gloo.create_device(hostname=_interface_towards(info.address))]
-    options._timeout = datetime.timedelta(seconds=info.timeout)
-    return gloo(store, rank, info.world_size, options)
-
-
-def _nccl_group(store: dist.Store, rank: int, info: LinkInfo) -> Any:
-    """Not yet run: written against torch's interface on machines without a GPU."""
-    nccl: Any = dist.ProcessGroupNCCL
-    options = nccl.Options()
-    options._timeout = datetime.timedelta(seconds=info.timeout)
-    # By default torch ends the whole process when a peer is lost; here that is an error like any other.
-    setting = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
-    before = os.environ.get(setting)
-    os.environ[setting] = "0"
-    try:
-        return nccl(store, rank, info.world_size, options)
-    finally:
-        os.environ.pop(setting) if before is None else os.environ.update({setting: before})
+def _link(store: dist.Store, rank: int, info: LinkInfo) -> Link:
+    return (SharedMemoryLink if info.backend == SHARED_MEMORY else BroadcastLink)(store, rank, info)
 
 
 def _arrival(rank: int) -> str:
     return f"arrived/{rank}"
 
 
-def _interface_towards(address: str) -> str:
-    """This machine's own address on the way to `address`; gloo would take the one its host name stands for."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((address, 9))  # of a datagram socket: chooses a route, sends nothing
-        return probe.getsockname()[0]
-
-
-def _reason(error: BaseException) -> str:
-    """What gloo says, without its source position and its guess at the cause."""
-    return re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).split(". This is typically")[0]
-
-
-def _poll(done: Callable[[], bool], check: Callable[[], None], timeout: float, what: str) -> None:
-    deadline = time.monotonic() + timeout
-    pause = 20e-6
-    while not done():
-        check()
-        if time.monotonic() > deadline:
-            raise TransportError(f"waited {timeout:.0f} s for {what}")
-        time.sleep(pause)
-        pause = min(2 * pause, 1e-3)
-
-
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+class _Memory:
+    """Memory for buckets, used again as soon as nobody has a tensor in it any more.
+
+    On a CPU the kernel takes longer to find fresh memory than to copy a bucket into it; a GPU's allocator does this
+    itself.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._blocks: list[mmap.mmap] = []
+
+    def take(self, size: int) -> torch.Tensor:
+        """A tensor uint8 [size]."""
+        if self._device.type != "cpu":
+            return torch.empty(size, dtype=torch.uint8, device=self._device)
+        for number in range(len(self._blocks)):
+            # A tensor over a block holds a reference; beside it there are the list's and that of the call.
+            if len(self._blocks[number]) >= size and sys.getrefcount(self._blocks[number]) == 2:
+                return torch.frombuffer(self._blocks[number], dtype=torch.uint8, count=size)
+        self._blocks.append(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        self._blocks[-1].madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(self._blocks[-1], dtype=torch.uint8, count=size)
 
 
 class _Assembly:
     """Puts the slabs of tensors that were cut together again."""
 
-    def __init__(self, metadata: Sequence[TensorMeta]) -> None:
+    def __init__(self, metadata: Sequence[TensorMeta], *, checked: bool) -> None:
         self._metadata = metadata
+        self._checked = checked
         self._partial: dict[int, torch.Tensor] = {}
 
-    def add(self, bucket: Bucket, buffer: torch.Tensor, sums: torch.Tensor | None) -> list[tuple[str, torch.Tensor]]:
+    def add(self, bucket: Bucket, buffer: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
         """The tensors that a bucket completes.
 
         Raises:
             ChecksumError: naming the first tensor that arrived with other bytes than were sent.
         """
+        if self._checked:
+            self._check(bucket, buffer)
         done = []
-        for position, (slab, offset) in enumerate(zip(bucket.slabs, bucket.offsets, strict=True)):
+        for slab, rows in bucket.merged(self._metadata).places(buffer, self._metadata):
             meta = self._metadata[slab.number]
-            rows = slab.view(buffer, offset, meta)
-            if sums is not None and checksum(rows) != (expected := int(sums[position])):
-                raise ChecksumError(
-                    f"{meta.name}: arrived with other bytes than were sent (rows {slab.first} to "
-                    f"{slab.first + slab.rows}, checksum {expected:08x})"
-                )
             height = meta.shape[0] if meta.shape else 1
             if slab.rows == height:
                 done.append((meta.name, rows.view(meta.shape)))
@@ -464,3 +416,12 @@ class _Assembly:
             if slab.first + slab.rows == height:
                 done.append((meta.name, self._partial.pop(slab.number)))
         return done
+
+    def _check(self, bucket: Bucket, buffer: torch.Tensor) -> None:
+        places = bucket.places(buffer, self._metadata)
+        for (slab, rows), expected in zip(places, bucket.sums(buffer).tolist(), strict=True):
+            if checksum(rows) != expected:
+                raise ChecksumError(
+                    f"{self._metadata[slab.number].name}: arrived with other bytes than were sent (rows {slab.first} "
+                    f"to {slab.first + slab.rows}, checksum {expected:08x})"
+                )

@@ -18,7 +18,7 @@ SOURCES = {"megatron_entropy": ROOT / "megatron_entropy", "entropy_kernels": ROO
 FLOORS = {
     0: ("entropy_kernels",),
     1: ("architecture", "config", "cpu", "errors", "manifest", "parallel", "records", "run_folder"),
-    2: ("data", "log", "packing", "rewards", "transport"),
+    2: ("data", "links", "log", "packing", "rewards", "transport"),
     3: ("actor", "methods", "resharding", "rollout"),
     4: ("checkpoint", "evaluation", "plots", "report", "sampler", "trainer"),
     5: ("__main__", "cli", "doctor", "launch", "train"),

@@ -38,6 +38,7 @@ LAYOUTS = {
     "DP4 with distributed optimizer": ParallelConfig(dp=4, distributed_optimizer=True),
 }
 ENGINE_TP = (1, 2)
+BACKENDS = ("gloo", "shared_memory")
 RANKS = 4
 EOS = 1
 TEMPERATURE = 0.7
@@ -106,7 +107,7 @@ def start_engines(folder: str) -> tuple[list, list | None]:
 
 
 def build(folder: str, layout: ParallelConfig, factor: float):
-    """An actor with the folder's weights times `factor`, and what pushes them."""
+    """An actor with the folder's weights times `factor`, and the stream of them."""
     from megatron_entropy.actor.actor import Actor
 
     shape = read_shape(folder)
@@ -118,8 +119,11 @@ def build(folder: str, layout: ParallelConfig, factor: float):
         for parameter in actor.named_shards().values():
             parameter.mul_(factor)
     actor.after_load()
-    source = ShardedSource(shape, layout, actor.named_shards(), torch.float32)
-    return actor, WeightPush(source, bucket_bytes=2**15, checksum=True, timeout=60)
+    return actor, ShardedSource(shape, layout, actor.named_shards(), torch.float32)
+
+
+def push_of(source: ShardedSource, backend: str) -> WeightPush:
+    return WeightPush(source, bucket_bytes=2**15, checksum=True, timeout=60, backend=backend)
 
 
 def update(actor, samples: list[Sample]) -> None:
@@ -171,13 +175,19 @@ def push_from_every_layout(folder: str) -> dict[str, object]:
             pool.wait_ready()
         for number, (name, layout) in enumerate(LAYOUTS.items()):
             factor = -(0.5 ** (1 + number % 2))  # exact, and another one than the push before
-            actor, push = build(folder, layout, factor)
+            one, other = BACKENDS[number % 2], BACKENDS[1 - number % 2]
+            actor, source = build(folder, layout, factor)
+            push = push_of(source, one)
             push.push(1, clients)
+            push.close()
             scaled = {key: tensor * factor for key, tensor in model.items()}
             wrong = [wrong_tensors(client.weight_checksums(), scaled) for client in clients or ()]
             update(actor, parallel.share(answers(pools)[0] if first else None))
+            push = push_of(source, other)
             push.push(2, clients)
+            updated = dict(source)
             unchanged = [wrong_tensors(client.weight_checksums(), scaled) for client in clients or ()]
+            wrong += [wrong_tensors(client.weight_checksums(), updated) for client in clients or ()]
             worst = disagreement(actor, parallel.share(answers(pools) if first else None))
             seen[name] = {"wrong": wrong, "changed": [len(names) for names in unchanged], "logprob": worst}
             if number + 1 < len(LAYOUTS):
@@ -205,7 +215,8 @@ def push_experts(folder: str) -> list[list[float]]:
     first = parallel.rank() == 0
     pools, clients = start_engines(folder)
     try:
-        actor, push = build(folder, ParallelConfig(dp=2, ep=2), 1.0)
+        actor, source = build(folder, ParallelConfig(dp=2, ep=2), 1.0)
+        push = push_of(source, "shared_memory")
         for pool in pools:
             pool.wait_ready()
         seen = []
@@ -237,19 +248,18 @@ class _flipping:
     """Within it a bit of one tensor changes after its checksum has been taken."""
 
     def __enter__(self) -> None:
-        self.fill = fill = Sender._fill
+        self.seal = seal = Sender._seal
 
-        def flip(sender, bucket, metadata, buffer, read):
-            sums = fill(sender, bucket, metadata, buffer, read)
+        def flip(sender, bucket, metadata, buffer):
+            seal(sender, bucket, metadata, buffer)
             for slab, offset in zip(bucket.slabs, bucket.offsets, strict=True):
                 if metadata[slab.number].name == FLIPPED:
                     buffer[offset + 7] ^= 1
-            return sums
 
-        Sender._fill = flip
+        Sender._seal = flip
 
     def __exit__(self, *exception: object) -> None:
-        Sender._fill = self.fill
+        Sender._seal = self.seal
 
 
 def write(model: torch.nn.Module, folder: Path) -> str:
@@ -271,7 +281,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_engines_hold_what_the_actor_holds(seen: dict, layout: str) -> None:
-    assert seen[layout]["wrong"] == [[]] * len(ENGINE_TP)
+    assert seen[layout]["wrong"] == [[]] * (len(BACKENDS) * len(ENGINE_TP))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

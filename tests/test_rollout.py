@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +59,7 @@ class Source:
         self.rows_read = 0
         return [TensorMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors]
 
-    def read(self, number: int, first: int, count: int, out: torch.Tensor | None) -> None:
+    def read(self, number: int, first: int, count: int, out: torch.Tensor | None, *, in_place: bool) -> None:
         assert out is not None
         self.on_slab(number)
         out.copy_(self.tensors[number][1][first : first + count])
@@ -161,11 +161,15 @@ def test_logprobs_equal_transformers(pool: EnginePool, push: WeightPush, model: 
         assert EOS not in completion.tokens[:-1] and len(completion.tokens) <= 100
 
 
-def test_nccl_needs_gpus(pool: EnginePool, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert pool.backend == "gloo"
+def test_weight_transfer_follows_what_is_there(pool: EnginePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pool.backend(trainer_on_one_machine=True) == "shared_memory"
+    assert pool.backend(trainer_on_one_machine=False) == "gloo"
+    monkeypatch.setattr(pool, "_config", RolloutConfig(weight_transfer="shared_memory"))
+    with pytest.raises(ConfigError, match=r"rollout.weight_transfer='shared_memory' needs all ranks"):
+        pool.backend(trainer_on_one_machine=False)
     monkeypatch.setattr(pool, "_config", RolloutConfig(weight_transfer="nccl"))
     with pytest.raises(ConfigError, match=r"rollout.weight_transfer='nccl' needs engines on GPUs"):
-        _ = pool.backend
+        pool.backend(trainer_on_one_machine=True)
 
 
 def test_top_p_keeps_to_the_nucleus(pool: EnginePool, push: WeightPush) -> None:
@@ -239,18 +243,17 @@ def test_changed_bytes_are_named(
     pool: EnginePool, push: WeightPush, model: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
-    fill = Sender._fill
+    seal = Sender._seal
     position = [meta.name for meta in Source(model).metadata()].index(name)
 
-    def flip(self: Sender, bucket: Bucket, metadata: object, buffer: torch.Tensor, read: object) -> torch.Tensor:
-        sums = fill(self, bucket, metadata, buffer, read)
+    def flip(self: Sender, bucket: Bucket, metadata: Sequence[TensorMeta], buffer: torch.Tensor) -> None:
+        seal(self, bucket, metadata, buffer)
         for slab, offset in zip(bucket.slabs, bucket.offsets, strict=True):
             if slab.number == position:
                 buffer[offset + 17] ^= 1
-        return sums
 
     with monkeypatch.context() as patch:
-        patch.setattr(Sender, "_fill", flip)
+        patch.setattr(Sender, "_seal", flip)
         with pytest.raises(ChecksumError, match=name):
             push.push(3, pool.clients())
     push.push(3, pool.clients())

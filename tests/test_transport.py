@@ -12,25 +12,26 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_entropy.links import LinkInfo, SharedMemory, TransportError
 from megatron_entropy.transport import (
     Bucket,
     ChecksumError,
     EngineLost,
-    LinkInfo,
     Receiver,
     Sender,
     Slab,
     TensorMeta,
-    TransportError,
     plan_buckets,
 )
+
+on_every_link = pytest.mark.parametrize("backend", ["gloo", "shared_memory"])
 
 Pairs = list[tuple[str, torch.Tensor]]
 
@@ -131,8 +132,11 @@ def test_buckets_cover_every_row_once_within_their_size(
 @pytest.mark.parametrize("bucket_bytes", [1, 200, 2**20])
 @pytest.mark.parametrize("checksum", [False, True])
 @pytest.mark.parametrize("count", [1, 3])
-def test_every_byte_arrives(bucket_bytes: int, checksum: bool, count: int) -> None:
-    sender = Sender("127.0.0.1", num_receivers=count, bucket_bytes=bucket_bytes, checksum=checksum, timeout=20)
+@on_every_link
+def test_every_byte_arrives(bucket_bytes: int, checksum: bool, count: int, backend: str) -> None:
+    sender = Sender(
+        "127.0.0.1", num_receivers=count, bucket_bytes=bucket_bytes, checksum=checksum, timeout=20, backend=backend
+    )
     receivers = Receivers(sender, count)
     sender.connect()
     sender.send(metadata_of(tensors()), reader(tensors()))
@@ -148,16 +152,16 @@ def test_every_byte_arrives(bucket_bytes: int, checksum: bool, count: int) -> No
 class FlippingSender(Sender):
     """Changes one bit of tensor `transposed` after its checksum has been taken."""
 
-    def _fill(self, bucket: Bucket, metadata: object, buffer: torch.Tensor, read: object) -> torch.Tensor:
-        sums = super()._fill(bucket, metadata, buffer, read)  # type: ignore[arg-type]
+    def _seal(self, bucket: Bucket, metadata: Sequence[TensorMeta], buffer: torch.Tensor) -> None:
+        super()._seal(bucket, metadata, buffer)
         for slab, offset in zip(bucket.slabs, bucket.offsets, strict=True):
             if slab.number == 3:
                 buffer[offset + 5] ^= 4
-        return sums
 
 
-def test_flipped_bit_is_named() -> None:
-    sender = FlippingSender("127.0.0.1", num_receivers=2, bucket_bytes=200, checksum=True, timeout=20)
+@on_every_link
+def test_flipped_bit_is_named(backend: str) -> None:
+    sender = FlippingSender("127.0.0.1", num_receivers=2, bucket_bytes=200, checksum=True, timeout=20, backend=backend)
     receivers = Receivers(sender, 2)
     sender.connect()
     sender.send(metadata_of(tensors()), reader(tensors()))
@@ -167,11 +171,12 @@ def test_flipped_bit_is_named() -> None:
     sender.close()
 
 
-def test_refusing_receiver_does_not_hold_up_the_others() -> None:
+@on_every_link
+def test_refusing_receiver_does_not_hold_up_the_others(backend: str) -> None:
     def refuse(pairs: Pairs) -> None:
         raise KeyError(pairs[0][0])
 
-    sender = Sender("127.0.0.1", num_receivers=2, bucket_bytes=1, timeout=20)
+    sender = Sender("127.0.0.1", num_receivers=2, bucket_bytes=1, timeout=20, backend=backend)
     receivers = Receivers(sender, 2, refuse)
     sender.connect()
     sender.send(metadata_of(tensors()), reader(tensors()))
@@ -179,6 +184,24 @@ def test_refusing_receiver_does_not_hold_up_the_others() -> None:
     assert isinstance(receivers.errors[0], KeyError) and receivers.errors[1] is None
     assert len(receivers.got[1]) == len(tensors())
     sender.close()
+
+
+def test_memory_of_another_machine_is_named() -> None:
+    with pytest.raises(TransportError, match=r"cannot open .*/proc/1/fd/none.*set rollout.weight_transfer to 'gloo'"):
+        SharedMemory("/proc/1/fd/none")
+
+
+def test_shared_memory_is_the_same_for_all_and_grows() -> None:
+    made = SharedMemory()
+    seen = SharedMemory(made.path)
+    for size in (5, 10_000):
+        for mine, theirs in zip(made.buffers(size), seen.buffers(size), strict=True):
+            assert len(mine) == len(theirs) == size
+            mine.copy_(torch.arange(size) % 251)
+            assert torch.equal(mine, theirs)
+            mine.view(torch.uint8)[: size // 8 * 8].view(torch.int64)  # aligned for any type
+    made.close()
+    seen.close()
 
 
 def test_absent_receiver_is_an_error_in_time() -> None:
@@ -202,8 +225,9 @@ def receive_in_process(info: LinkInfo, arriving: object) -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_dead_or_silent_receiver_is_an_error(how: signal.Signals) -> None:
-    sender = Sender("127.0.0.1", num_receivers=1, bucket_bytes=1, timeout=2)
+@on_every_link
+def test_dead_or_silent_receiver_is_an_error(how: signal.Signals, backend: str) -> None:
+    sender = Sender("127.0.0.1", num_receivers=1, bucket_bytes=1, timeout=2, backend=backend)
     context = multiprocessing.get_context("spawn")
     arriving = context.Event()
     process = context.Process(target=receive_in_process, args=(LinkInfo(**sender.init_info(1)), arriving))

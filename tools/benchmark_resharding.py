@@ -2,17 +2,17 @@
 """What a weight push costs: bytes, memory and seconds, for random Qwen2-like models on the CPUs of this machine.
 
 For each size the trainer's ranks hold their shards of a random model (nothing else: no gradients, no optimizer), and
-real vLLM engines take pushes of it. Between the pushes the same number of bytes is broadcast bare, over the same kind
-of group and in the same buckets, to as many processes that do nothing with it; the two take turns in going first.
+real vLLM engines take pushes of it. Between the pushes the same number of bytes is sent bare, over the same kind of
+link and in the same buckets, to as many processes that do nothing with it; the two take turns in going first.
 
     python tools/benchmark_resharding.py [--sizes 0.1 0.5 1.5] [--tp 2] [--pp 1] [--engines 1] [--engine-tp 1]
-        [--dtype bfloat16] [--repeats 3] [--bare-receivers] [--json resharding.json]
+        [--dtype bfloat16] [--transfer shared_memory] [--repeats 3] [--bare-receivers] [--json resharding.json]
 
 Columns: `bytes`: sent to each engine, over those of the model (every worker of an engine is sent all of it).
 `memory`: the highest resident memory during a push beyond what was held before, in buckets, of rank 0 and of the worst
 other rank. Seconds are medians; `gather`, `convert` and `transfer` follow one another on rank 0 (transfer: what sending
 takes beyond the other two, which it overlaps), `load` is the engine's and overlaps with all. `ratio`: of the push to
-the bare broadcast.
+the bare transfer.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ import torch.distributed as dist
 from megatron_entropy import parallel
 from megatron_entropy.architecture import ModelShape, read_shape
 from megatron_entropy.config import ParallelConfig, RolloutConfig
+from megatron_entropy.links import SHARED_MEMORY, LinkInfo
 from megatron_entropy.resharding.names import part_shape
 from megatron_entropy.resharding.plan import plan
 from megatron_entropy.resharding.source import ShardedSource
 from megatron_entropy.resharding.transfer import PushStats, WeightPush
-from megatron_entropy.transport import BUCKET_BYTES, LinkInfo, Receiver, Sender, TensorMeta, _Link
+from megatron_entropy.transport import BUCKET_BYTES, Receiver, Sender, TensorMeta
 
 SIZES = {  # billions of parameters; the larger two have the shapes of Qwen2.5
     "0.1": {"hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -116,11 +117,12 @@ def _receive_bare(pipe: Connection) -> None:
 
 
 class BareBroadcast:
-    """The same bytes in the same buckets over the same kind of group, and nothing else: the floor of a push."""
+    """The same bytes in the same buckets over the same kind of link, and nothing else: the floor of a push."""
 
-    def __init__(self, num_receivers: int, num_bytes: int, bucket_bytes: int) -> None:
+    def __init__(self, num_receivers: int, num_bytes: int, bucket_bytes: int, backend: str) -> None:
         self._sizes = _pieces(num_bytes, bucket_bytes)
-        sender = Sender("127.0.0.1", num_receivers=num_receivers, bucket_bytes=bucket_bytes)
+        self._writes = backend == SHARED_MEMORY  # elsewhere the link sends from where the bytes are
+        sender = Sender("127.0.0.1", num_receivers=num_receivers, bucket_bytes=bucket_bytes, backend=backend)
         context = multiprocessing.get_context("spawn")
         self._pipes = []
         for rank in range(1, num_receivers + 1):
@@ -140,7 +142,15 @@ class BareBroadcast:
         link = self._sender._link
         assert link is not None
         begin = time.monotonic()
-        _broadcast(link, self._buffer, self._sizes)
+        link.begin(max(self._sizes))
+        shared = link.buffers() if self._writes else []
+        for turn, size in enumerate(self._sizes):
+            buffer = self._buffer[:size]
+            if shared:
+                buffer = shared[turn % 2][:size].copy_(buffer)
+            link.finish()
+            link.start(buffer)
+        link.finish()
         for pipe in self._pipes:
             pipe.recv()
         return time.monotonic() - begin
@@ -157,15 +167,13 @@ def _take_bare(pipe: Connection, info: dict, rank: int, sizes: list[int]) -> Non
     receiver = Receiver(LinkInfo(**info), rank)
     buffer = torch.ones(max(sizes), dtype=torch.uint8)
     while pipe.recv() != FINISH:
-        assert receiver._link is not None
-        _broadcast(receiver._link, buffer, sizes)
+        link = receiver._link
+        assert link is not None
+        link.begin(max(sizes))
+        for size in sizes:
+            link.start(buffer[:size])
+            link.finish()
         pipe.send("done")
-
-
-def _broadcast(link: _Link, buffer: torch.Tensor, sizes: list[int]) -> None:
-    for size in sizes:
-        link.start(buffer[:size])
-        link.finish()
 
 
 def _pieces(num_bytes: int, piece: int) -> list[int]:
@@ -183,14 +191,15 @@ def measure_rank(folder: str, layout: ParallelConfig, settings: argparse.Namespa
     clients = pool = bare = None
     if first:
         clients, pool = _engines(folder, settings)
-    push = WeightPush(source, bucket_bytes=settings.bucket_mib * 2**20, timeout=600)
+    push = WeightPush(source, bucket_bytes=settings.bucket_mib * 2**20, timeout=600, backend=settings.transfer)
     _timed_push(push, clients)  # connects, and touches all memory once
     memory = _memory_of(lambda: _timed_push(push, clients)) / (settings.bucket_mib * 2**20)
     memories: list[float] = [0.0] * dist.get_world_size()
     dist.all_gather_object(memories, memory)
     model_bytes = sum(meta.num_bytes for meta in source.metadata())
     if first:
-        bare = BareBroadcast(settings.engines * settings.engine_tp, model_bytes, settings.bucket_mib * 2**20)
+        num_receivers = settings.engines * settings.engine_tp
+        bare = BareBroadcast(num_receivers, model_bytes, settings.bucket_mib * 2**20, settings.transfer)
         bare.run()
     pushes, seconds, floors = [], [], []
     for repeat in range(settings.repeats):
@@ -242,10 +251,10 @@ def _timed_push(push: WeightPush, clients: list | None) -> tuple[PushStats | Non
 
 
 def _memory_of(work) -> float:
-    """Bytes by which this process's resident memory rises while `work` runs."""
+    """Bytes by which this process's resident memory rises while `work` runs; shared memory counts from nothing."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = _status("VmRSS")
+    before = _status("VmRSS") - _status("RssShmem")
     work()
     return (_status("VmHWM") - before) * 1024
 
@@ -287,6 +296,7 @@ def main() -> None:
     parser.add_argument("--engine-tp", type=int, default=1)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--bucket-mib", type=int, default=BUCKET_BYTES // 2**20)
+    parser.add_argument("--transfer", choices=[SHARED_MEMORY, "gloo"], default=SHARED_MEMORY)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--bare-receivers", action="store_true", help="processes that drop what they get, not vLLM")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
@@ -296,7 +306,8 @@ def main() -> None:
     receivers = "bare receivers" if settings.bare_receivers else f"vLLM engines (TP{settings.engine_tp})"
     print(
         f"{settings.engines} {receivers}, trainer TP{settings.tp} PP{settings.pp}, {settings.dtype}, "
-        f"buckets of {settings.bucket_mib} MiB, {os.cpu_count()} cores, medians of {settings.repeats}"
+        f"buckets of {settings.bucket_mib} MiB through {settings.transfer}, {os.cpu_count()} cores, "
+        f"medians of {settings.repeats}"
     )
     print(
         f"{'model':>6}{'MiB':>7}{'bytes':>7}{'memory 0':>10}{'others':>8}{'gather':>9}{'convert':>9}{'transfer':>10}"

@@ -251,7 +251,7 @@ class FolderSource:
         """Name, type and full shape of every tensor."""
         return self._metadata
 
-    def read(self, number: int, first: int, count: int, out: torch.Tensor | None) -> None:
+    def read(self, number: int, first: int, count: int, out: torch.Tensor | None, *, in_place: bool) -> None:
         """Write rows [first, first + count) of tensor `number` into `out`."""
         assert out is not None, "there is one rank"
         if self._open is None or self._open[0] != number:

@@ -3,7 +3,8 @@
 `ShardedSource` has the form of vLLM's `WeightSource`: `metadata()` describes the whole model on every rank without
 moving anything, iteration yields `(name, tensor)`. For a push it is read in slabs (some rows of a tensor) instead, so
 that what is held beside the model does not grow with the largest tensor. Reading is a collective: the ranks that the
-plan names send their slices straight to rank 0, which puts them in place; other ranks pass through.
+plan names put their slices in place themselves, where they see it, or send them straight to rank 0, which does; other
+ranks pass through.
 """
 
 from __future__ import annotations
@@ -97,14 +98,16 @@ class ShardedSource:
         """Every tensor with its name: whole on rank 0, None elsewhere; a collective."""
         for number, (name, dtype, full) in enumerate(self.metadata()):
             tensor = torch.empty(full, dtype=dtype, device=self._device) if dist.get_rank() == 0 else None
-            self.read(number, 0, full[0], tensor)
+            self.read(number, 0, full[0], tensor, in_place=False)
             yield name, tensor
 
-    def read(self, number: int, first: int, count: int, out: Tensor | None) -> None:
+    def read(self, number: int, first: int, count: int, out: Tensor | None, *, in_place: bool) -> None:
         """Rows [first, first + count) of the stream's tensor `number`; a collective.
 
         Args:
-            out: on rank 0 [count, ...] of the stream's type, which is filled; elsewhere not looked at.
+            out: [count, ...] of the stream's type, which is filled; on rank 0, or everywhere with `in_place`.
+            in_place: `out` is the same memory on every rank, and each writes what it holds. It is filled when every
+                rank has returned, which is for the caller to wait for.
         """
         placement, index = self._tensors[number]
         rank = dist.get_rank()
@@ -113,21 +116,21 @@ class ShardedSource:
             for part, holder in enumerate(placement.ranks)
             if (slices := list(_slices(placement, index, self.shape, part, first, count)))
         ]
-        if rank == 0:
+        coming = []
+        if rank == 0 and not in_place:
             assert out is not None
             coming = [self._receive(holder, slices, first, out) for holder, slices in shares if holder != 0]
         for holder, slices in shares:
             if holder == rank:
                 mine = self._read_part(self._name_of[placement.entry.megatron])
                 rows = [_cut(mine, piece.part_start, piece, span) for piece, span in slices]
-                if rank == 0:
+                if rank == 0 or in_place:
                     _place(out, slices, first, rows)
                 else:
                     parts = [r.reshape(-1).to(self.dtype) for r in rows]
                     dist.send(parts[0] if len(parts) == 1 else torch.cat(parts), dst=0)
-        if rank == 0:
-            for place in coming:
-                place()
+        for place in coming:
+            place()
         if index == len(placement.entry.tensors) - 1 and first + count == placement.entry.shapes[index][0]:
             self._part = None
 

@@ -1,9 +1,10 @@
 """The trainer's end of a weight push: from a source of Hugging Face tensors to every rollout engine.
 
 Every trainer rank calls `WeightPush.push`; rank 0 passes the engines' clients, the others None. Reading the source is
-a collective over the trainer's ranks (slices are gathered), so every rank reads it to its end, whatever becomes of the
-engines. On rank 0 the push runs vLLM's weight-transfer protocol: `init_weight_transfer_engine` for a
-new set of engines, then `start_weight_update`, `update_weights` while the bytes are broadcast, `finish_weight_update`.
+a collective over the trainer's ranks (slices are gathered, or each rank writes its own into shared memory), so every
+rank reads it to its end, whatever becomes of the engines. On rank 0 the push runs vLLM's weight-transfer protocol:
+`init_weight_transfer_engine` for a new set of engines, then `start_weight_update`, `update_weights` while the bytes
+travel, `finish_weight_update`.
 
 When an engine dies or hangs, `push` raises `EngineLost` on rank 0 and returns normally on the others; the caller
 restarts the engines named in it and lets all ranks push again. When an engine refuses the weights (a checksum that
@@ -21,14 +22,16 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from megatron_entropy import parallel
+from megatron_entropy.links import SharedMemory, TransportError
 from megatron_entropy.transport import (
     BUCKET_BYTES,
     EngineLost,
     Sender,
     Slab,
     TensorMeta,
-    TransportError,
     WeightClient,
+    max_size,
     plan_buckets,
 )
 
@@ -53,8 +56,13 @@ class WeightSource(Protocol):
         """Name, type and full shape of every tensor."""
         ...
 
-    def read(self, number: int, first: int, count: int, out: torch.Tensor | None) -> None:
-        """Write rows [first, first + count) of tensor `number` into `out` on rank 0; `out` is None elsewhere."""
+    def read(self, number: int, first: int, count: int, out: torch.Tensor | None, *, in_place: bool) -> None:
+        """Write rows [first, first + count) of tensor `number` into `out`.
+
+        Args:
+            out: on rank 0 a tensor [count, ...]; elsewhere None, or with `in_place` the same memory.
+            in_place: every rank writes what it holds itself; else rank 0 collects and writes everything.
+        """
         ...
 
 
@@ -63,8 +71,9 @@ class PushStats:
     """What a push took on rank 0: bytes sent to each engine, seconds of its parts, which follow one another.
 
     `connect_seconds`: forming the group, for new engines. `start_seconds`: engines make ready. `gather_seconds`:
-    waiting for slices of other ranks. `convert_seconds`: cutting, casting and placing. `wire_seconds`: what sending
-    takes beyond reading, with which it overlaps. `finish_seconds`: engines put the weights to use.
+    waiting for slices of other ranks, or until they are written. `convert_seconds`: cutting, casting and placing.
+    `wire_seconds`: what sending takes beyond reading, with which it overlaps. `finish_seconds`: engines put the weights
+    to use.
 
     `load_seconds`: of the engine that took longest to put tensors into its model, mostly while others travelled.
     """
@@ -88,7 +97,7 @@ class WeightPush:
         bucket_bytes: size of a bucket; two are held beside the model.
         checksum: prove on the engines' side that every tensor arrived as it was sent.
         timeout: seconds without progress after which an engine counts as lost.
-        backend: what carries the bytes, `gloo` or `nccl`.
+        backend: what carries the bytes: `gloo`, `nccl`, or `shared_memory` if ranks and engines are on one machine.
     """
 
     def __init__(
@@ -109,6 +118,7 @@ class WeightPush:
         self._backend = backend
         self._sender: Sender | None = None
         self._connected: list[WeightClient] = []
+        self._memory: SharedMemory | None = None
 
     def push(self, version: int, clients: Sequence[WeightClient] | None) -> PushStats | None:
         """Send the source's present weights; a collective over the trainer's ranks.
@@ -122,44 +132,59 @@ class WeightPush:
             EngineLost: on rank 0, when engines died or hung.
             Fault: on rank 0, when an engine refused the weights.
         """
-        slabs = _Slabs(self._source, self._bucket_bytes)
+        reading = _Reading(self._source, self._bucket_bytes)
+        if clients is None:
+            self._take_part(reading)
+            return None
         try:
-            return None if clients is None else self._push(version, slabs, list(clients))
+            return self._push(version, reading, list(clients))
         except BaseException:
             self.close()
             raise
         finally:
-            slabs.drain(on_first_rank=clients is not None)  # the other ranks are in this collective until its end
+            reading.drain()  # the other ranks are in this collective until its end
 
-    def _push(self, version: int, slabs: _Slabs, clients: list[WeightClient]) -> PushStats:
+    def _push(self, version: int, reading: _Reading, clients: list[WeightClient]) -> PushStats:
         begin = time.monotonic()
         sender = self._connect(clients)
         connected = time.monotonic()
         info = {
-            "names": [meta.name for meta in slabs.metadata],
-            "dtype_names": [str(meta.dtype).removeprefix("torch.") for meta in slabs.metadata],
-            "shapes": [list(meta.shape) for meta in slabs.metadata],
+            "names": [meta.name for meta in reading.metadata],
+            "dtype_names": [str(meta.dtype).removeprefix("torch.") for meta in reading.metadata],
+            "shapes": [list(meta.shape) for meta in reading.metadata],
         }
         _Calls(clients, lambda client: client.start_weight_update()).join(self._timeout)
         started = time.monotonic()
-        gathered = self._source.gather_seconds
+        reading.begin(sender.memory)
         receiving = _Calls(clients, lambda client: client.update_weights(info))
         num_bytes = _together(
-            lambda: sender.send(slabs.metadata, slabs.read, receiving.check), receiving, self._timeout, sender.close
+            lambda: sender.send(reading.metadata, reading.read, receiving.check, reading.end_bucket),
+            receiving,
+            self._timeout,
+            sender.close,
         )
         sent = time.monotonic()
-        gather_seconds = self._source.gather_seconds - gathered
         _Calls(clients, lambda client: client.finish_weight_update(str(version))).join(self._timeout)
         return PushStats(
             num_bytes,
             connect_seconds=connected - begin,
             start_seconds=started - connected,
-            gather_seconds=gather_seconds,
-            convert_seconds=slabs.seconds - gather_seconds,
-            wire_seconds=sent - started - slabs.seconds,
+            gather_seconds=reading.gather_seconds,
+            convert_seconds=reading.seconds - reading.gather_seconds,
+            wire_seconds=sent - started - reading.seconds,
             finish_seconds=time.monotonic() - sent,
             load_seconds=max(receiving.answers.values(), default=0.0),
         )
+
+    def _take_part(self, reading: _Reading) -> None:
+        """Read everything, on a rank that is not the first."""
+        path = reading.begin("")
+        if self._memory is not None and self._memory.path != path:
+            self._memory.close()
+            self._memory = None
+        if self._memory is None and path:
+            self._memory = SharedMemory(path)
+        reading.run(self._memory.buffers(reading.max_size(checksum=self._checksum)) if self._memory else [])
 
     def _connect(self, clients: list[WeightClient]) -> Sender:
         if self._sender is not None and len(clients) == len(self._connected):
@@ -190,34 +215,81 @@ class WeightPush:
         """Leave the transfer group; the next push forms a new one."""
         if self._sender is not None:
             self._sender.close()
-        self._sender, self._connected = None, []
+        if self._memory is not None:
+            self._memory.close()
+        self._sender, self._connected, self._memory = None, [], None
 
 
-class _Slabs:
-    """The slabs of one push, in order; whatever becomes of the push, `drain` reads what is left."""
+class _Reading:
+    """The collective part of a push: every rank reads every slab of the source, in order.
+
+    All call `begin`; then rank 0 `read` and `end_bucket` as the sender asks for them, and whatever becomes of the push
+    `drain`; the other ranks `run`.
+    """
 
     def __init__(self, source: WeightSource, bucket_bytes: int) -> None:
         self.metadata = list(source.metadata())
         self.seconds = 0.0
+        self.gather_seconds = 0.0
+        """Of `seconds`, those spent waiting for other ranks."""
         self._source = source
-        buckets = plan_buckets(self.metadata, bucket_bytes)
-        self._left = collections.deque(slab for bucket in buckets for slab in bucket.slabs)
+        self._buckets = plan_buckets(self.metadata, bucket_bytes)
+        self._in_place: bool | None = None
+        # What is left: slabs, and None at the end of each bucket.
+        self._left = collections.deque(step for bucket in self._buckets for step in (*bucket.slabs, None))
+
+    def begin(self, memory: str) -> str:
+        """Share what rank 0 says: where the buckets are that all can write into, "" when there are none."""
+        memory = parallel.share(memory)
+        self._in_place = bool(memory)
+        return memory
+
+    def max_size(self, *, checksum: bool) -> int:
+        """Bytes of the largest bucket."""
+        return max_size(self._buckets, checksum=checksum)
 
     def read(self, slab: Slab, out: torch.Tensor | None) -> None:
         """Read the next slab, which must be `slab`."""
-        begin = time.monotonic()
         expected = self._left.popleft()
-        assert slab == expected, f"{slab} was read instead of {expected}"
-        self._source.read(*slab, out)
+        assert slab == expected and self._in_place is not None, f"{slab} was read instead of {expected}"
+        begin, gathered = time.monotonic(), self._source.gather_seconds
+        self._source.read(*slab, out, in_place=self._in_place)
+        self.gather_seconds += self._source.gather_seconds - gathered
         self.seconds += time.monotonic() - begin
 
-    def drain(self, *, on_first_rank: bool) -> None:
+    def end_bucket(self) -> None:
+        """Wait until the slabs of a bucket are where they belong, when the bucket before it is no longer needed."""
+        expected = self._left.popleft()
+        assert expected is None, f"the bucket ended before {expected}"
+        if self._in_place:
+            begin = time.monotonic()
+            parallel.meet()
+            waited = time.monotonic() - begin
+            self.gather_seconds += waited
+            self.seconds += waited
+
+    def run(self, buffers: Sequence[torch.Tensor]) -> None:
+        """Read everything, on a rank that is not the first; into the two buffers, if there are any."""
+        for turn, bucket in enumerate(self._buckets):
+            if buffers:
+                for slab, place in bucket.places(buffers[turn % 2], self.metadata):
+                    self.read(slab, place)
+            else:
+                for slab in bucket.slabs:
+                    self.read(slab, None)
+            self.end_bucket()
+
+    def drain(self) -> None:
         """Read all that is left, to no purpose but that no other rank waits."""
+        if self._in_place is None:
+            self.begin("")
         while self._left:
             slab = self._left[0]
-            meta = self.metadata[slab.number]
-            shape = (slab.rows, *meta.shape[1:])
-            self.read(slab, torch.empty(shape, dtype=meta.dtype) if on_first_rank else None)
+            if slab is None:
+                self.end_bucket()
+            else:
+                meta = self.metadata[slab.number]
+                self.read(slab, torch.empty((slab.rows, *meta.shape[1:]), dtype=meta.dtype))
 
 
 class _Calls:

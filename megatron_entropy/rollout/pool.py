@@ -150,18 +150,22 @@ class EnginePool:
         """This machine's address as the engines reach it."""
         return "127.0.0.1" if self._ray.is_ours else ray.util.get_node_ip_address()
 
-    @property
-    def backend(self) -> str:
-        """What carries weights to the engines, `gloo` or `nccl`.
+    def backend(self, *, trainer_on_one_machine: bool) -> str:
+        """What carries weights to the engines: `nccl`, `shared_memory` or `gloo`.
 
         Raises:
-            ConfigError: for NCCL without GPUs.
+            ConfigError: for NCCL without GPUs, and for shared memory between machines.
         """
         setting = self._config.weight_transfer
+        on_one_machine = trainer_on_one_machine and self._ray.is_ours
         if setting == "nccl" and self._spec.device == "cpu":
             raise ConfigError("rollout.weight_transfer='nccl' needs engines on GPUs; set it to 'auto'")
+        if setting == "shared_memory" and not on_one_machine:
+            raise ConfigError(
+                "rollout.weight_transfer='shared_memory' needs all ranks and engines on one machine; set it to 'auto'"
+            )
         if setting == "auto":
-            return "nccl" if self._owns_gpus else "gloo"
+            return "nccl" if self._owns_gpus else "shared_memory" if on_one_machine else "gloo"
         return setting
 
     def wait_ready(self) -> None:

@@ -1,4 +1,4 @@
-"""The engine's end of a weight push: a vLLM weight-transfer engine that receives buckets, over gloo or NCCL.
+"""The engine's end of a weight push: a vLLM weight-transfer engine that receives buckets over any link.
 
 vLLM finds it in every worker process through the entry point `vllm.general_plugins` -> `register`, and mixes `Worker`
 into its own worker class. Imported in engine processes only: it imports vLLM.
@@ -25,7 +25,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from megatron_entropy.errors import Fault
-from megatron_entropy.transport import LinkInfo, Receiver, TensorMeta, checksum
+from megatron_entropy.links import LinkInfo
+from megatron_entropy.transport import Receiver, TensorMeta, checksum
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def register() -> None:
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """`transport.LinkInfo`, field by field."""
+    """`links.LinkInfo`, field by field."""
 
     address: str
     port: int
@@ -51,6 +52,7 @@ class InitInfo(WeightTransferInitInfo):
     checksum: bool
     timeout: float
     backend: str
+    memory: str
 
 
 @dataclass
