@@ -83,6 +83,10 @@ class SharedMemory:
             self._both = torch.frombuffer(mmap.mmap(self._file, 2 * half), dtype=torch.uint8)
         return [self._both[:size], self._both[half : half + size]]
 
+    def is_at(self, path: str) -> bool:
+        """Whether it is still this memory that the path leads to; a path may come again."""
+        return os.path.samestat(os.fstat(self._file), os.stat(path))
+
     def close(self) -> None:
         """Let go of it; buffers that are in use stay."""
         os.close(self._file)

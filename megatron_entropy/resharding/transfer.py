@@ -179,7 +179,7 @@ class WeightPush:
     def _take_part(self, reading: _Reading) -> None:
         """Read everything, on a rank that is not the first."""
         path = reading.begin("")
-        if self._memory is not None and self._memory.path != path:
+        if self._memory is not None and not (path and self._memory.is_at(path)):
             self._memory.close()
             self._memory = None
         if self._memory is None and path:
