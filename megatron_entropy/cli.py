@@ -159,6 +159,7 @@ def _train(chosen: argparse.Namespace, overrides: list[str]) -> int:
 
     _check_overrides(overrides)
     stages = launch.resolve(chosen.config, overrides, METHOD_CONFIGS)
+    launch.check_rows(stages)
     if chosen.dry_run:
         _print_plan(stages)
         return 0

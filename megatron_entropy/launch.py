@@ -106,6 +106,22 @@ def resolve(
     return Stages(configs, shape)
 
 
+def check_rows(stages: Stages) -> None:
+    """Have every stage choose its prompts once, so that what a later stage lacks is told before the first one trains.
+
+    Raises:
+        DataError: a file that cannot be read, or a column that is missing, naming the stage.
+    """
+    from megatron_entropy.data.dataset import read_prompts  # pyarrow: not for those who only ask for help
+
+    for config in stages.configs:
+        try:
+            build_method(config).select(read_prompts(config.data.train, schema=config.data.columns))
+            read_prompts(config.data.test, schema=config.data.columns)
+        except (ConfigError, DataError) as error:
+            raise type(error)(f"stage {config.name}: {error}" if len(stages.configs) > 1 else str(error)) from None
+
+
 def _check_reference(config: Config, shape: ModelShape) -> None:
     other = read_shape(config.model.reference)
     for field in fields(shape):

@@ -49,6 +49,7 @@ def _train(chosen: argparse.Namespace, overrides: list[str]) -> int:
 
     def prepare() -> None:
         if launch.LAUNCHER_VARIABLE not in os.environ:
+            launch.check_rows(stages)
             launch.prepare_run_folder(stages, resume=chosen.resume, overwrite=chosen.overwrite)
         configuration.write(stages.configs, stages.folder.config)
 

@@ -107,7 +107,7 @@ def project(tmp_path):
     """A folder with a configuration, a model's config.json and a data file."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(MODEL))
-    (tmp_path / "train.jsonl").write_text("{}\n")
+    (tmp_path / "train.jsonl").write_text('{"question": "1+1=", "answer": "2", "solution": "Two."}\n')
     (tmp_path / "config.toml").write_text(CONFIG.format(folder=tmp_path))
     return tmp_path
 
@@ -190,6 +190,15 @@ def test_dry_run_prints_settings_and_plan_without_torch_and_writes_nothing(proje
         ["rl", "grpo", "4", "2", "TP2", "6 x 8", "2,400"],
     ]
     assert sorted(project.rglob("*")) == before
+
+
+def test_what_a_later_stage_lacks_is_told_at_once(capsys, project):
+    (project / "bare.jsonl").write_text('{"question": "1+1=", "answer": "2"}\n')
+    for stage, method, missing in (("warm", "sft", "worked solutions"), ("rl", "sent", "column semantic_entropy")):
+        overrides = [f"--stages.{stage}.method.name={method}", f'--stages.{stage}.data.train=["{project}/bare.jsonl"]']
+        overrides += ["--stages.rl.method.curriculum_stages=2"] * (method == "sent")
+        code, _, err = run_cli(capsys, "train", project / "config.toml", "--dry-run", *overrides)
+        assert code == 2 and err.startswith(f"error: stage {stage}: ") and missing in err and err.count("\n") == 1
 
 
 def stages_of(folder, **changes):

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_entropy.data.dataset import PromptStream, load_prompts, order, require_targets
+from megatron_entropy.data.dataset import PromptStream, load_prompts, order, read_prompts
 from megatron_entropy.data.schemas import SCHEMAS, Message, read_rows
 from megatron_entropy.data.sentencepiece_model import train_sentencepiece
 from megatron_entropy.errors import ConfigError, DataError
@@ -183,11 +183,13 @@ def test_bad_templates_are_named(tmp_path, tokenizer, options, message):
         load_prompts([file], tokenizer, max_prompt_tokens=99, **options)
 
 
-def test_supervised_tuning_needs_targets():
-    prompts = [Prompt(0, "a", (1,), target=(2,)), Prompt(7, "b", (1,))]
-    require_targets(prompts[:1], source="a.jsonl")
-    with pytest.raises(DataError, match=r"a.jsonl: 1 of 2 rows have no worked solution \(first: row 7\)"):
-        require_targets(prompts, source="a.jsonl")
+def test_prompts_without_tokens_are_the_same_rows(tmp_path, tokenizer):
+    files = [write_jsonl(tmp_path / f"{name}.jsonl", [ROWS[name][0]]) for name in ROWS]
+    bare, loaded = read_prompts(files), load_prompts(files, tokenizer, max_prompt_tokens=999).prompts
+    assert len(bare) == len(ROWS) and {prompt.target is None for prompt in bare} == {True, False}
+    for one, other in zip(bare, loaded, strict=True):
+        assert (one.index, one.answer, one.semantic_entropy) == (other.index, other.answer, other.semantic_entropy)
+        assert (one.target is None) == (other.target is None) and one.tokens == ()
 
 
 @given(st.integers(1, 300), st.integers(0, 2**40), st.integers(0, 1000))

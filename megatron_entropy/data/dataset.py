@@ -86,6 +86,20 @@ def load_prompts(
     return PromptSet(tuple(prompts), skipped)
 
 
+def read_prompts(files: Sequence[str | Path], *, schema: str = "auto") -> list[Prompt]:
+    """All rows as prompts without tokens, in a fraction of the time of `load_prompts`: enough to choose among them.
+
+    Raises:
+        ConfigError: an unknown schema.
+        DataError: see `read_rows`.
+    """
+    rows = (row for file in files for row in read_rows(file, schema=schema))
+    return [
+        Prompt(index, "", (), row.answer, None if row.target is None else (), semantic_entropy=row.semantic_entropy)
+        for index, row in enumerate(rows)
+    ]
+
+
 def _render(
     row: Row,
     tokenizer: Tokenizer,
@@ -104,24 +118,6 @@ def _render(
         raise ConfigError("data.system needs a chat template: write the system message into data.template")
     text = template.replace("{question}", "\n".join(message.content for message in row.messages))
     return text, (*tokenizer.bos_ids, *tokenizer.encode(text))
-
-
-def require_targets(prompts: Sequence[Prompt], *, source: str) -> None:
-    """Check that every prompt has a worked solution, as supervised tuning needs.
-
-    Args:
-        prompts: of a loaded set.
-        source: the files, for the message.
-
-    Raises:
-        DataError: some prompt has none; says how many and which columns would hold one.
-    """
-    missing = [prompt.index for prompt in prompts if prompt.target is None]
-    if missing:
-        raise DataError(
-            f"{source}: {len(missing)} of {len(prompts)} rows have no worked solution (first: row {missing[0]}); "
-            "supervised tuning needs a column `solution` or `target`, or GSM8K's answers"
-        )
 
 
 def order(n: int, *, seed: int, epoch: int) -> np.ndarray:
