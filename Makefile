@@ -70,7 +70,7 @@ $(MODERN)/.setup: requirements/modern.txt setup.py
 lint: $(VENV)/.setup-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/pyright
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 clean:
 	rm -rf $(VENV) $(MODERN) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

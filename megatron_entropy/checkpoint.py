@@ -72,7 +72,9 @@ class Saver:
         self._folder = folder
         self._keep = keep
         self._asynchronous = asynchronous
-        self._group = dist.new_group(backend="gloo")  # of their own, so that they need not wait for training's turn
+        self._group: Any = dist.new_group(
+            backend="gloo"
+        )  # of their own, so that they need not wait for training's turn
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -244,7 +246,8 @@ def load(path: Path, actor: Actor, progress: Progress) -> None:
     dist.all_gather_object(wanted, global_shapes(state))
     merged = {name: shape for rank in wanted for name, shape in rank.items()}
     parallel.on_first_rank(lambda: _check_model(path, merged, actor.shape.vocab_size))
-    restore(actor, dist_checkpointing.load(state, str(path / SHARDS)), updates=progress.updates)
+    loaded: Any = dist_checkpointing.load(state, str(path / SHARDS))
+    restore(actor, loaded, updates=progress.updates)
 
 
 def _check_model(path: Path, wanted: dict[str, tuple[int, ...]], vocab_size: int) -> None:

@@ -22,10 +22,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from entropy_kernels import TokenStats
 from megatron_entropy import parallel
 from megatron_entropy.architecture import read_shape
 from megatron_entropy.config import ActorConfig, ParallelConfig
-from megatron_entropy.records import Sample
+from megatron_entropy.records import Batch, Sample
 
 M_MMAP_THRESHOLD = -3  # of mallopt(3)
 
@@ -52,11 +53,15 @@ def peak_mib(folder: str, tokens: int, layout: ParallelConfig) -> dict[str, floa
         sample = Sample(generator.integers(0, shape.vocab_size, LENGTH + 1).astype(np.int32), 1, "stop", "")
         samples.append(dataclasses.replace(sample, weight=sample.constant(1 / tokens)))
 
+    def loss(stats: TokenStats, batch: Batch) -> tuple[torch.Tensor, dict]:
+        assert stats.entropy is not None
+        return -stats.logprob - 0.01 * stats.entropy, {}
+
     def work(name: str) -> None:
         if name == "score":
             actor.score(samples, temperature=1.0)
         else:
-            actor.update(samples, lambda stats, batch: (-stats.logprob - 0.01 * stats.entropy, {}), temperature=1.0)
+            actor.update(samples, loss, temperature=1.0)
 
     peaks = {}
     for name in ("score", "update"):
@@ -83,7 +88,7 @@ def measure(vocabulary: int, tokens: list[int], layout: ParallelConfig) -> dict:
             vocab_size=vocabulary, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, head_dim=32, max_position_embeddings=LENGTH + 1, tie_word_embeddings=True,
         )  # fmt: skip
-        Qwen3ForCausalLM(config).to(torch.float32).save_pretrained(folder)
+        Qwen3ForCausalLM(config).float().save_pretrained(folder)
         # The allocator keeps what it once had, which would blur a second measurement: every size has its own process.
         peaks = [max(parallel.run_on_ranks(peak_mib, layout.world_size, folder, t, layout), key=str) for t in tokens]
     span = tokens[-1] - tokens[0]
@@ -96,7 +101,7 @@ def measure(vocabulary: int, tokens: list[int], layout: ParallelConfig) -> dict:
 
 def main() -> None:
     """Print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[16384, 65536])
     parser.add_argument("--tokens", type=int, nargs=2, default=[4096, 16384])
     parser.add_argument("--tp", type=int, default=1)

@@ -214,7 +214,7 @@ def run(layouts: tuple[Layout, ...] = LAYOUTS, *, experts: bool = False) -> list
 
 def main() -> int:
     """Print the table, write the JSON, tell by the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("layouts.json"))
     parser.add_argument("--tolerance", type=float, default=TOLERANCE)
     arguments = parser.parse_args()

@@ -102,7 +102,7 @@ class Actor:
             return f"{hit[1]}{int(hit[2]) + first_expert}"
 
         for chunk in self.chunks:
-            module: GPTModel = chunk.module
+            module: Any = chunk.module
             numbers = {str(i): str(layer.layer_number - 1) for i, layer in enumerate(module.decoder.layers)}
             for name, parameter in module.named_parameters():
                 parts = name.split(".")
@@ -368,7 +368,7 @@ class Actor:
             total, result = measure(batch, chunk, hidden)
             return total, torch.tensor(0, dtype=torch.int, device=total.device), result
 
-        def forward_step(iterator: Iterator[Batch], chunk: DistributedDataParallel) -> tuple[Tensor, Callable]:
+        def forward_step(iterator: Iterator[Batch], chunk: Any) -> tuple[Tensor, Callable]:
             batch = next(iterator)
             hidden = chunk(
                 input_ids=batch.tokens[None],
@@ -381,11 +381,12 @@ class Actor:
         for chunk in self.chunks:
             chunk.train(train)
         iterators = [iter(batches) for _ in self.chunks]
+        chunks: Any = self.chunks
         with torch.set_grad_enabled(train):
             return get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],
-                model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+                model=chunks if len(chunks) > 1 else chunks[0],
                 num_microbatches=len(batches),
                 seq_length=self.config.token_budget,
                 micro_batch_size=1,
@@ -400,7 +401,7 @@ class _Teacher(NamedTuple):
     head: Tensor | None
 
 
-def _sum_gradients(model: list, num_tokens: Tensor | None = None, **kwargs: object) -> None:
+def _sum_gradients(model: list, num_tokens: Tensor | None = None, **kwargs: Any) -> None:
     """Megatron's gradient reduction without its division by a token count: the weights hold it already."""
     finalize_model_grads(model, None, **kwargs)
 

@@ -173,7 +173,7 @@ def build_chunks(shape: ModelShape, config: ActorConfig) -> list[GPTModel]:
         vp_stage = stage if layout.vpp > 1 else None
         first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
-        chunk = GPTModel(
+        chunk: Any = GPTModel(
             config=settings,
             transformer_layer_spec=_layer_spec(shape, config, stage),
             vocab_size=shape.padded_vocab_size,
@@ -196,16 +196,17 @@ def build_chunks(shape: ModelShape, config: ActorConfig) -> list[GPTModel]:
 
 def head_weight(chunk: GPTModel) -> Tensor:
     """The weight shard [V / tp, H] that turns hidden states of the last stage into logits."""
-    if chunk.share_embeddings_and_output_weights:
-        return chunk.shared_embedding_or_output_weight()
-    return chunk.output_layer.weight
+    tied = chunk.share_embeddings_and_output_weights
+    weight = chunk.shared_embedding_or_output_weight() if tied else chunk.output_layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def _mark_sharded_weights(chunk: GPTModel) -> None:
     """Tell the gradient norm which weights are shards; Megatron does this only while it initialises them."""
     for module in chunk.modules():
         if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
-            sharded = [(module.weight, 0), (getattr(module, "bias", None), 0)]
+            sharded: list[tuple[Any, int]] = [(module.weight, 0), (getattr(module, "bias", None), 0)]
         elif isinstance(module, RowParallelLinear):
             sharded = [(module.weight, 1)]
         else:
@@ -226,9 +227,7 @@ def _layer_spec(shape: ModelShape, config: ActorConfig, chunk: int) -> Any:
             num_experts=experts, moe_grouped_gemm=experts is not None, qk_layernorm=shape.qk_norm
         )
         return _with_norms_apart(fused) if config.lora.rank else fused
-    layer: ModuleSpec = get_gpt_layer_local_spec(
-        num_experts=experts, qk_layernorm=shape.qk_norm, normalization="RMSNorm"
-    )
+    layer: Any = get_gpt_layer_local_spec(num_experts=experts, qk_layernorm=shape.qk_norm, normalization="RMSNorm")
     if experts:  # no layer of Transformer Engine fuses the norm before experts: its checkpoint name is its own
         layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
     layer.submodules.input_layernorm = Norm
@@ -240,7 +239,7 @@ def _layer_spec(shape: ModelShape, config: ActorConfig, chunk: int) -> Any:
         attention.k_layernorm = Norm
     stage = chunk * layout.pp + parallel_state.get_pipeline_model_parallel_rank()
     layers_here = len(split_layers(shape.num_layers, layout.pp * layout.vpp)[stage])
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers_here, layer_norm=Norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers_here, layer_norm=Norm)  # type: ignore[arg-type]
 
 
 def _with_norms_apart(layer: ModuleSpec) -> ModuleSpec:

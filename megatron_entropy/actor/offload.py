@@ -75,6 +75,7 @@ def memory_of(actor: Actor) -> tuple[list[Tensor], list[Tensor]]:
 
 def _buffers(actor: Actor) -> Iterator[Any]:
     """Megatron's flat buffers, of dense parameters and of experts."""
-    for chunk in actor.chunks:
+    chunks: list[Any] = actor.chunks
+    for chunk in chunks:
         yield from chunk.buffers
         yield from chunk.expert_parallel_buffers

@@ -27,7 +27,7 @@ def build_optimizer(config: ActorConfig, chunks: list[DistributedDataParallel]) 
         bf16=str(dtype) == "torch.bfloat16",
         use_distributed_optimizer=config.parallel.distributed_optimizer,
     )
-    return get_megatron_optimizer(megatron_config, chunks)
+    return get_megatron_optimizer(megatron_config, chunks)  # type: ignore[arg-type]
 
 
 def build_schedule(

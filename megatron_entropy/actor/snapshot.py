@@ -60,8 +60,8 @@ class Snapshot:
         written = Written({}, [])
         transforms = [self._writer.transforms] if hasattr(self._writer, "transforms") else []
         for number, bucket in enumerate(self._buckets):
-            answers: queue.SimpleQueue = queue.SimpleQueue()
-            pending: queue.Queue = queue.Queue()
+            answers: Any = queue.SimpleQueue()
+            pending: Any = queue.Queue()
             pending.put(number)
             FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, answers, pending, use_fsync=False)
             _, outcome = answers.get()

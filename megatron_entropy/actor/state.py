@@ -38,7 +38,8 @@ def sharded_state(actor: Actor, *, is_loading: bool) -> dict[str, Any]:
     Args:
         is_loading: the tensors will be loaded into.
     """
-    model = {f"model{i}": _trained(actor, chunk.module.sharded_state_dict()) for i, chunk in enumerate(actor.chunks)}
+    chunks: list[Any] = actor.chunks
+    model = {f"model{i}": _trained(actor, chunk.module.sharded_state_dict()) for i, chunk in enumerate(chunks)}
     if actor.reference is not None and actor.reference.moving:
         described = _described(actor, model)
         reference = {

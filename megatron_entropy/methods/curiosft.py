@@ -89,9 +89,10 @@ class CurioSft(Sft):
         loss, metrics = super().loss(stats, batch)
         if self.reference == "none":
             return loss, metrics
-        assert batch.reference_logprob is not None
+        teacher = batch.reference_logprob
+        assert teacher is not None
         distance = {
-            "k2": lambda: k2(stats.logprob, batch.reference_logprob),
+            "k2": lambda: k2(stats.logprob, teacher),
             "forward": lambda: stats.kl_forward,
             "reverse": lambda: stats.kl_reverse,
         }[self.config.distillation]()
