@@ -33,7 +33,7 @@ class TransportError(Fault):
     """The group broke: a peer died or did not answer in time."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class LinkInfo:
     """What a receiver needs to join: plain values, so that it travels as a dictionary.
 

@@ -296,6 +296,30 @@ def test_untied_head_and_biases_and_a_hanging_engine(pool: EnginePool, tmp_path:
         single.shutdown()
 
 
+@pytest.mark.parametrize("max_restarts", [0, 1])
+def test_engine_killed_while_it_starts_is_restarted(pool: EnginePool, spec: EngineSpec, max_restarts: int) -> None:
+    def starting() -> list[psutil.Process]:
+        children = psutil.Process().children(recursive=True)
+        return [child for child in children if child.name().startswith("ray::VllmEngine") and child.pid not in known]
+
+    known = set(pool.pids)
+    single = EnginePool(RolloutConfig(max_restarts=max_restarts), spec)
+    try:
+        deadline = time.monotonic() + 60
+        while not (found := starting()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        found[0].kill()
+        if max_restarts:
+            single.wait_ready()
+            assert single.pids[0] != found[0].pid
+        else:
+            with pytest.raises(EngineFault, match=r"rollout engine 0 died 1 times .*rollout.max_restarts=0"):
+                single.wait_ready()
+    finally:
+        single.shutdown()
+
+
 def test_engine_that_cannot_start_says_why(pool: EnginePool, tmp_path: Path) -> None:
     broken = EnginePool(RolloutConfig(num_engines=1), EngineSpec(str(tmp_path / "absent"), MAX_LEN, (EOS,)))
     try:

@@ -191,7 +191,7 @@ class Run:
         }
         flags = ["--resume"] if self.starts else []
         self.starts += 1
-        self._started = time.monotonic()
+        self._started, self._started_at = time.monotonic(), time.time()
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, __file__, "train", str(self.folder / "config.toml"), *flags],
@@ -220,7 +220,8 @@ class Run:
         except OSError:
             return "start"
         try:
-            writing = any(e.name.endswith(".partial") for e in os.scandir(self.folder / "run" / "checkpoints" / "rl"))
+            saves = os.scandir(self.folder / "run" / "checkpoints" / "rl")
+            writing = any(e.name.endswith(".partial") and e.stat().st_mtime > self._started_at for e in saves)
         except OSError:
             writing = False
         return "save" if writing else phase

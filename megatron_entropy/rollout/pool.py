@@ -38,7 +38,7 @@ from typing import Any, Literal, TypeVar, cast
 import psutil
 import ray
 from ray.actor import ActorProxy
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from megatron_entropy.config import RolloutConfig
 from megatron_entropy.errors import ConfigError, EngineFault, Fault, UserError
@@ -169,22 +169,24 @@ class EnginePool:
         return setting
 
     def wait_ready(self) -> None:
-        """Block until every engine has loaded.
+        """Block until every engine has loaded; one whose process dies meanwhile is restarted.
 
         Raises:
             EngineFault: when one could not be made, with the reason.
             UserError: when the reason is a mistake of the user's.
         """
-        for index, slot in enumerate(self._slots):
-            if slot.pid is not None:
-                continue
-            try:
-                slot.pid = self._ray.run(_ask, slot.actor.ready, timeout=START_TIMEOUT)
-            except RayError as error:
-                cause = _cause(error)
-                if isinstance(cause, UserError):
-                    raise cause from None
-                raise EngineFault(f"rollout engine {index} could not start: {_one_line(cause)}") from error
+        for index in range(len(self._slots)):
+            while (slot := self._slots[index]).pid is None:
+                try:
+                    slot.pid = self._ray.run(_ask, slot.actor.ready, timeout=START_TIMEOUT)
+                except RayError as error:
+                    cause = _cause(error)
+                    if isinstance(cause, UserError):
+                        raise cause from None
+                    if not isinstance(error, RayActorError) or error.actor_init_failed:
+                        raise EngineFault(f"rollout engine {index} could not start: {_one_line(cause)}") from error
+                    slot.reason = _one_line(cause)
+                    self.restart([index])
 
     @property
     def pids(self) -> list[int]:

@@ -6,7 +6,6 @@ into its own worker class. Imported in engine processes only: it imports vLLM.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from dataclasses import dataclass
@@ -41,18 +40,8 @@ def register() -> None:
 
 
 @dataclass
-class InitInfo(WeightTransferInitInfo):
-    """`links.LinkInfo`, field by field."""
-
-    address: str
-    port: int
-    world_size: int
-    rank_offset: int
-    bucket_bytes: int
-    checksum: bool
-    timeout: float
-    backend: str
-    memory: str
+class InitInfo(LinkInfo, WeightTransferInitInfo):
+    """How to join, in the form vLLM asks for."""
 
 
 @dataclass
@@ -90,8 +79,7 @@ class BucketTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Join the sender's group, leaving the one before."""
         self.shutdown()
-        info = LinkInfo(**dataclasses.asdict(init_info))
-        self._receiver = Receiver(info, info.rank_offset + self.parallel_config.rank)
+        self._receiver = Receiver(init_info, init_info.rank_offset + self.parallel_config.rank)
 
     def start_weight_update(self) -> None:
         """Give layers their loadable form back: vLLM on a CPU repacks linear weights and experts after loading."""
