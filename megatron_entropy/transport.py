@@ -154,6 +154,8 @@ class WeightClient(Protocol):
 def plan_buckets(metadata: Sequence[TensorMeta], bucket_bytes: int) -> list[Bucket]:
     """Cut a list of tensors into slabs and these into buckets, in order; the same on every side.
 
+    A tensor that fits into a bucket lies in one.
+
     Args:
         bucket_bytes: what one bucket and the making of its slabs may take; only a single row that is larger makes a
             larger one.
@@ -170,7 +172,8 @@ def plan_buckets(metadata: Sequence[TensorMeta], bucket_bytes: int) -> list[Buck
         for first in range(0, max(rows, 1), height):
             count = min(height, rows - first)
             start = -(-end // ALIGNMENT) * ALIGNMENT
-            if slabs and start + count * row_bytes > bucket_bytes - slab_bytes:
+            whole_fits = first == 0 and meta.num_bytes <= bucket_bytes - slab_bytes
+            if slabs and start + (meta.num_bytes if whole_fits else count * row_bytes) > bucket_bytes - slab_bytes:
                 buckets.append(Bucket(tuple(slabs), tuple(offsets), end))
                 slabs, offsets, start = [], [], 0
             slabs.append(Slab(number, first, count))
@@ -318,8 +321,8 @@ class Receiver:
         """
         assert self._link is not None, "the receiver is closed"
         failure: Exception | None = None
-        assembly = _Assembly(metadata, checked=self._info.checksum)
         memory = _Memory(self._link.device)
+        assembly = _Assembly(metadata, memory, checked=self._info.checksum)
         buckets = plan_buckets(metadata, self._info.bucket_bytes)
         self._link.begin(max_size(buckets, checksum=self._info.checksum))
         coming = self._start(buckets[0], memory) if buckets else None
@@ -390,8 +393,9 @@ class _Memory:
 class _Assembly:
     """Puts the slabs of tensors that were cut together again."""
 
-    def __init__(self, metadata: Sequence[TensorMeta], *, checked: bool) -> None:
+    def __init__(self, metadata: Sequence[TensorMeta], memory: _Memory, *, checked: bool) -> None:
         self._metadata = metadata
+        self._memory = memory
         self._checked = checked
         self._partial: dict[int, torch.Tensor] = {}
 
@@ -411,7 +415,7 @@ class _Assembly:
                 done.append((meta.name, rows.view(meta.shape)))
                 continue
             if slab.number not in self._partial:
-                self._partial[slab.number] = torch.empty(meta.shape, dtype=meta.dtype, device=rows.device)
+                self._partial[slab.number] = self._memory.take(meta.num_bytes).view(meta.dtype).view(meta.shape)
             self._partial[slab.number][slab.first : slab.first + slab.rows] = rows
             if slab.first + slab.rows == height:
                 done.append((meta.name, self._partial.pop(slab.number)))
