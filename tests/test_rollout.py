@@ -298,15 +298,16 @@ def test_untied_head_and_biases_and_a_hanging_engine(pool: EnginePool, tmp_path:
 
 @pytest.mark.parametrize("max_restarts", [0, 1])
 def test_engine_killed_while_it_starts_is_restarted(pool: EnginePool, spec: EngineSpec, max_restarts: int) -> None:
-    def starting() -> list[psutil.Process]:
+    def engines() -> list[psutil.Process]:
         children = psutil.Process().children(recursive=True)
-        return [child for child in children if child.name().startswith("ray::VllmEngine") and child.pid not in known]
+        return [child for child in children if child.name().startswith("ray::VllmEngine")]
 
-    known = set(pool.pids)
+    pool.wait_ready()
+    known = {engine.pid for engine in engines()}  # those of tests before may still be ending
     single = EnginePool(RolloutConfig(max_restarts=max_restarts), spec)
     try:
         deadline = time.monotonic() + 60
-        while not (found := starting()):
+        while not (found := [engine for engine in engines() if engine.pid not in known]):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         found[0].kill()
