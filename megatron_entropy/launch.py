@@ -37,6 +37,9 @@ from megatron_entropy.run_folder import RunFolder
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+    from megatron_entropy.methods.base import Method
+    from megatron_entropy.records import Prompt
+
 RANK_MODULE = "megatron_entropy.train"
 """What every rank runs."""
 
@@ -109,17 +112,32 @@ def resolve(
 def check_rows(stages: Stages) -> None:
     """Have every stage choose its prompts once, so that what a later stage lacks is told before the first one trains.
 
+    Single rows may lack something: they may be too long to be trained on.
+
     Raises:
-        DataError: a file that cannot be read, or a column that is missing, naming the stage.
+        DataError: a file that cannot be read, or a column that every row lacks, naming the stage.
     """
     from megatron_entropy.data.dataset import read_prompts  # pyarrow: not for those who only ask for help
 
     for config in stages.configs:
         try:
-            build_method(config).select(read_prompts(config.data.train, schema=config.data.columns))
             read_prompts(config.data.test, schema=config.data.columns)
+            prompts = read_prompts(config.data.train, schema=config.data.columns)
+            method = build_method(config)
+            if all(_lacks_something(method, prompt) for prompt in prompts):
+                method.select(prompts)
         except (ConfigError, DataError) as error:
             raise type(error)(f"stage {config.name}: {error}" if len(stages.configs) > 1 else str(error)) from None
+
+
+def _lacks_something(method: Method, prompt: Prompt) -> bool:
+    try:
+        method.select([prompt])
+    except DataError:
+        return True
+    except ConfigError:  # of how many there are
+        return False
+    return False
 
 
 def _check_reference(config: Config, shape: ModelShape) -> None:

@@ -143,7 +143,7 @@ class BroadcastLink:
         options = dist.BroadcastOptions()
         options.rootRank = 0
         options.rootTensor = 0
-        self._group.start(lambda group: group.broadcast([buffer], options))
+        self._group.start("broadcast", [buffer], options)
 
     def finish(self, check: Callable[[], None] = lambda: None) -> None:
         """See `Link`."""
@@ -208,7 +208,7 @@ class SharedMemoryLink:
         self._memory.close()
 
     def _meet(self) -> None:
-        self._group.start(lambda group: group.barrier())
+        self._group.start("barrier")
 
 
 class _Group:
@@ -225,11 +225,11 @@ class _Group:
         self._is_nccl = info.backend == "nccl"
         self._under_way: list[dist.Work] = []
 
-    def start(self, operation: Callable[[Any], dist.Work]) -> None:
-        """Start an operation on the group."""
+    def start(self, method: str, *arguments: Any) -> None:
+        """Start an operation of the group."""
         assert self._group is not None, "the link is closed"
         try:
-            self._under_way.append(operation(self._group))
+            self._under_way.append(getattr(self._group, method)(*arguments))
         except RuntimeError as error:
             raise TransportError(f"weight transfer broke: {reason_of(error)}") from error
 

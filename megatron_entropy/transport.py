@@ -14,6 +14,7 @@ error is of no further use: close it and connect anew.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import mmap
@@ -214,14 +215,15 @@ class Sender:
         timeout: float = 300.0,
         backend: str = "gloo",
     ) -> None:
-        self._store = dist.TCPStore(
+        store = dist.TCPStore(
             address, 0, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=timeout)
         )
+        self._store: Any = store
         self._shared = SharedMemory() if backend == SHARED_MEMORY else None
         self.memory = self._shared.path if self._shared else ""
         """Path of the memory that other ranks may write into as well, if the backend has any."""
         self._info = LinkInfo(
-            address, self._store.port, num_receivers + 1, 0, bucket_bytes, checksum, timeout, backend, self.memory
+            address, store.port, num_receivers + 1, 0, bucket_bytes, checksum, timeout, backend, self.memory
         )
         self._link: Link | None = None
 
@@ -236,9 +238,15 @@ class Sender:
             TransportError: when one has not come in time.
         """
         # Forming a gloo group blocks until all are there, so absent peers are waited for here, where `check` runs.
-        ranks = [_arrival(rank) for rank in range(1, self._info.world_size)]
-        poll(lambda: self._store.check(ranks), check, self._info.timeout, "engines to join the weight transfer")
-        self._link = _link(self._store, 0, self._info)
+        poll(self._all_are_here, check, self._info.timeout, "engines to join the weight transfer")
+        try:
+            self._link = _link(self._store, 0, self._info)
+        except (RuntimeError, dist.DistError) as error:
+            raise TransportError(f"cannot form the weight transfer: {reason_of(error)}") from error
+
+    def _all_are_here(self) -> bool:
+        # No local variable holds the store: one would live on in the traceback of what `check` raises.
+        return self._store.check([_arrival(rank) for rank in range(1, self._info.world_size)])
 
     def send(
         self,
@@ -284,6 +292,7 @@ class Sender:
         if self._link is not None:
             self._link.close()
         self._link = None
+        self._store = None  # who still waits for others to come gets an error too
         if self._shared is not None:
             self._shared.close()
         self._shared = None
@@ -320,11 +329,25 @@ class Receiver:
             Exception: what `load` raised. The last two come after the whole transfer has been taken.
         """
         assert self._link is not None, "the receiver is closed"
+        try:
+            failure = self._receive(metadata, load)
+        except BaseException:
+            self.close()  # at once: the others may wait for this receiver, and not see that the sender has gone
+            raise
+        if failure is not None:
+            raise failure
+
+    def _receive(
+        self, metadata: Sequence[TensorMeta], load: Callable[[list[tuple[str, torch.Tensor]]], None]
+    ) -> Exception | None:
+        """Take everything; returns what made it useless."""
+        assert self._link is not None
         failure: Exception | None = None
-        memory = _Memory(self._link.device)
-        assembly = _Assembly(metadata, memory, checked=self._info.checksum)
+        assembly = _Assembly(metadata, checked=self._info.checksum)
         buckets = plan_buckets(metadata, self._info.bucket_bytes)
-        self._link.begin(max_size(buckets, checksum=self._info.checksum))
+        size = max_size(buckets, checksum=self._info.checksum)
+        self._link.begin(size)
+        memory = _Memory(size, self._link.device)
         coming = self._start(buckets[0], memory) if buckets else None
         for bucket, following in zip(buckets, [*buckets[1:], None], strict=True):
             self._link.finish()
@@ -337,8 +360,7 @@ class Receiver:
                         load(tensors)
                 except Exception as error:  # raised at the end: the group must not wait for this receiver
                     failure = error
-        if failure is not None:
-            raise failure
+        return failure
 
     def _start(self, bucket: Bucket, memory: _Memory) -> torch.Tensor:
         """Begin to take a bucket, into the memory that is returned."""
@@ -367,35 +389,37 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class _Memory:
-    """Memory for buckets, used again as soon as nobody has a tensor in it any more.
+    """Blocks for buckets, each used again as soon as nobody has a tensor in it any more.
 
     On a CPU the kernel takes longer to find fresh memory than to copy a bucket into it; a GPU's allocator does this
     itself.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, block_size: int, device: torch.device) -> None:
+        self._block_size = block_size
         self._device = device
         self._blocks: list[mmap.mmap] = []
 
     def take(self, size: int) -> torch.Tensor:
-        """A tensor uint8 [size]."""
-        if self._device.type != "cpu":
+        """A tensor uint8 [size], of one block at most."""
+        if size == 0 or self._device.type != "cpu":
             return torch.empty(size, dtype=torch.uint8, device=self._device)
         for number in range(len(self._blocks)):
             # A tensor over a block holds a reference; beside it there are the list's and that of the call.
-            if len(self._blocks[number]) >= size and sys.getrefcount(self._blocks[number]) == 2:
+            if sys.getrefcount(self._blocks[number]) == 2:
                 return torch.frombuffer(self._blocks[number], dtype=torch.uint8, count=size)
-        self._blocks.append(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-        self._blocks[-1].madvise(mmap.MADV_HUGEPAGE)
-        return torch.frombuffer(self._blocks[-1], dtype=torch.uint8, count=size)
+        block = mmap.mmap(-1, self._block_size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            block.madvise(mmap.MADV_HUGEPAGE)
+        self._blocks.append(block)
+        return torch.frombuffer(block, dtype=torch.uint8, count=size)
 
 
 class _Assembly:
     """Puts the slabs of tensors that were cut together again."""
 
-    def __init__(self, metadata: Sequence[TensorMeta], memory: _Memory, *, checked: bool) -> None:
+    def __init__(self, metadata: Sequence[TensorMeta], *, checked: bool) -> None:
         self._metadata = metadata
-        self._memory = memory
         self._checked = checked
         self._partial: dict[int, torch.Tensor] = {}
 
@@ -415,7 +439,7 @@ class _Assembly:
                 done.append((meta.name, rows.view(meta.shape)))
                 continue
             if slab.number not in self._partial:
-                self._partial[slab.number] = self._memory.take(meta.num_bytes).view(meta.dtype).view(meta.shape)
+                self._partial[slab.number] = torch.empty(meta.shape, dtype=meta.dtype, device=rows.device)
             self._partial[slab.number][slab.first : slab.first + slab.rows] = rows
             if slab.first + slab.rows == height:
                 done.append((meta.name, self._partial.pop(slab.number)))

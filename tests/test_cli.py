@@ -201,6 +201,15 @@ def test_what_a_later_stage_lacks_is_told_at_once(capsys, project):
         assert code == 2 and err.startswith(f"error: stage {stage}: ") and missing in err and err.count("\n") == 1
 
 
+def test_single_rows_may_lack_a_column(capsys, project):
+    rows = [{"question": "1+1=", "answer": "2", "semantic_entropy": 0.5}, {"question": "2+2=", "answer": "4"}]
+    (project / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = ["--stages.rl.method.name=sent", f'--stages.rl.data.train=["{project}/some.jsonl"]']
+    overrides += ["--stages.rl.method.curriculum_stages=2"]
+    code, _, err = run_cli(capsys, "train", project / "config.toml", "--dry-run", *overrides)
+    assert (code, err) == (0, "")
+
+
 def stages_of(folder, **changes):
     config = Config(output=str(folder), steps=1, method=MethodConfig(name="m"), **changes)
     return Stages([config], shape=None)

@@ -28,6 +28,7 @@ from megatron_entropy.transport import (
     Sender,
     Slab,
     TensorMeta,
+    _Memory,
     plan_buckets,
 )
 
@@ -208,6 +209,71 @@ def test_absent_receiver_is_an_error_in_time() -> None:
     sender = Sender("127.0.0.1", num_receivers=1, timeout=0.5)
     with pytest.raises(TransportError, match="engines to join"):
         sender.connect()
+
+
+@on_every_link
+def test_receiver_that_breaks_off_leaves_at_once(backend: str) -> None:
+    sender = Sender("127.0.0.1", num_receivers=1, bucket_bytes=64, timeout=60, backend=backend)
+    failed: list[BaseException] = []
+
+    def receive() -> None:
+        receiver = Receiver(LinkInfo(**sender.init_info(1)), 1)
+        receiver._link.finish = None  # type: ignore[union-attr, assignment, method-assign]
+        try:
+            receiver.receive(metadata_of(tensors()), print)
+        except TypeError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=receive)
+    thread.start()
+    sender.connect()
+    begin = time.monotonic()
+    with pytest.raises(TransportError):
+        sender.send(metadata_of(tensors()), reader(tensors()))
+    sender.close()
+    thread.join()
+    assert len(failed) == 1 and time.monotonic() - begin < 10
+
+
+def test_closed_sender_frees_those_who_wait_for_others() -> None:
+    sender = Sender("127.0.0.1", num_receivers=2, timeout=60)
+    failed: list[BaseException] = []
+
+    def join() -> None:
+        try:
+            Receiver(LinkInfo(**sender.init_info(1)), 1)
+        except TransportError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=join)
+    thread.start()
+    with pytest.raises(EngineLost):
+        sender.connect(_later(1.0, EngineLost([2], "killed")))
+    sender.close()
+    thread.join(10)
+    assert len(failed) == 1
+
+
+def _later(seconds: float, error: Exception) -> Callable[[], None]:
+    begin = time.monotonic()
+
+    def check() -> None:
+        if time.monotonic() - begin > seconds:
+            raise error
+
+    return check
+
+
+def test_block_is_used_again_when_no_tensor_lies_in_it() -> None:
+    memory = _Memory(64, torch.device("cpu"))
+    first = memory.take(64)
+    view = first[3:9].view(2, 3)
+    del first
+    second = memory.take(10)
+    assert second.data_ptr() != view.data_ptr() - 3
+    address = view.data_ptr() - 3
+    del view
+    assert memory.take(64).data_ptr() == address and memory.take(0).numel() == 0
 
 
 def test_waiting_can_be_called_off() -> None:
