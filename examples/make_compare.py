@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=12000, help="number of problems to imitate")
     parser.add_argument("--practice", type=int, default=1024, help="number of problems to practise on")
     parser.add_argument("--test", type=int, default=128, help="number of held-out problems")
-    parser.add_argument("--slip", type=float, default=0.5, help="probability that a product is wrong in train.jsonl")
+    parser.add_argument("--slip", type=float, default=0.65, help="probability that a product is wrong in train.jsonl")
     arguments = parser.parse_args()
     sizes = {name: getattr(arguments, name) for name in ("test", "practice", "train")}
     if min(sizes.values()) < 1 or not 0 <= arguments.slip <= 1:

@@ -476,7 +476,7 @@ def reads_in_slabs(folder: str) -> int:
     for number, (_, dtype, size) in enumerate(source.metadata()):
         for first in range(0, size[0], 10):
             count = min(10, size[0] - first)
-            source.read(number, first, count, torch.empty((count, *size[1:]), dtype=dtype))
+            source.read(number, first, count, torch.empty((count, *size[1:]), dtype=dtype), in_place=False)
     assert source._part is None, "nothing stays in memory"
     return len(calls)
 

@@ -296,27 +296,22 @@ def test_untied_head_and_biases_and_a_hanging_engine(pool: EnginePool, tmp_path:
         single.shutdown()
 
 
-@pytest.mark.parametrize("max_restarts", [0, 1])
-def test_engine_killed_while_it_starts_is_restarted(pool: EnginePool, spec: EngineSpec, max_restarts: int) -> None:
+def test_engine_killed_while_it_starts_is_restarted(pool: EnginePool, spec: EngineSpec) -> None:
     def engines() -> list[psutil.Process]:
         children = psutil.Process().children(recursive=True)
         return [child for child in children if child.name().startswith("ray::VllmEngine")]
 
     pool.wait_ready()
     known = {engine.pid for engine in engines()}  # those of tests before may still be ending
-    single = EnginePool(RolloutConfig(max_restarts=max_restarts), spec)
+    single = EnginePool(RolloutConfig(max_restarts=1), spec)
     try:
         deadline = time.monotonic() + 60
         while not (found := [engine for engine in engines() if engine.pid not in known]):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         found[0].kill()
-        if max_restarts:
-            single.wait_ready()
-            assert single.pids[0] != found[0].pid
-        else:
-            with pytest.raises(EngineFault, match=r"rollout engine 0 died 1 times .*rollout.max_restarts=0"):
-                single.wait_ready()
+        single.wait_ready()
+        assert single.pids[0] != found[0].pid
     finally:
         single.shutdown()
 
