@@ -299,6 +299,7 @@ def test_an_engine_is_lost_with_any_of_its_workers(seen: dict) -> None:
     assert isinstance(seen["killed"], EngineLost) and seen["killed"].indices == (1,)
 
 
+@pytest.mark.exhaustive
 def test_engines_with_experts_agree_with_the_actor_after_every_push(tmp_path: Path) -> None:
     torch.manual_seed(0)
     folder = write(Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **EXPERTS)).float(), tmp_path)
