@@ -4,7 +4,8 @@ After a push every tensor that an engine computes with equals the actor's, byte 
 and for engines with tensor parallelism 1 and 2, which take the same push. What it must be is worked out here from the
 Hugging Face tensors, by neither our names nor vLLM's loader: the actor's parameters are those tensors times a number.
 After an optimizer step the engines' log-probs are the actor's. A bit that changes on the way is named; an engine is
-lost with any of its workers. Experts, which vLLM pads and packs, are proved by log-probs only. Not proved here: GPUs.
+lost with any of its workers. Experts, which vLLM pads and packs, are proved by log-probs only, and with the exhaustive
+tests. Both links are used, gloo and shared memory. Not proved here: GPUs.
 """
 
 from __future__ import annotations
