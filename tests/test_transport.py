@@ -1,8 +1,8 @@
 """Buckets, and the transfer of tensors over gloo and through shared memory.
 
 Proves: every byte arrives for any bucket size and number of receivers; a changed byte is named; a refusing, dying or
-silent peer is an error and never a hang; memory is used again only when no tensor lies in it. Receivers are threads here, a process where one must be killed. Not proved
-here: what vLLM does with the tensors (tests/test_rollout.py).
+silent peer is an error and never a hang; memory is used again only when no tensor lies in it. Receivers are threads
+here, a process where one must be killed. Not proved here: what vLLM does with the tensors (tests/test_rollout.py).
 """
 
 from __future__ import annotations

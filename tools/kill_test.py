@@ -11,8 +11,8 @@ the undisturbed one, bit for bit; the death of an engine or of a worker must not
 (of Ray's own helpers it is only known that they end by themselves).
 
 Prints what was killed when and how it ended, writes it as JSON after every run, and exits with code 1 if a promise was
-broken. The plan of kills is a function of the seed, the moments are not quite. Needs Linux, most of a minute per
-kill on two cores.
+broken. The plan of kills is a function of the seed, the moments are not quite. Needs Linux, most of a minute
+per kill on two cores.
 """
 
 from __future__ import annotations
