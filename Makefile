@@ -8,7 +8,7 @@ PIP_INSTALL := -m pip install -qq --disable-pip-version-check --no-deps --no-com
 # One import of what ranks and engines import checks the packages and compiles just the modules in use: in half the time
 # pip takes for all, and an engine starts in half the time where Python may not write bytecode itself.
 IMPORTS := import logging; logging.disable(logging.WARNING); import torch, ray, transformers, matplotlib.pyplot, \
-	vllm.v1.engine.llm_engine, vllm.v1.worker.cpu_worker, megatron_entropy.train, megatron_entropy.rollout.vllm_receiver
+	vllm.v1.engine.llm_engine, vllm.v1.worker.cpu_worker, megatron_entropy.trainer.loop, megatron_entropy.rollout.vllm_receiver
 
 comma := ,
 # $(call find_python,3.11): the first interpreter of that version on PATH or among pyenv's, or nothing.
@@ -42,7 +42,7 @@ $(VENV)/.setup-dev: $(VENV)/.setup requirements/dev.txt
 demo: setup
 	$(VENV)/bin/python examples/make_arithmetic.py --out $(RUN)/inputs --seed $(SEED)
 	$(VENV)/bin/megatron-entropy train examples/quickstart.toml --overwrite --output=$(RUN) --seed=$(SEED) \
-		--model.path=$(RUN)/inputs/model --data.train='["$(RUN)/inputs/train.jsonl"]' --data.test='["$(RUN)/inputs/test.jsonl"]'
+		--model.path=$(RUN)/inputs/model --data.train='["$(RUN)/inputs/train.jsonl"]' --data.eval='["$(RUN)/inputs/test.jsonl"]'
 
 compare: setup
 	$(VENV)/bin/python tools/compare.py --seeds 1 2 3 --jobs 2 --out runs/compare --page examples/compare
@@ -52,8 +52,8 @@ test: $(VENV)/.setup-dev
 
 test-modern: $(MODERN)/.setup
 	$(MODERN)/bin/python -m pytest -q \
-		tests/test_actor.py tests/test_layouts.py tests/test_reference.py tests/test_lora.py tests/test_checkpoint.py \
-		tests/test_conversion.py tests/kernels/test_exactness.py
+		tests/distributed/test_actor.py tests/distributed/test_layouts.py tests/distributed/test_reference.py tests/distributed/test_lora.py tests/distributed/test_checkpoint.py \
+		tests/distributed/test_conversion.py tests/kernels/test_exactness.py
 
 $(MODERN)/.setup: requirements/modern.txt setup.py
 	@python="$(PYTHON312)"; [ -n "$$python" ] || python="$$($(call find_python,3.12))"; \

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 
@@ -60,24 +60,15 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=[
-        "entropy_kernels",
-        "megatron_entropy",
-        "megatron_entropy.actor",
-        "megatron_entropy.data",
-        "megatron_entropy.methods",
-        "megatron_entropy.resharding",
-        "megatron_entropy.rewards",
-        "megatron_entropy.rollout",
-    ],
+    packages=[*find_packages(include=["megatron_entropy*"]), *find_packages("kernels", include=["entropy_kernels*"])],
     # kernels/ holds more than the package, and has no __init__.py: a top-level `kernels` would shadow
     # a Hugging Face package of that name.
     package_dir={"entropy_kernels": "kernels/entropy_kernels", "megatron_entropy": "megatron_entropy"},
-    package_data={"megatron_entropy": ["report.html.j2"], "entropy_kernels": ["*.c"]},
+    package_data={"megatron_entropy.monitor": ["*.j2"], "entropy_kernels": ["*.c"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={
-        "console_scripts": ["megatron-entropy = megatron_entropy.cli:main"],
+        "console_scripts": ["megatron-entropy = megatron_entropy.cli.main:main"],
         "vllm.general_plugins": ["megatron_entropy = megatron_entropy.rollout.vllm_receiver:register"],
     },
     classifiers=[

@@ -1,6 +1,6 @@
 """Make a small reasoning task and a model to learn it: data, tokenizer and random weights, all from one seed.
 
-A question is a chain of digits below 5 joined by `+ - *`, to be worked from left to right modulo 5 (`3+4*2-1`). The
+A question is a chain of digits below 5 concat_response_tokens by `+ - *`, to be worked from left to right modulo 5 (`3+4*2-1`). The
 worked solution takes one step after the other, each in a style drawn at random, and ends in `#3`. So the tokens of a
 solution differ in entropy as those of real reasoning do: copied digits have none, the style of a step is a free choice.
 
@@ -94,11 +94,11 @@ def make_problems(*, train: int, test: int, seed: int, slip: float) -> tuple[lis
     questions: dict[str, None] = {}
     while len(questions) < train + test:
         questions[draw_question(rng)] = None
-    held_out, training = list(questions)[:test], list(questions)[test:]
-    assert not set(held_out) & set(training)
+    eval_prompts, training = list(questions)[:test], list(questions)[test:]
+    assert not set(eval_prompts) & set(training)
     return (
         [solve(question, rng, slip=slip) for question in training],
-        [solve(question, rng, slip=0.0) for question in held_out],
+        [solve(question, rng, slip=0.0) for question in eval_prompts],
     )
 
 

@@ -6,6 +6,10 @@ lost engine) raises `Fault` and exits with code 1. Our own mistakes are asserts.
 here, deriving from `UserError` (or `Fault`) with a docstring.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 
 class UserError(ValueError):
     """Something the user can mend; the message says what. Exit code 2."""
@@ -45,3 +49,23 @@ class NonFiniteLossError(Fault):
 
 class EngineFault(Fault):
     """A rollout engine failed more often than it may be restarted."""
+
+
+class TransportError(Fault):
+    """The group broke: a peer died or did not answer in time."""
+
+
+class ChecksumError(Fault):
+    """A tensor arrived with other bytes than were sent; the message names it."""
+
+
+class EngineLost(Fault):
+    """Rollout engines died or hung; `indices` says which, so that they can be restarted."""
+
+    def __init__(self, indices: Sequence[int], reason: str) -> None:
+        super().__init__(f"lost rollout engine {', '.join(map(str, indices))}: {reason}")
+        self.indices = tuple(indices)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[EngineLost], tuple[tuple[int, ...], str]]:
+        return type(self), (self.indices, self.reason)

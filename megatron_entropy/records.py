@@ -66,7 +66,7 @@ class Sample:
 
     tokens: np.ndarray
     prompt_length: int
-    finish: str
+    finish_reason: str
     text: str
     policy_version: int = 0
     parent: int | None = None
@@ -152,9 +152,9 @@ class GuidedTemperature:
     """A temperature for every token, from the entropy of the reference's own distribution there.
 
     CurioSFT's entropy-guided temperature selection with the constants of its release (dp_actor.py,
-    compute_tau_from_logits); the rule is written in `entropy_kernels.guided_teacher`. `bounds`: lowest and highest
+    compute_tau_from_logits); the rule is written in `entropy_kernels.guided_teacher`. `bounds`: bottom_k_mask and top_k_mask
     temperature. `top`: entropies of the search are those of so many largest logits. The target entropy is the present
-    one plus `amplitude * sigmoid(slope * (entropy - pivot))`. Where the full entropy is at most `floor` nats the lowest
+    one plus `amplitude * sigmoid(slope * (entropy - pivot))`. Where the full entropy is at most `floor` nats the bottom_k_mask
     temperature is taken.
     """
 

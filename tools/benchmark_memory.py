@@ -19,13 +19,14 @@ import json
 import tempfile
 from pathlib import Path
 
+import local_ranks
 import numpy as np
 import torch
 
 from entropy_kernels import TokenStats
-from megatron_entropy import parallel
-from megatron_entropy.architecture import read_shape
-from megatron_entropy.config import ActorConfig, ParallelConfig
+from megatron_entropy.config.architecture import read_architecture
+from megatron_entropy.config.schema import ActorConfig, ParallelConfig
+from megatron_entropy.distributed import process_groups
 from megatron_entropy.records import Batch, Sample
 
 M_MMAP_THRESHOLD = -3  # of mallopt(3)
@@ -37,20 +38,22 @@ LENGTH = 256
 def peak_mib(folder: str, tokens: int, layout: ParallelConfig) -> dict[str, float]:
     """Peak process memory in MiB beyond what was held before, for a score and an update of one pack."""
     from megatron_entropy.actor.actor import Actor
-    from megatron_entropy.resharding.folder import TensorFolder
-    from megatron_entropy.resharding.source import load
+    from megatron_entropy.weights.hf_folder import TensorFolder
+    from megatron_entropy.weights.source import load
 
     # Every large block from the kernel and back to it, so that resident memory is what is alive.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 64 * 1024)
-    parallel.lay_out(layout, seed=1)
-    shape = read_shape(folder)
-    actor = Actor(shape, ActorConfig(parallel=layout, dtype="float32", token_budget=tokens), total_updates=1)
-    load(TensorFolder(folder), shape, actor.config.parallel, actor.named_shards())
+    process_groups.init_model_parallel(layout, seed=1)
+    arch = read_architecture(folder)
+    actor = Actor(
+        arch, ActorConfig(parallel=layout, dtype="float32", max_tokens_per_microbatch=tokens), total_updates=1
+    )
+    load(TensorFolder(folder), arch, actor.config.parallel, actor.named_shards())
     actor.after_load()
     generator = np.random.default_rng(0)
     samples = []
     for _ in range(tokens // LENGTH):
-        sample = Sample(generator.integers(0, shape.vocab_size, LENGTH + 1).astype(np.int32), 1, "stop", "")
+        sample = Sample(generator.integers(0, arch.vocab_size, LENGTH + 1).astype(np.int32), 1, "stop", "")
         samples.append(dataclasses.replace(sample, weight=sample.constant(1 / tokens)))
 
     def loss(stats: TokenStats, batch: Batch) -> tuple[torch.Tensor, dict]:
@@ -90,7 +93,7 @@ def measure(vocabulary: int, tokens: list[int], layout: ParallelConfig) -> dict:
         )  # fmt: skip
         Qwen3ForCausalLM(config).float().save_pretrained(folder)
         # The allocator keeps what it once had, which would blur a second measurement: every size has its own process.
-        peaks = [max(parallel.run_on_ranks(peak_mib, layout.world_size, folder, t, layout), key=str) for t in tokens]
+        peaks = [max(local_ranks.run_on_ranks(peak_mib, layout.world_size, folder, t, layout), key=str) for t in tokens]
     span = tokens[-1] - tokens[0]
     row: dict = {"vocabulary": vocabulary, "logits_bytes_per_token": 4 * vocabulary // layout.tp}
     for name in ("score", "update"):

@@ -9,7 +9,7 @@ link and in the same buckets, to as many processes that do nothing with it; the 
         [--dtype bfloat16] [--transfer shared_memory] [--repeats 3] [--bare-receivers] [--json resharding.json]
 
 Columns: `bytes`: sent to each engine, over those of the model (every worker of an engine is sent all of it).
-`memory`: the highest resident memory during a push beyond what was held before, in buckets, of rank 0 and of the worst
+`memory`: the top_k_mask resident memory during a push beyond what was held before, in buckets, of rank 0 and of the worst
 other rank. Seconds are medians; `gather`, `convert` and `transfer` follow one another on rank 0 (transfer: what sending
 takes beyond the other two, which it overlaps), `load` is the engine's and overlaps with all. `ratio`: of the push to
 the bare transfer.
@@ -31,18 +31,20 @@ from typing import Any
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as `megatron-entropy train` does; read when torch is imported
 
+import local_ranks
 import torch
 import torch.distributed as dist
 
-from megatron_entropy import parallel
-from megatron_entropy.architecture import ModelShape, read_shape
-from megatron_entropy.config import ParallelConfig, RolloutConfig
-from megatron_entropy.links import SHARED_MEMORY, LinkInfo
-from megatron_entropy.resharding.names import part_shape
-from megatron_entropy.resharding.plan import plan
-from megatron_entropy.resharding.source import ShardedSource
-from megatron_entropy.resharding.transfer import PushStats, WeightPush
-from megatron_entropy.transport import BUCKET_BYTES, Receiver, Sender, TensorMeta
+from megatron_entropy.config.architecture import ModelArchitecture, read_architecture
+from megatron_entropy.config.schema import ParallelConfig, RolloutConfig
+from megatron_entropy.distributed import process_groups
+from megatron_entropy.weights.buckets import BUCKET_BYTES, TensorMeta
+from megatron_entropy.weights.links import SHARED_MEMORY, LinkInfo
+from megatron_entropy.weights.names import part_shape
+from megatron_entropy.weights.plan import plan
+from megatron_entropy.weights.source import ShardedSource
+from megatron_entropy.weights.sync import WeightSync, WeightSyncStats
+from megatron_entropy.weights.transport import Receiver, Sender
 
 SIZES = {  # billions of parameters; the larger two have the shapes of Qwen2.5
     "0.1": {"hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -52,16 +54,16 @@ SIZES = {  # billions of parameters; the larger two have the shapes of Qwen2.5
     "1.5": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
             "num_key_value_heads": 2, "vocab_size": 151936},
 }  # fmt: skip
-FINISH = "finish"
+FINISH = "finish_reason"
 
 
-def random_shards(shape: ModelShape, layout: ParallelConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def random_shards(arch: ModelArchitecture, layout: ParallelConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """This rank's parameters, as far as a push reads them."""
     shards = {}
-    for placement in plan(shape, layout):
+    for placement in plan(arch, layout):
         if dist.get_rank() in placement.ranks:
             shards[placement.entry.megatron] = torch.randn(
-                part_shape(placement.entry, shape, ranks=placement.parts), dtype=dtype
+                part_shape(placement.entry, arch, ranks=placement.parts), dtype=dtype
             )
     return shards
 
@@ -183,15 +185,15 @@ def _pieces(num_bytes: int, piece: int) -> list[int]:
 def measure_rank(folder: str, layout: ParallelConfig, settings: argparse.Namespace) -> dict:
     """One trainer rank; rank 0 answers with the row of the table."""
     torch.set_num_threads(1)
-    parallel.lay_out(layout, seed=1)
-    shape = read_shape(folder)
+    process_groups.init_model_parallel(layout, seed=1)
+    arch = read_architecture(folder)
     dtype = getattr(torch, settings.dtype)
-    source = ShardedSource(shape, layout, random_shards(shape, layout, dtype), dtype)
+    source = ShardedSource(arch, layout, random_shards(arch, layout, dtype), dtype)
     first = dist.get_rank() == 0
     clients = pool = bare = None
     if first:
         clients, pool = _engines(folder, settings)
-    push = WeightPush(source, bucket_bytes=settings.bucket_mib * 2**20, timeout=600, backend=settings.transfer)
+    push = WeightSync(source, bucket_bytes=settings.bucket_mib * 2**20, timeout=600, backend=settings.transfer)
     _timed_push(push, clients)  # connects, and touches all memory once
     memory = _memory_of(lambda: _timed_push(push, clients)) / (settings.bucket_mib * 2**20)
     memories: list[float] = [0.0] * dist.get_world_size()
@@ -245,7 +247,7 @@ def _engines(folder: str, settings: argparse.Namespace) -> tuple[list, Any]:
     return pool.clients(), pool
 
 
-def _timed_push(push: WeightPush, clients: list | None) -> tuple[PushStats | None, float]:
+def _timed_push(push: WeightSync, clients: list | None) -> tuple[WeightSyncStats | None, float]:
     begin = time.monotonic()
     return push.push(1, clients), time.monotonic() - begin
 
@@ -265,7 +267,7 @@ def _status(field: str) -> int:
     return int(next(line for line in lines if line.startswith(field + ":")).split()[1])
 
 
-def _medians(pushes: list[PushStats]) -> dict[str, float]:
+def _medians(pushes: list[WeightSyncStats]) -> dict[str, float]:
     parts = {"gather": "gather_seconds", "convert": "convert_seconds", "transfer": "wire_seconds"}
     row = {name: statistics.median(getattr(stats, field) for stats in pushes) for name, field in parts.items()}
     row["load"] = statistics.median(p.load_seconds + p.start_seconds + p.finish_seconds for p in pushes)
@@ -282,7 +284,7 @@ def measure(size: str, settings: argparse.Namespace) -> dict:
             "torch_dtype": settings.dtype, **SIZES[size],
         }  # fmt: skip
         Path(folder, "config.json").write_text(json.dumps(config))
-        rows = parallel.run_on_ranks(measure_rank, layout.world_size, folder, layout, settings, timeout_s=3000)
+        rows = local_ranks.run_on_ranks(measure_rank, layout.world_size, folder, layout, settings, timeout_s=3000)
     return {"size": size, "tp": settings.tp, "pp": settings.pp, **rows[0], "ratio": rows[0]["push"] / rows[0]["bare"]}
 
 

@@ -5,7 +5,7 @@ Loads a small random Hugging Face checkpoint, and one with experts, into the rea
 CPU ranks of this machine, in fp32. Scores one batch of sequences of uneven lengths and takes two optimizer steps on
 it, then a third towards a teacher that has followed half the way; compares log-probabilities, entropies, the teacher's
 log-probabilities and temperatures, losses, gradient norms and the parameters afterwards with the single-rank run. What
-methods select by them (critical tokens, lowest entropies, highest covariances) must be the same tokens.
+methods select by them (critical tokens, bottom_k_mask entropies, top_k_mask covariances) must be the same tokens.
 
     python tools/check_layouts.py [--out layouts.json] [--tolerance 1e-5]
 
@@ -22,14 +22,15 @@ import tempfile
 import time
 from pathlib import Path
 
+import local_ranks
 import numpy as np
 import torch
 
 from entropy_kernels import TokenStats
-from megatron_entropy import parallel
-from megatron_entropy.architecture import read_shape
-from megatron_entropy.config import ActorConfig, OptimizerConfig, ParallelConfig
-from megatron_entropy.methods.objectives import covariance, highest, joined, lowest
+from megatron_entropy.config.architecture import read_architecture
+from megatron_entropy.config.schema import ActorConfig, OptimizerConfig, ParallelConfig
+from megatron_entropy.distributed import process_groups
+from megatron_entropy.methods.objectives import bottom_k_mask, concat_response_tokens, covariance, top_k_mask
 from megatron_entropy.records import Batch, GuidedTemperature, Metric, Sample
 
 TOLERANCE = 1e-5
@@ -48,7 +49,7 @@ class Layout:
 
     name: str
     parallel: ParallelConfig
-    token_budget: int = 192
+    max_tokens_per_microbatch: int = 192
 
 
 LAYOUTS = (
@@ -107,22 +108,25 @@ def make_samples(vocab_size: int, seed: int = 0) -> list[Sample]:
 def measure(folder: str, layout: Layout) -> Outcome | None:
     """Runs on every rank: score, update twice, collect; rank 0 answers."""
     from megatron_entropy.actor.actor import Actor
-    from megatron_entropy.resharding.folder import TensorFolder
-    from megatron_entropy.resharding.source import ShardedSource, load
+    from megatron_entropy.weights.hf_folder import TensorFolder
+    from megatron_entropy.weights.source import ShardedSource, load
 
-    parallel.lay_out(layout.parallel, seed=1)
-    shape = read_shape(folder)
+    process_groups.init_model_parallel(layout.parallel, seed=1)
+    arch = read_architecture(folder)
     # Adam's first steps are lr * sign(gradient) however small the gradient, which would turn rounding into a
     # difference of 2 lr; a large eps keeps an update proportional to its gradient.
     optimizer = OptimizerConfig(lr=1e-3, eps=1e-3, weight_decay=0.1, clip_grad=0.5)
     config = ActorConfig(
-        parallel=layout.parallel, optimizer=optimizer, dtype="float32", token_budget=layout.token_budget
+        parallel=layout.parallel,
+        optimizer=optimizer,
+        dtype="float32",
+        max_tokens_per_microbatch=layout.max_tokens_per_microbatch,
     )
-    actor = Actor(shape, config, total_updates=2)
-    load(TensorFolder(folder), shape, actor.config.parallel, actor.named_shards())
+    actor = Actor(arch, config, total_updates=2)
+    load(TensorFolder(folder), arch, actor.config.parallel, actor.named_shards())
     actor.after_load()
     actor.keep_reference(moving=True)
-    samples = make_samples(shape.vocab_size)
+    samples = make_samples(arch.vocab_size)
     scored = actor.score(samples, temperature=0.8)
 
     def loss(stats, batch):
@@ -140,9 +144,9 @@ def measure(folder: str, layout: Layout) -> Outcome | None:
     metrics = actor.update(taught, _distil, temperature=1.0, divergence="reverse")
     losses.append(metrics["train/loss"].value)
     norms.append(metrics["train/grad_norm"].value)
-    source = ShardedSource(shape, actor.config.parallel, actor.named_shards(), torch.float32)
+    source = ShardedSource(arch, actor.config.parallel, actor.named_shards(), torch.float32)
     parameters = {name: tensor.numpy().copy() for name, tensor in source if tensor is not None}
-    if parallel.rank() != 0:
+    if process_groups.rank() != 0:
         return None
     return Outcome(
         np.concatenate([s.response("logprob") for s in scored]),
@@ -162,11 +166,13 @@ def _distil(stats: TokenStats, batch: Batch) -> tuple[torch.Tensor, dict[str, Me
 
 
 def select(samples: list[Sample]) -> np.ndarray:
-    """Which tokens methods would choose: bits of CURE's most uncertain, SENT's least uncertain, highest covariances."""
-    entropy, logprob, advantage = (joined(samples, field) for field in ("entropy", "logprob", "advantage"))
-    low = lowest(entropy, int(0.8 * len(entropy)))
-    high = highest(covariance(logprob, advantage), len(entropy) // 10, among=low)
-    uncertain = [highest(sample.response("entropy"), 3) for sample in samples]
+    """Which tokens methods would choose: bits of CURE's most uncertain, SENT's least uncertain, top_k_mask covariances."""
+    entropy, logprob, advantage = (
+        concat_response_tokens(samples, field) for field in ("entropy", "logprob", "advantage")
+    )
+    low = bottom_k_mask(entropy, int(0.8 * len(entropy)))
+    high = top_k_mask(covariance(logprob, advantage), len(entropy) // 10, among=low)
+    uncertain = [top_k_mask(sample.response("entropy"), 3) for sample in samples]
     return 1 * low + 2 * high + 4 * np.concatenate(uncertain)
 
 
@@ -205,7 +211,7 @@ def run(layouts: tuple[Layout, ...] = LAYOUTS, *, experts: bool = False) -> list
         rows = []
         for layout in layouts:
             start = time.perf_counter()
-            outcome = parallel.run_on_ranks(measure, layout.parallel.world_size, folder, layout)[0]
+            outcome = local_ranks.run_on_ranks(measure, layout.parallel.world_size, folder, layout)[0]
             assert outcome is not None
             reference = reference or outcome
             rows.append({"layout": layout.name, **compare(outcome, reference), "seconds": time.perf_counter() - start})

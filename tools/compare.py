@@ -34,12 +34,12 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from megatron_entropy import config as configuration
-from megatron_entropy.config import Config
-from megatron_entropy.log import read_metrics
+from megatron_entropy.config import load
+from megatron_entropy.config.schema import Config
 from megatron_entropy.methods import METHOD_CONFIGS
-from megatron_entropy.report import versions
-from megatron_entropy.run_folder import RunFolder
+from megatron_entropy.monitor.metrics import read_metrics
+from megatron_entropy.monitor.run_folder import RunFolder
+from megatron_entropy.monitor.summary import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = ROOT / "examples" / "compare" / "compare.toml"
@@ -159,7 +159,7 @@ class Cell:
     @property
     def is_complete(self) -> bool:
         """Whether it was run to its end with these settings."""
-        if not self.receipt.exists() or self.file.read_text() != configuration.to_toml(self.settings):
+        if not self.receipt.exists() or self.file.read_text() != load.to_toml(self.settings):
             return False
         return not self.kind.start or json.loads(self.receipt.read_text())["budget"] >= self.budget
 
@@ -182,7 +182,7 @@ class Cell:
         seed_folder = self.out / f"seed{self.seed}"
         start = seed_folder / self.kind.start / "hf" if self.kind.start else seed_folder / "inputs" / "model"
         files = {
-            key: [str(self.inputs / Path(name).name) for name in getattr(stage.data, key)] for key in ("train", "test")
+            key: [str(self.inputs / Path(name).name) for name in getattr(stage.data, key)] for key in ("train", "eval")
         }
         return stage.model_copy(
             update={
@@ -231,7 +231,7 @@ def run_cell(cell: Cell, tell: Callable[[float], None]) -> None:
     """
     cell.folder.mkdir(parents=True, exist_ok=True)
     cell.receipt.unlink(missing_ok=True)
-    configuration.write(cell.settings, cell.file)
+    load.write(cell.settings, cell.file)
     log = cell.folder.with_suffix(".log")
     command = [sys.executable, "-W", "ignore", "-m", "megatron_entropy", "train", str(cell.file), "--overwrite"]
     begin = time.perf_counter()
@@ -676,7 +676,7 @@ def main() -> int:
     parser.add_argument("--page", type=Path, default=SETTINGS.parent, help="folder of the page")
     parser.add_argument("--page-only", action="store_true", help="run nothing")
     chosen = parser.parse_args()
-    stages = {stage.name: stage for stage in configuration.load(SETTINGS, [], METHOD_CONFIGS)}
+    stages = {stage.name: stage for stage in load.load(SETTINGS, [], METHOD_CONFIGS)}
     wanted = {*chosen.methods, *(kind.start for kind in KINDS if kind.name in chosen.methods)}
     kinds = [kind for kind in KINDS if kind.name in wanted]
     kinds.sort(key=lambda kind: kind.start is not None)

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_entropy.cli import Parser, byte_progress, byte_size, exit_code
+from megatron_entropy.cli.main import Parser, byte_progress, byte_size, exit_code
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -61,14 +61,14 @@ def _parser() -> Parser:
 
 
 def _to_megatron(chosen: argparse.Namespace) -> int:
-    from megatron_entropy.resharding import conversion
+    from megatron_entropy.weights import convert as conversion
 
     conversion.to_megatron(chosen.source, chosen.target, max_file_bytes=chosen.max_shard_size, **_options(chosen))
     return _tell(chosen)
 
 
 def _to_hf(chosen: argparse.Namespace) -> int:
-    from megatron_entropy.resharding import conversion
+    from megatron_entropy.weights import convert as conversion
 
     conversion.to_hf(
         chosen.source, chosen.target, like=chosen.like, max_shard_bytes=chosen.max_shard_size, **_options(chosen)
@@ -77,7 +77,7 @@ def _to_hf(chosen: argparse.Namespace) -> int:
 
 
 def _compare(chosen: argparse.Namespace) -> int:
-    from megatron_entropy.resharding import conversion
+    from megatron_entropy.weights import convert as conversion
 
     conversion.compare(chosen.first, chosen.second, like=chosen.like, progress=byte_progress)
     print(f"{chosen.first} and {chosen.second}: every tensor is the same")

@@ -23,10 +23,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_entropy import manifest
 from megatron_entropy.errors import CheckpointError, ModelError, UserError
-from megatron_entropy.manifest import TensorRecord
-from megatron_entropy.report import layout_label
+from megatron_entropy.monitor.summary import layout_label
+from megatron_entropy.weights import manifest
+from megatron_entropy.weights.manifest import TensorRecord
 
 SOON = 4 * 2**30
 """Bytes whose checksums are compared unasked."""

@@ -67,7 +67,7 @@ temperature = 0.8
 max_response_tokens = 24
 max_restarts = 1000
 [actor]
-token_budget = 256
+max_tokens_per_microbatch = 256
 parallel.tp = 2
 optimizer.lr = 1e-3
 [checkpoint]
@@ -97,23 +97,24 @@ def verify(response: str, answer: str) -> bool:
 
 def launch_train(arguments: list[str]) -> int:
     """`megatron-entropy train`, with `be_rank` on every rank."""
-    from megatron_entropy import cli, launch
+    from megatron_entropy.cli import main as cli
+    from megatron_entropy.launch import torchrun
 
-    launch.RANK_MODULE = "kill_test"
+    torchrun.RANK_MODULE = "kill_test"
     return cli.main(["train", *arguments])
 
 
 def be_rank() -> int:
     """`megatron_entropy.train`, writing down the phase on rank 0."""
-    from megatron_entropy import train
-    from megatron_entropy.log import StepClock
+    from megatron_entropy.launch import rank as train
+    from megatron_entropy.monitor.timer import StepTimer
 
     if os.environ["RANK"] == "0":
         file = os.open(os.environ["KILL_TEST_PHASE"], os.O_WRONLY | os.O_CREAT)
-        clock, parts = StepClock.__call__, ["start"]
+        clock, parts = StepTimer.__call__, ["start"]
 
         @contextlib.contextmanager
-        def observed(self: StepClock, part: str) -> Iterator[None]:
+        def observed(self: StepTimer, part: str) -> Iterator[None]:
             parts.append(part)
             if part == "generate":
                 parts[0] = "other"
@@ -127,7 +128,7 @@ def be_rank() -> int:
             os.pwrite(file, f"{'start' if parts[0] == 'start' else parts[-1]:16}".encode(), 0)
 
         tell()
-        StepClock.__call__ = observed
+        StepTimer.__call__ = observed
     return train.main()
 
 
@@ -257,13 +258,13 @@ class Run:
     def result(self) -> tuple[bytes, list[dict]]:
         """Parameters, and metrics without the wall-clock times."""
         rows = [json.loads(line) for line in (self.folder / "run" / "metrics.jsonl").read_text().splitlines()]
-        timeless = [{key: row[key] for key in row if not key.startswith("seconds/")} for row in rows]
+        timeless = [{key: row[key] for key in row if not key.startswith("timing/")} for row in rows]
         return (self.folder / "run" / "hf" / "model.safetensors").read_bytes(), timeless
 
     def durations(self) -> dict[str, float]:
         """Seconds of a phase, by the metrics of all steps but the first, which waits for the engine."""
         rows = [json.loads(line) for line in (self.folder / "run" / "metrics.jsonl").read_text().splitlines()][2:]
-        return {phase: sum(row.get(f"seconds/{phase}", 0.0) for row in rows) / len(rows) for phase in PHASES}
+        return {phase: sum(row.get(f"timing/{phase}", 0.0) for row in rows) / len(rows) for phase in PHASES}
 
 
 def kind_of(process: psutil.Process) -> str:

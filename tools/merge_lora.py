@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_entropy.cli import Parser, byte_progress, byte_size, exit_code
+from megatron_entropy.cli.main import Parser, byte_progress, byte_size, exit_code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
 
     def run() -> int:
-        from megatron_entropy.resharding import lora
+        from megatron_entropy.weights import peft as lora
 
         changed = lora.merge(
             chosen.base, chosen.adapter, chosen.target,

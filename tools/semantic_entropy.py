@@ -38,8 +38,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_entropy.cli import Parser, exit_code
-from megatron_entropy.config import RolloutConfig, seed_of
+from megatron_entropy.cli.main import Parser, exit_code
+from megatron_entropy.config.schema import RolloutConfig
+from megatron_entropy.distributed.seeds import derive_seed
 from megatron_entropy.errors import ConfigError, DataError
 from megatron_entropy.methods.semantic_entropy import Weight, semantic_entropy
 from megatron_entropy.records import Grade, Prompt
@@ -50,9 +51,9 @@ if TYPE_CHECKING:
     import pyarrow
     import torch
 
-    from megatron_entropy.architecture import ModelShape
+    from megatron_entropy.config.architecture import ModelArchitecture
     from megatron_entropy.data.tokenizer import Tokenizer
-    from megatron_entropy.transport import TensorMeta
+    from megatron_entropy.weights.buckets import TensorMeta
 
 REQUESTS_AT_A_TIME = 2048
 """Answers between two writes of what is done."""
@@ -145,15 +146,18 @@ def merge(answers: Sequence[str | None], equal: Mapping[tuple[str, str], bool]) 
         equal: which texts, the one that appears first in front, say the same. An answer joins the earliest cluster
             whose first text it equals.
     """
-    firsts: list[str] = []
+    initial_responses: list[str] = []
     cluster_of: dict[str, int] = {}
     for answer in answers:
         if answer is None or answer in cluster_of:
             continue
-        joined = next((i for i, first in enumerate(firsts) if equal.get((first, answer), False)), len(firsts))
-        if joined == len(firsts):
-            firsts.append(answer)
-        cluster_of[answer] = joined
+        concat_response_tokens = next(
+            (i for i, first in enumerate(initial_responses) if equal.get((first, answer), False)),
+            len(initial_responses),
+        )
+        if concat_response_tokens == len(initial_responses):
+            initial_responses.append(answer)
+        cluster_of[answer] = concat_response_tokens
     return [UNREADABLE if answer is None else cluster_of[answer] for answer in answers]
 
 
@@ -207,11 +211,11 @@ class Judge:
         asked: list[tuple[int, tuple[str, str]]] = []
         responses: list[tuple[str, str]] = []
         for number, (texts, group) in enumerate(zip(questions, answers, strict=True)):
-            firsts = {answer: text for answer, text in reversed(list(zip(group, texts, strict=True)))}
+            initial_responses = {answer: text for answer, text in reversed(list(zip(group, texts, strict=True)))}
             different = [answer for answer in dict.fromkeys(group) if answer is not None]
             for left, right in itertools.combinations(different, 2):
                 asked.append((number, (left, right)))
-                responses.append((firsts[left], firsts[right]))
+                responses.append((initial_responses[left], initial_responses[right]))
         equal: list[dict[tuple[str, str], bool]] = [{} for _ in questions]
         for (number, pair), grade in zip(asked, comparison.grade(responses), strict=True):
             equal[number][pair] = grade.correct is True
@@ -231,16 +235,16 @@ def _readable(answers: Sequence[str | None]) -> list[str | None]:
 class FolderSource:
     """A model folder's tensors as a source of weights, in one process."""
 
-    def __init__(self, folder: str, shape: ModelShape, dtype: torch.dtype) -> None:
-        from megatron_entropy.resharding import names
-        from megatron_entropy.resharding.folder import TensorFolder
-        from megatron_entropy.transport import TensorMeta
+    def __init__(self, folder: str, arch: ModelArchitecture, dtype: torch.dtype) -> None:
+        from megatron_entropy.weights import names
+        from megatron_entropy.weights.buckets import TensorMeta
+        from megatron_entropy.weights.hf_folder import TensorFolder
 
         self.gather_seconds = 0.0
         self._folder = TensorFolder(folder)
         self._metadata = [
             TensorMeta(name, dtype, size)
-            for entry in names.entries(shape)
+            for entry in names.entries(arch)
             for name, size in zip(entry.tensors, entry.shapes, strict=True)
         ]
         for meta in self._metadata:
@@ -263,15 +267,15 @@ class FolderSource:
 class Engines:
     """The engines with the folder's weights; those that die are replaced."""
 
-    def __init__(self, chosen: argparse.Namespace, shape: ModelShape, tokenizer: Tokenizer) -> None:
+    def __init__(self, chosen: argparse.Namespace, arch: ModelArchitecture, tokenizer: Tokenizer) -> None:
         import torch
 
-        from megatron_entropy.resharding.transfer import WeightPush
         from megatron_entropy.rollout.pool import EnginePool
+        from megatron_entropy.weights.sync import WeightSync
 
         on_gpu = torch.cuda.is_available()
         dtype = ("bfloat16" if on_gpu else "float32") if chosen.dtype == "auto" else chosen.dtype
-        source = FolderSource(chosen.model, shape, getattr(torch, dtype))
+        source = FolderSource(chosen.model, arch, getattr(torch, dtype))
         os.environ.setdefault("LOCAL_WORLD_SIZE", "0")  # no GPU is kept for a trainer
         config = RolloutConfig(
             num_engines=chosen.engines,
@@ -287,9 +291,9 @@ class Engines:
             device="cuda" if on_gpu else "cpu",
         )
         self._pool = EnginePool(config, spec)
-        self._push = WeightPush(source, address=self._pool.address)
+        self._push = WeightSync(source, address=self._pool.address)
         try:
-            self._push_weights()
+            self._sync_weights()
         except BaseException:
             self.close()
             raise
@@ -302,7 +306,7 @@ class Engines:
             answered |= {completion.key: completion for completion in done}
             if dead:
                 self._pool.restart(dead)
-                self._push_weights()
+                self._sync_weights()
         return answered
 
     def close(self) -> None:
@@ -310,8 +314,8 @@ class Engines:
         self._push.close()
         self._pool.shutdown()
 
-    def _push_weights(self) -> None:
-        from megatron_entropy.transport import EngineLost
+    def _sync_weights(self) -> None:
+        from megatron_entropy.errors import EngineLost
 
         while True:
             self._pool.wait_ready()
@@ -325,16 +329,16 @@ class Engines:
 
 def sample(chosen: argparse.Namespace, prompts: Sequence[Prompt], done: dict[int, Answers], partial: Path) -> None:
     """Have the questions answered that are not in `done`, adding to it and to the file `partial`."""
-    from megatron_entropy.architecture import read_shape
+    from megatron_entropy.config.architecture import read_architecture
     from megatron_entropy.data.tokenizer import load_tokenizer
 
     missing = [prompt for prompt in prompts if prompt.index not in done]
     if not missing:
         return
-    shape = read_shape(chosen.model)
-    tokenizer = load_tokenizer(chosen.tokenizer or chosen.model, vocab_size=shape.vocab_size)
+    arch = read_architecture(chosen.model)
+    tokenizer = load_tokenizer(chosen.tokenizer or chosen.model, vocab_size=arch.vocab_size)
     with ExitStack() as stack:
-        engines = stack.enter_context(closing(Engines(chosen, shape, tokenizer)))
+        engines = stack.enter_context(closing(Engines(chosen, arch, tokenizer)))
         judge = stack.enter_context(closing(Judge(chosen.verifier, workers=chosen.workers, timeout=chosen.timeout)))
         file = stack.enter_context(partial.open("a"))
         size = max(1, REQUESTS_AT_A_TIME // chosen.samples)
@@ -361,7 +365,7 @@ def _answer(
         Request(
             key=(prompt.index, number),
             tokens=prompt.tokens,
-            seed=seed_of(chosen.seed, "semantic_entropy", prompt.index, number),
+            seed=derive_seed(chosen.seed, "semantic_entropy", prompt.index, number),
             max_tokens=chosen.max_tokens,
             temperature=chosen.temperature,
             top_p=chosen.top_p,
@@ -544,24 +548,24 @@ def run(chosen: argparse.Namespace) -> int:
 
 
 def _load(chosen: argparse.Namespace) -> list[Prompt]:
-    from megatron_entropy.architecture import read_shape
+    from megatron_entropy.config.architecture import read_architecture
     from megatron_entropy.data.dataset import load_prompts
     from megatron_entropy.data.tokenizer import load_tokenizer
 
-    shape = read_shape(chosen.model)
+    arch = read_architecture(chosen.model)
     longest = chosen.max_prompt_tokens + chosen.max_tokens
-    if longest > shape.max_positions:
+    if longest > arch.max_positions:
         raise ConfigError(
             f"--max-prompt-tokens {chosen.max_prompt_tokens} and --max-tokens {chosen.max_tokens} are more than the "
-            f"model's {shape.max_positions} positions; lower one of them"
+            f"model's {arch.max_positions} positions; lower one of them"
         )
-    if shape.num_heads % chosen.tensor_parallel:
+    if arch.num_heads % chosen.tensor_parallel:
         raise ConfigError(
-            f"--tensor-parallel {chosen.tensor_parallel} does not divide the model's {shape.num_heads} attention heads"
+            f"--tensor-parallel {chosen.tensor_parallel} does not divide the model's {arch.num_heads} attention heads"
         )
     loaded = load_prompts(
         chosen.data,
-        load_tokenizer(chosen.tokenizer or chosen.model, vocab_size=shape.vocab_size),
+        load_tokenizer(chosen.tokenizer or chosen.model, vocab_size=arch.vocab_size),
         max_prompt_tokens=chosen.max_prompt_tokens,
         schema=chosen.columns,
         template=chosen.template or None,

@@ -1,5 +1,5 @@
 """The model being trained: Megatron-Core modules, schedules and optimizer."""
 
-from megatron_entropy import cpu
+from megatron_entropy.distributed import cpu
 
 cpu.activate()  # before any module here imports megatron.core

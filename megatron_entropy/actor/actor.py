@@ -25,17 +25,17 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from entropy_kernels import TokenStats, distillation, guided_teacher, token_stats
-from megatron_entropy import cpu
 from megatron_entropy.actor import lora
 from megatron_entropy.actor.layers import describe_sequences
 from megatron_entropy.actor.model import build_chunks, head_weight
 from megatron_entropy.actor.offload import HostCopy, memory_of
 from megatron_entropy.actor.optimizer import build_optimizer, build_schedule
 from megatron_entropy.actor.reference import Reference
-from megatron_entropy.architecture import ModelShape
-from megatron_entropy.config import ActorConfig
+from megatron_entropy.config.architecture import ModelArchitecture
+from megatron_entropy.config.schema import ActorConfig
+from megatron_entropy.data.packing import pack, plan
+from megatron_entropy.distributed import cpu
 from megatron_entropy.errors import NonFiniteLossError
-from megatron_entropy.packing import pack, plan
 from megatron_entropy.records import Batch, GuidedTemperature, Metric, Sample
 
 LossFunction = Callable[[TokenStats, Batch], tuple[Tensor, dict[str, Metric]]]
@@ -48,18 +48,18 @@ _EXPERT_NUMBER = re.compile(r"(\.local_experts\.|\.experts\.linear_fc[12]\.weigh
 class Actor:
     """One model, its optimizer and its learning-rate schedule on this rank; every method is a collective."""
 
-    def __init__(self, shape: ModelShape, config: ActorConfig, *, total_updates: int, seed: int = 0) -> None:
+    def __init__(self, arch: ModelArchitecture, config: ActorConfig, *, total_updates: int, seed: int = 0) -> None:
         """Build the rank's part of the model; weights are not set until `resharding.source.load` or a checkpoint.
 
         Args:
             total_updates: optimizer steps of the whole stage, the length of the learning-rate schedule.
             seed: what LoRA's adapters start from.
         """
-        self.shape = shape
+        self.arch = arch
         self.config = config
-        chunks = build_chunks(shape, config)
+        chunks = build_chunks(arch, config)
         if config.lora.rank:
-            lora.attach(chunks, shape, config, seed=seed)
+            lora.attach(chunks, arch, config, seed=seed)
         settings = chunks[0].config
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
@@ -94,8 +94,8 @@ class Actor:
     def _all_shards(self) -> dict[str, Tensor]:
         shards: dict[str, Tensor] = {}
         first_expert = 0
-        if self.shape.moe:
-            here = self.shape.moe.num_experts // self.config.parallel.ep
+        if self.arch.moe:
+            here = self.arch.moe.num_experts // self.config.parallel.ep
             first_expert = here * parallel_state.get_expert_model_parallel_rank()
 
         def global_expert(hit: re.Match[str]) -> str:
@@ -241,7 +241,7 @@ class Actor:
         return {
             "group": parallel_state.get_tensor_model_parallel_group(),
             "sequence_parallel": self.config.parallel.sequence_parallel,
-            "vocab_size": self.shape.vocab_size,
+            "vocab_size": self.arch.vocab_size,
         }
 
     def _token_stats(
@@ -272,7 +272,7 @@ class Actor:
         results = self._run(batches, collect, train=False)
         starts = np.cumsum([0, *(len(s.tokens) for s in samples)])
         table = torch.zeros(len(fields), int(starts[-1]))
-        if self._reports:
+        if self.is_output_rank:
             for batch, result in zip(batches, results, strict=True):
                 edges = batch.boundaries.tolist()
                 for index, a, b in zip(batch.order, edges, edges[1:], strict=False):
@@ -340,14 +340,14 @@ class Actor:
 
     def _gather_results(self, results: list[dict]) -> list[dict]:
         everyone: list[list[dict]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, results if self._reports else [])
+        dist.all_gather_object(everyone, results if self.is_output_rank else [])
         return [result for rank_results in everyone for result in rank_results]
 
     def _pack(self, samples: Sequence[Sample]) -> list[Batch]:
         layout = self.config.parallel
         micro_batches = plan(
             [len(s.tokens) - 1 for s in samples],
-            token_budget=self.config.token_budget,
+            max_tokens_per_microbatch=self.config.max_tokens_per_microbatch,
             ranks=parallel_state.get_data_parallel_world_size(),
             multiple=layout.pp if layout.vpp > 1 else 1,
         )
@@ -388,7 +388,7 @@ class Actor:
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],
                 model=chunks if len(chunks) > 1 else chunks[0],
                 num_microbatches=len(batches),
-                seq_length=self.config.token_budget,
+                seq_length=self.config.max_tokens_per_microbatch,
                 micro_batch_size=1,
                 forward_only=not train,
             )

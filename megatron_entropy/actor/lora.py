@@ -38,8 +38,9 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_entropy.architecture import ModelShape
-from megatron_entropy.config import ActorConfig, seed_of
+from megatron_entropy.config.architecture import ModelArchitecture
+from megatron_entropy.config.schema import ActorConfig
+from megatron_entropy.distributed.seeds import derive_seed
 
 if TYPE_CHECKING:
     from megatron_entropy.actor.actor import Actor
@@ -126,7 +127,7 @@ class LoraAdapter(torch.nn.Module):
 _copy, _reduce = copy_to_tensor_model_parallel_region, reduce_from_tensor_model_parallel_region
 
 
-def attach(chunks: list[GPTModel], shape: ModelShape, config: ActorConfig, *, seed: int) -> None:
+def attach(chunks: list[GPTModel], arch: ModelArchitecture, config: ActorConfig, *, seed: int) -> None:
     """Fix the weights of a model and give its linear layers adapters; a collective.
 
     Must come before Megatron's `DistributedDataParallel`, which makes room for the gradients of what is trained then.
@@ -136,21 +137,21 @@ def attach(chunks: list[GPTModel], shape: ModelShape, config: ActorConfig, *, se
     Raises:
         ConfigError: for targets the model has not.
     """
-    linears = config.lora.linears(shape)
+    linears = config.lora.linears(arch)
     for chunk in chunks:
         chunk.requires_grad_(False)
         if config.recompute != "none" and chunk.pre_process:
-            chunk.embedding.register_forward_hook(_ask_for_gradients)
+            chunk.embedding.register_forward_hook(_enable_input_require_grads)
         layer: Any
         for layer in chunk.decoder.layers:
             for name in linears:
                 place = "mlp" if "fc" in name else "self_attention"
-                adapter = _hang(getattr(layer, place), name, config)
+                adapter = _attach_adapter(getattr(layer, place), name, config)
                 full_name = f"decoder.layers.{layer.layer_number - 1}.{place}.{name}{_MARK}down"
-                adapter.initialise(seed_of(seed, full_name))
+                adapter.initialise(derive_seed(seed, full_name))
     trained, total = _count(chunks)
     if dist.get_rank() == 0:
-        if shape.moe and config.lora.targets == ["all-linear"]:
+        if arch.moe and config.lora.targets == ["all-linear"]:
             log.info("LoRA: experts take no adapters, all-linear means the attention's layers")
         log.info("LoRA: %s of %s parameters trained", f"{trained:,}", f"{total:,}")
 
@@ -222,7 +223,7 @@ class MergedShards(Mapping[str, Tensor]):
         return len(self._base)
 
 
-def _hang(parent: torch.nn.Module, name: str, config: ActorConfig) -> LoraAdapter:
+def _attach_adapter(parent: torch.nn.Module, name: str, config: ActorConfig) -> LoraAdapter:
     """Give a layer's parent the adapter, and the layer the hook that adds it."""
     linear = getattr(parent, name)
     lora = config.lora
@@ -239,7 +240,7 @@ def _hang(parent: torch.nn.Module, name: str, config: ActorConfig) -> LoraAdapte
     return adapter
 
 
-def _ask_for_gradients(_: torch.nn.Module, inputs: Any, embedded: Tensor) -> None:
+def _enable_input_require_grads(_: torch.nn.Module, inputs: Any, embedded: Tensor) -> None:
     """Recomputed layers get gradients only where their input wants one, which a fixed embedding's output does not."""
     if torch.is_grad_enabled():
         embedded.requires_grad_()
@@ -248,14 +249,14 @@ def _ask_for_gradients(_: torch.nn.Module, inputs: Any, embedded: Tensor) -> Non
 def _count(chunks: Iterable[GPTModel]) -> tuple[int, int]:
     """Parameters trained and in all, over all ranks, padding of the vocabulary included; a collective."""
     counts = torch.zeros(2, dtype=torch.int64)
-    for parameter in (p for chunk in chunks for p in chunk.parameters() if _speaks_for(p)):
+    for parameter in (p for chunk in chunks for p in chunk.parameters() if _is_primary_replica(p)):
         counts += torch.tensor([parameter.numel() * parameter.requires_grad, parameter.numel()])
     dist.all_reduce(counts)
     trained, total = counts.tolist()
     return trained, total
 
 
-def _speaks_for(parameter: Tensor) -> bool:
+def _is_primary_replica(parameter: Tensor) -> bool:
     """Whether this rank counts a parameter, of which others may hold copies."""
     expert = not getattr(parameter, "allreduce", True)
     if expert:

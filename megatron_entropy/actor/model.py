@@ -30,11 +30,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from megatron_entropy import cpu
 from megatron_entropy.actor.layers import Norm, PackedAttention
 from megatron_entropy.actor.rotary import rotary_frequencies
-from megatron_entropy.architecture import ModelShape, split_layers
-from megatron_entropy.config import ActorConfig, ParallelConfig
+from megatron_entropy.config.architecture import ModelArchitecture, split_layers
+from megatron_entropy.config.schema import ActorConfig, ParallelConfig
+from megatron_entropy.distributed import cpu
 from megatron_entropy.errors import MissingPackageError
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class HiddenStateHead(torch.nn.Module):
         return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets)
 
 
-def transformer_config(shape: ModelShape, config: ActorConfig) -> TransformerConfig:
+def transformer_config(arch: ModelArchitecture, config: ActorConfig) -> TransformerConfig:
     """Megatron's settings for a model and a layout.
 
     Raises:
@@ -84,28 +84,28 @@ def transformer_config(shape: ModelShape, config: ActorConfig) -> TransformerCon
     for wish, key in ((config.fp8, "actor.fp8"), (layout.cp > 1, "actor.parallel.cp")):
         if wish and not fused:
             raise MissingPackageError(f"{key}={wish} needs Transformer Engine and a GPU; see `megatron-entropy doctor`")
-    _, attention_factor = rotary_frequencies(shape)
+    _, attention_factor = rotary_frequencies(arch)
     fp8: dict[str, Any] = {"fp8": "hybrid", "fp8_recipe": config.fp8} if config.fp8 else {}
     recompute: dict[str, Any] = {}
     if config.recompute == "full":
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
-        num_layers=shape.num_layers,
-        hidden_size=shape.hidden_size,
-        ffn_hidden_size=shape.ffn_size,
-        num_attention_heads=shape.num_heads,
-        num_query_groups=shape.num_query_groups,
-        kv_channels=shape.head_dim,
-        layernorm_epsilon=shape.norm_eps,
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_size,
+        num_attention_heads=arch.num_heads,
+        num_query_groups=arch.num_query_groups,
+        kv_channels=arch.head_dim,
+        layernorm_epsilon=arch.norm_eps,
         normalization="RMSNorm",
-        qk_layernorm=shape.qk_norm,
+        qk_layernorm=arch.qk_norm,
         add_bias_linear=False,
-        add_qkv_bias=shape.qkv_bias,
+        add_qkv_bias=arch.qkv_bias,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        softmax_scale=attention_factor**2 * shape.head_dim**-0.5,
+        softmax_scale=attention_factor**2 * arch.head_dim**-0.5,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
@@ -116,7 +116,7 @@ def transformer_config(shape: ModelShape, config: ActorConfig) -> TransformerCon
         bf16=dtype is torch.bfloat16,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # asked for by variable_seq_lengths, also without experts
-        pipeline_model_parallel_layout=_uneven_stages(shape, layout),
+        pipeline_model_parallel_layout=_uneven_stages(arch, layout),
         calculate_per_token_loss=True,  # gradients are summed: weights already hold the normalisation
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,  # every weight comes from a checkpoint
@@ -130,21 +130,21 @@ def transformer_config(shape: ModelShape, config: ActorConfig) -> TransformerCon
         # With two stages a chunk's previous and next rank are the same; only the overlapped exchange tells them apart.
         overlap_p2p_comm=layout.vpp > 1,
         batch_p2p_comm=layout.vpp == 1,
-        **_expert_settings(shape, layout, fused),
+        **_expert_settings(arch, layout, fused),
         **fp8,
         **recompute,
     )
 
 
-def _expert_settings(shape: ModelShape, layout: ParallelConfig, fused: bool) -> dict[str, Any]:
-    if shape.moe is None:
+def _expert_settings(arch: ModelArchitecture, layout: ParallelConfig, fused: bool) -> dict[str, Any]:
+    if arch.moe is None:
         return {}
     return {
-        "num_moe_experts": shape.moe.num_experts,
-        "moe_router_topk": shape.moe.experts_per_token,
-        "moe_ffn_hidden_size": shape.moe.ffn_size,
+        "num_moe_experts": arch.moe.num_experts,
+        "moe_router_topk": arch.moe.experts_per_token,
+        "moe_ffn_hidden_size": arch.moe.ffn_size,
         # Weights of the chosen experts that sum to 1 are the softmax over the chosen logits.
-        "moe_router_pre_softmax": not shape.moe.normalise,
+        "moe_router_pre_softmax": not arch.moe.normalise,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",  # an auxiliary loss would change the objective
         "moe_grouped_gemm": fused,
@@ -153,9 +153,9 @@ def _expert_settings(shape: ModelShape, layout: ParallelConfig, fused: bool) -> 
     }
 
 
-def _uneven_stages(shape: ModelShape, layout: ParallelConfig) -> list[list[str]] | None:
+def _uneven_stages(arch: ModelArchitecture, layout: ParallelConfig) -> list[list[str]] | None:
     """Megatron's description of pipeline stages with different numbers of layers; None where all are equal."""
-    stages = split_layers(shape.num_layers, layout.pp * layout.vpp)
+    stages = split_layers(arch.num_layers, layout.pp * layout.vpp)
     if len({len(layers) for layers in stages}) == 1:
         return None
     described = [["decoder"] * len(layers) for layers in stages]
@@ -164,9 +164,9 @@ def _uneven_stages(shape: ModelShape, layout: ParallelConfig) -> list[list[str]]
     return described
 
 
-def build_chunks(shape: ModelShape, config: ActorConfig) -> list[GPTModel]:
+def build_chunks(arch: ModelArchitecture, config: ActorConfig) -> list[GPTModel]:
     """This rank's part of the model: one chunk, or `vpp` of them. Weights are not set."""
-    settings = transformer_config(shape, config)
+    settings = transformer_config(arch, config)
     layout = config.parallel
     chunks = []
     for stage in range(layout.vpp):
@@ -175,18 +175,18 @@ def build_chunks(shape: ModelShape, config: ActorConfig) -> list[GPTModel]:
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         chunk: Any = GPTModel(
             config=settings,
-            transformer_layer_spec=_layer_spec(shape, config, stage),
-            vocab_size=shape.padded_vocab_size,
-            max_sequence_length=shape.max_positions,
+            transformer_layer_spec=_layer_spec(arch, config, stage),
+            vocab_size=arch.padded_vocab_size,
+            max_sequence_length=arch.max_positions,
             pre_process=first,
             post_process=last,
             parallel_output=True,
-            share_embeddings_and_output_weights=shape.tied_embeddings,
+            share_embeddings_and_output_weights=arch.tied_embeddings,
             position_embedding_type="rope",
-            rotary_base=int(shape.rope_theta),
+            rotary_base=int(arch.rope_theta),
             vp_stage=vp_stage,
         )
-        chunk.rotary_pos_emb.inv_freq = rotary_frequencies(shape)[0].to(cpu.device())
+        chunk.rotary_pos_emb.inv_freq = rotary_frequencies(arch)[0].to(cpu.device())
         _mark_sharded_weights(chunk)
         if last:
             chunk.output_layer = HiddenStateHead(chunk.output_layer)
@@ -219,26 +219,26 @@ def _mark_sharded_weights(chunk: GPTModel) -> None:
                 parameter.allreduce = False
 
 
-def _layer_spec(shape: ModelShape, config: ActorConfig, chunk: int) -> Any:
+def _layer_spec(arch: ModelArchitecture, config: ActorConfig, chunk: int) -> Any:
     layout = config.parallel
-    experts = shape.moe.num_experts if shape.moe else None
+    experts = arch.moe.num_experts if arch.moe else None
     if has_transformer_engine():
         fused: ModuleSpec = get_gpt_layer_with_transformer_engine_spec(
-            num_experts=experts, moe_grouped_gemm=experts is not None, qk_layernorm=shape.qk_norm
+            num_experts=experts, moe_grouped_gemm=experts is not None, qk_layernorm=arch.qk_norm
         )
         return _with_norms_apart(fused) if config.lora.rank else fused
-    layer: Any = get_gpt_layer_local_spec(num_experts=experts, qk_layernorm=shape.qk_norm, normalization="RMSNorm")
+    layer: Any = get_gpt_layer_local_spec(num_experts=experts, qk_layernorm=arch.qk_norm, normalization="RMSNorm")
     if experts:  # no layer of Transformer Engine fuses the norm before experts: its checkpoint name is its own
         layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
     layer.submodules.input_layernorm = Norm
     layer.submodules.pre_mlp_layernorm = Norm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PackedAttention
-    if shape.qk_norm:
+    if arch.qk_norm:
         attention.q_layernorm = Norm
         attention.k_layernorm = Norm
     stage = chunk * layout.pp + parallel_state.get_pipeline_model_parallel_rank()
-    layers_here = len(split_layers(shape.num_layers, layout.pp * layout.vpp)[stage])
+    layers_here = len(split_layers(arch.num_layers, layout.pp * layout.vpp)[stage])
     return TransformerBlockSubmodules(layer_specs=[layer] * layers_here, layer_norm=Norm)  # type: ignore[arg-type]
 
 

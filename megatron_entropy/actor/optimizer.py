@@ -8,7 +8,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_entropy.actor.model import resolve_dtype
-from megatron_entropy.config import ActorConfig, OptimizerConfig
+from megatron_entropy.config.schema import ActorConfig, OptimizerConfig
 
 
 def build_optimizer(config: ActorConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:

@@ -6,10 +6,10 @@ import math
 
 import torch
 
-from megatron_entropy.architecture import ModelShape
+from megatron_entropy.config.architecture import ModelArchitecture
 
 
-def rotary_frequencies(shape: ModelShape) -> tuple[torch.Tensor, float]:
+def rotary_frequencies(arch: ModelArchitecture) -> tuple[torch.Tensor, float]:
     """Inverse frequencies of the rotary embedding and the factor its sines and cosines are scaled by.
 
     Args:
@@ -21,15 +21,15 @@ def rotary_frequencies(shape: ModelShape) -> tuple[torch.Tensor, float]:
         Su et al. 2021 (default); Chen et al. 2023 (linear); Llama 3.1's release (llama3); Peng et al. 2023, eq. 17-24
         (yarn). Checked against transformers' `ROPE_INIT_FUNCTIONS`.
     """
-    exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
-    frequencies = 1.0 / shape.rope_theta**exponents
-    scaling = shape.rope_scaling
-    if shape.rope_kind == "linear":
+    exponents = torch.arange(0, arch.head_dim, 2, dtype=torch.float32) / arch.head_dim
+    frequencies = 1.0 / arch.rope_theta**exponents
+    scaling = arch.rope_scaling
+    if arch.rope_kind == "linear":
         return frequencies / scaling["factor"], 1.0
-    if shape.rope_kind == "llama3":
+    if arch.rope_kind == "llama3":
         return _llama3(frequencies, scaling), 1.0
-    if shape.rope_kind == "yarn":
-        return _yarn(frequencies, shape)
+    if arch.rope_kind == "yarn":
+        return _yarn(frequencies, arch)
     return frequencies, 1.0
 
 
@@ -41,18 +41,18 @@ def _llama3(frequencies: torch.Tensor, scaling: dict[str, float]) -> torch.Tenso
     return frequencies * keep + frequencies / scaling["factor"] * (1 - keep)
 
 
-def _yarn(frequencies: torch.Tensor, shape: ModelShape) -> tuple[torch.Tensor, float]:
-    scaling = shape.rope_scaling
-    original = scaling.get("original_max_position_embeddings") or shape.max_positions
+def _yarn(frequencies: torch.Tensor, arch: ModelArchitecture) -> tuple[torch.Tensor, float]:
+    scaling = arch.rope_scaling
+    original = scaling.get("original_max_position_embeddings") or arch.max_positions
     factor = scaling["factor"]
 
     def dimension(turns: float) -> float:
-        return shape.head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(shape.rope_theta))
+        return arch.head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(arch.rope_theta))
 
     low, high = dimension(scaling.get("beta_fast") or 32), dimension(scaling.get("beta_slow") or 1)
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, shape.head_dim - 1)
+    low, high = max(low, 0), min(high, arch.head_dim - 1)
     ramp = (torch.arange(len(frequencies), dtype=torch.float32) - low) / max(high - low, 1e-3)
     keep = 1 - ramp.clamp(0, 1)
     attention_factor = scaling.get("attention_factor") or _yarn_attention_factor(scaling, factor)

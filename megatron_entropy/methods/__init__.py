@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_entropy.config import Config
+from megatron_entropy.config.schema import Config
 from megatron_entropy.methods.base import Method, Registered
 from megatron_entropy.methods.cer import CerConfig
 from megatron_entropy.methods.cov import ClipCovConfig, KlCovConfig
@@ -28,7 +28,7 @@ METHOD_CONFIGS: dict[str, type[Registered]] = {
 """Configuration class of every method, by the name it has in a configuration file."""
 
 
-def build_method(stage: Config) -> Method:
+def build_method(config: Config) -> Method:
     """The method a stage asks for."""
-    assert isinstance(stage.method, Registered)
-    return stage.method.method(stage)
+    assert isinstance(config.method, Registered)
+    return config.method.method(config)

@@ -1,7 +1,7 @@
 """What a method is: six hooks, called in the order of a step.
 
 A method with a memory between steps adds `state` and `restore`; one that draws random numbers may use the global
-generators, which every step seeds anew, or seeds of its own (`config.seed_of`).
+generators, which every step seeds anew, or seeds of its own (`config.derive_seed`).
 
 A method imports records, objectives and nothing that knows of ranks, engines or models. Every rank calls every hook
 with the same records, so a hook is plain sequential code; what it needs from the outside it gets from `Rollouts`.
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from megatron_entropy.config import Config, MethodConfig
+from megatron_entropy.config.schema import Config, MethodConfig
 from megatron_entropy.errors import CheckpointError
 from megatron_entropy.records import Batch, Group, GuidedTemperature, Metric, Prompt
 
@@ -29,11 +29,11 @@ class Rollouts(Protocol):
         """The next prompts of the training data."""
         ...
 
-    def sample(self, prompts: Sequence[Prompt], samples: int, *, grade_given: bool = False) -> list[Group]:
-        """So many graded responses to each prompt, by the current policy; continuations of `Prompt.given` if there is.
+    def sample(self, prompts: Sequence[Prompt], samples: int, *, grade_prefix: bool = False) -> list[Group]:
+        """So many graded responses to each prompt, by the current policy; continuations of `Prompt.response_prefix` if there is.
 
         Args:
-            grade_given: the verifier sees the given part of an answer too, not only what was generated.
+            grade_prefix: the verifier sees the given part of an answer too, not only what was generated.
         """
         ...
 
@@ -55,7 +55,7 @@ class Rollouts(Protocol):
         """
         ...
 
-    def move_reference(self, share: float) -> None:
+    def update_ema(self, share: float) -> None:
         """The reference becomes `(1 - share) * reference + share * policy`."""
         ...
 
@@ -69,23 +69,23 @@ class Method:
 
     `uses_rollouts`: responses come from the engines. `scores`: what the actor computes for every response before
     `reward` (`logprob`, `entropy`); nothing is computed when empty. `reference`: what `score_reference` asks: the
-    policy as the stage began (with LoRA its base, else a copy), a copy that `move_reference` moves, or the policy
+    policy as the stage began (with LoRA its base, else a copy), a copy that `update_ema` moves, or the policy
     itself. `divergence`: the full-vocabulary divergence between reference and policy that `loss` finds in its
     statistics, `kl_forward` (from the reference) or `kl_reverse`.
     """
 
     uses_rollouts: ClassVar[bool] = True
     scores: ClassVar[frozenset[str]] = frozenset({"logprob", "entropy"})
-    reference: Literal["none", "initial", "moving", "policy"] = "none"
+    reference: Literal["none", "initial", "ema", "policy"] = "none"
     divergence: Literal["none", "forward", "reverse"] = "none"
 
-    def __init__(self, stage: Config) -> None:
+    def __init__(self, config: Config) -> None:
         """Take the stage's settings.
 
         Raises:
             ConfigError: the method's settings and the stage's do not fit.
         """
-        self.stage = stage
+        self.config = config
         self._counted: dict[str, Metric] = {}
 
     def count(self, name: str, total: float, of: float = 1.0) -> None:
@@ -105,7 +105,7 @@ class Method:
         """The step's groups of samples."""
         raise NotImplementedError
 
-    def teacher(self, groups: list[Group], rollouts: Rollouts) -> list[Group]:
+    def score_reference(self, groups: list[Group], rollouts: Rollouts) -> list[Group]:
         """Fill per-token fields that come from the reference. Default: `reference_logprob` where there is one."""
         return rollouts.score_reference(groups) if self.reference != "none" else groups
 
@@ -113,7 +113,7 @@ class Method:
         """Fill `reward` of every graded sample. Default: unchanged."""
         return groups
 
-    def credit(self, groups: list[Group]) -> list[Group]:
+    def compute_advantages(self, groups: list[Group]) -> list[Group]:
         """Fill `advantage` and `weight` of every sample of one optimizer step; weights hold the normalisation.
 
         Whatever is chosen among the tokens of a step is chosen here, on all of them at once, so that the choice does

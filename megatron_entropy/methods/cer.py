@@ -20,7 +20,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from megatron_entropy.config import Config
+from megatron_entropy.config.schema import Config
 from megatron_entropy.methods.base import Method
 from megatron_entropy.methods.grpo import Grpo, GrpoConfig
 from megatron_entropy.methods.objectives import running_mean
@@ -30,13 +30,13 @@ from megatron_entropy.records import Sample
 class Cer(Grpo):
     """GRPO with the segmented entropy reward."""
 
-    def __init__(self, stage: Config) -> None:
-        super().__init__(stage)
-        assert isinstance(stage.method, CerConfig)
-        self.config: CerConfig = stage.method
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        assert isinstance(config.method, CerConfig)
+        self.settings: CerConfig = config.method
 
-    def _rewarded(self, sample: Sample) -> Sample:
-        rewarded = super()._rewarded(sample)
+    def reward_sample(self, sample: Sample) -> Sample:
+        rewarded = super().reward_sample(sample)
         if rewarded.reward is None or not sample.response_length:
             return rewarded
         teca = float(running_mean(sample.response("entropy"))[-1])
@@ -45,8 +45,8 @@ class Cer(Grpo):
         reward = segmented_reward(
             bool(sample.grade.correct),
             teca,
-            accuracy_weight=self.config.accuracy_weight,
-            entropy_weight=self.config.entropy_weight,
+            accuracy_weight=self.settings.accuracy_weight,
+            entropy_weight=self.settings.entropy_weight,
         )
         return dataclasses.replace(rewarded, reward=reward)
 

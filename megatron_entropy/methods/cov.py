@@ -22,17 +22,18 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from megatron_entropy.config import Config, seed_of
+from megatron_entropy.config.schema import Config
+from megatron_entropy.distributed.seeds import derive_seed
 from megatron_entropy.errors import ConfigError
 from megatron_entropy.methods.base import Method
 from megatron_entropy.methods.grpo import Grpo, GrpoConfig
 from megatron_entropy.methods.objectives import (
     absolute_log_ratio,
+    concat_response_tokens,
     covariance,
-    highest,
-    joined,
-    part_of,
-    spread,
+    fraction_to_count,
+    scatter_to_samples,
+    top_k_mask,
     unclipped_surrogate,
 )
 from megatron_entropy.records import Batch, Group, Sample, refill, samples_of
@@ -46,55 +47,55 @@ if TYPE_CHECKING:
 class ClipCov(Grpo):
     """GRPO without a few tokens of high covariance, drawn at random."""
 
-    def __init__(self, stage: Config) -> None:
-        super().__init__(stage)
-        assert isinstance(stage.method, ClipCovConfig)
-        self.config: ClipCovConfig = stage.method
-        if not self.config.covariance_low < self.config.covariance_high:
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        assert isinstance(config.method, ClipCovConfig)
+        self.settings: ClipCovConfig = config.method
+        if not self.settings.covariance_low < self.settings.covariance_high:
             raise ConfigError(
-                f"method.covariance_low={self.config.covariance_low} must be below "
-                f"method.covariance_high={self.config.covariance_high}"
+                f"method.covariance_low={self.settings.covariance_low} must be below "
+                f"method.covariance_high={self.settings.covariance_high}"
             )
 
-    def credit(self, groups: list[Group]) -> list[Group]:
+    def compute_advantages(self, groups: list[Group]) -> list[Group]:
         """A dropped token has advantage 0; it keeps its place in the mean."""
-        groups = super().credit(groups)
+        groups = super().compute_advantages(groups)
         samples = samples_of(groups)
-        advantages, covariances = joined(samples, "advantage"), _covariances(samples)
-        bounds = self.config.covariance_low, self.config.covariance_high
-        seed = seed_of(self.stage.seed, self.stage.name, "clip_cov", _digest(samples))
-        dropped = drawn_between(covariances, bounds, fraction=self.config.clip_fraction, seed=seed)
+        advantages, covariances = concat_response_tokens(samples, "advantage"), _covariances(samples)
+        bounds = self.settings.covariance_low, self.settings.covariance_high
+        seed = derive_seed(self.config.seed, self.config.name, "clip_cov", _digest(samples))
+        dropped = drawn_between(covariances, bounds, fraction=self.settings.clip_fraction, seed=seed)
         self.count("train/dropped", float(dropped.sum()), len(dropped))
         self.count("policy/covariance", float(covariances.sum()), len(covariances))
-        return refill(groups, spread(samples, "advantage", np.where(dropped, 0.0, advantages)))
+        return refill(groups, scatter_to_samples(samples, "advantage", np.where(dropped, 0.0, advantages)))
 
 
 class KlCov(Grpo):
-    """GRPO without clipping, with a penalty on the tokens of highest covariance."""
+    """GRPO without clipping, with a penalty on the tokens of top_k_mask covariance."""
 
-    def __init__(self, stage: Config) -> None:
-        super().__init__(stage)
-        assert isinstance(stage.method, KlCovConfig)
-        self.config: KlCovConfig = stage.method
-        if self.config.kl_coefficient:
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        assert isinstance(config.method, KlCovConfig)
+        self.settings: KlCovConfig = config.method
+        if self.settings.kl_coefficient:
             raise ConfigError(
                 "method.kl_coefficient must be 0: kl_cov penalises chosen tokens, with method.penalty_coefficient"
             )
-        if stage.batch.updates == 1:
+        if config.batch.updates == 1:
             raise ConfigError(
                 "batch.updates=1: kl_cov penalises the distance to the policy before the step, which is 0 at a step's "
                 "only update; set batch.updates to 2 or more (the paper: 8)"
             )
 
-    def credit(self, groups: list[Group]) -> list[Group]:
-        """The penalty's coefficient on the tokens of highest covariance, 0 on the others."""
-        groups = super().credit(groups)
+    def compute_advantages(self, groups: list[Group]) -> list[Group]:
+        """The penalty's coefficient on the tokens of top_k_mask covariance, 0 on the others."""
+        groups = super().compute_advantages(groups)
         samples = samples_of(groups)
         covariances = _covariances(samples)
-        chosen = highest(covariances, part_of(len(covariances), self.config.penalty_fraction))
+        chosen = top_k_mask(covariances, fraction_to_count(len(covariances), self.settings.penalty_fraction))
         self.count("policy/covariance", float(covariances.sum()), len(covariances))
         self.count("policy/covariance_high", float(covariances[chosen].sum()), float(chosen.sum()))
-        return refill(groups, spread(samples, "kl_weight", chosen * self.config.penalty_coefficient))
+        return refill(groups, scatter_to_samples(samples, "kl_weight", chosen * self.settings.penalty_coefficient))
 
     def surrogate(self, stats: TokenStats, batch: Batch) -> tuple[Tensor, Tensor]:
         """Minus advantage times ratio; nothing is clipped."""
@@ -118,12 +119,12 @@ def drawn_between(covariances: np.ndarray, bounds: tuple[float, float], *, fract
     mask = np.zeros(len(covariances), bool)
     candidates = np.flatnonzero((covariances > bounds[0]) & (covariances < bounds[1]))
     words = np.random.Philox(np.random.SeedSequence(seed)).random_raw(len(candidates))
-    mask[candidates[np.argsort(words, kind="stable")[: part_of(len(mask), fraction)]]] = True
+    mask[candidates[np.argsort(words, kind="stable")[: fraction_to_count(len(mask), fraction)]]] = True
     return mask
 
 
 def _covariances(samples: Sequence[Sample]) -> np.ndarray:
-    return covariance(joined(samples, "logprob"), joined(samples, "advantage"))
+    return covariance(concat_response_tokens(samples, "logprob"), concat_response_tokens(samples, "advantage"))
 
 
 def _digest(samples: Sequence[Sample]) -> str:

@@ -25,7 +25,8 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import NonNegativeInt, PositiveInt
 
-from megatron_entropy.config import Config, seed_of
+from megatron_entropy.config.schema import Config
+from megatron_entropy.distributed.seeds import derive_seed
 from megatron_entropy.errors import ConfigError
 from megatron_entropy.methods.base import Method, Rollouts
 from megatron_entropy.methods.dapo import Dapo, DapoConfig
@@ -35,51 +36,51 @@ from megatron_entropy.records import Group, Prompt, Sample
 class Cure(Dapo):
     """DAPO whose groups branch at critical tokens."""
 
-    def __init__(self, stage: Config) -> None:
-        super().__init__(stage)
-        assert isinstance(stage.method, CureConfig)
-        self.config: CureConfig = stage.method
-        wanted = self.config.first_responses * (1 + self.config.branches)
-        if stage.batch.samples != wanted:
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        assert isinstance(config.method, CureConfig)
+        self.settings: CureConfig = config.method
+        wanted = self.settings.initial_responses * (1 + self.settings.branches)
+        if config.batch.samples != wanted:
             raise ConfigError(
-                f"batch.samples={stage.batch.samples} must be method.first_responses * (1 + method.branches) = "
-                f"{self.config.first_responses} * (1 + {self.config.branches}) = {wanted}"
+                f"batch.samples={config.batch.samples} must be method.initial_responses * (1 + method.branches) = "
+                f"{self.settings.initial_responses} * (1 + {self.settings.branches}) = {wanted}"
             )
 
     def explore(self, rollouts: Rollouts, prompts: int) -> list[Group]:
         """One round: first responses, their cuts, the branches; each group's branches stand behind its first ones."""
-        config = self.config
-        firsts = rollouts.sample(rollouts.take(prompts), config.first_responses)
+        config = self.settings
+        initial_responses = rollouts.sample(rollouts.take(prompts), config.initial_responses)
         if not config.branches:
-            return firsts
+            return initial_responses
         if config.critical_token == "entropy":
-            firsts = rollouts.score(firsts)
-        stems = [
-            self._stem(group.prompt, number, sample, rollouts.text)
-            for group in firsts
+            initial_responses = rollouts.score(initial_responses)
+        branch_prompts = [
+            self._branch_prompt(group.prompt, number, sample, rollouts.text)
+            for group in initial_responses
             for number, sample in enumerate(group.samples)
         ]
-        branches = iter(rollouts.sample(stems, config.branches, grade_given=config.graded == "answer"))
-        return [_with_branches(group, [next(branches) for _ in group.samples]) for group in firsts]
+        branches = iter(rollouts.sample(branch_prompts, config.branches, grade_prefix=config.graded == "answer"))
+        return [_with_branches(group, [next(branches) for _ in group.samples]) for group in initial_responses]
 
-    def _stem(self, prompt: Prompt, number: int, sample: Sample, text: Callable[[int], str]) -> Prompt:
+    def _branch_prompt(self, prompt: Prompt, number: int, sample: Sample, text: Callable[[int], str]) -> Prompt:
         """The prompt with the part of a response that its branches keep."""
         response = sample.tokens[sample.prompt_length :].tolist()
-        rng = np.random.default_rng(seed_of(self.stage.seed, "cut", prompt.index, number, *response))
-        if self.config.critical_token == "entropy":
+        rng = np.random.default_rng(derive_seed(self.config.seed, "cut", prompt.index, number, *response))
+        if self.settings.critical_token == "entropy":
             order = np.argsort(-sample.response("entropy"), kind="stable")
         else:
             order = rng.permutation(len(response))
-        candidates = critical_positions(order, response, text, self.config.top, self.config.min_characters)
+        candidates = critical_positions(order, response, text, self.settings.top, self.settings.min_characters)
         cut = candidates[rng.integers(len(candidates))] if candidates else 0
-        room = max(self.stage.data.max_prompt_tokens - len(prompt.tokens), 0)
+        room = max(self.config.data.max_prompt_tokens - len(prompt.tokens), 0)
         self.count("rollout/cut_at_start", not candidates)
         self.count("rollout/cut_shortened", cut > room)
         if candidates:
-            self.count("rollout/cut_place", cut / len(response))
+            self.count("rollout/cut_position", cut / len(response))
             if sample.entropy is not None:
                 self.count("rollout/cut_entropy", float(sample.response("entropy")[cut]))
-        return dataclasses.replace(prompt, given=tuple(response[: min(cut, room)]))
+        return dataclasses.replace(prompt, response_prefix=tuple(response[: min(cut, room)]))
 
 
 def critical_positions(
@@ -117,7 +118,7 @@ class CureConfig(DapoConfig):
 
     method: ClassVar[type[Method]] = Cure
     name: Literal["cure"] = "cure"  # type: ignore[assignment]
-    first_responses: PositiveInt = 4
+    initial_responses: PositiveInt = 4
     """n1."""
     branches: NonNegativeInt = 3
     """n2, of each first response; 0 is plain DAPO."""

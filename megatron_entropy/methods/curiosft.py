@@ -7,7 +7,7 @@ chosen so that its entropy rises where it is already high (entropy-guided temper
 pushed where it is less sure.
 
 Read from the release (github HaoooWang/CurioSFT, core_algos.py, dp_actor.py); of the paper only the abstract could be
-read. The release moves 99 % of the way to the student every 5 steps (`student_share`), a lagging copy; whoever reads
+read. The release moves 99 % of the way to the student every 5 steps (`ema_alpha`), a lagging copy; whoever reads
 "EMA 0.99" as a slow teacher sets 0.01. Different from it: every target token of the step weighs the same (the release
 takes the mean within micro-batches of 2 sequences first, `micro_batch = 2`); temperatures are searched in fp32 (there
 in the logits' type); solutions over the length limit are left out (there cut, without an end token). Its script drops
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from megatron_entropy.config import Config
+from megatron_entropy.config.schema import Config
 from megatron_entropy.errors import ConfigError
 from megatron_entropy.methods.base import Method, Rollouts
 from megatron_entropy.methods.grpo import Grpo, GrpoConfig
@@ -44,28 +44,28 @@ if TYPE_CHECKING:
 class CurioSft(Sft):
     """SFT plus distillation from a teacher that follows the student."""
 
-    def __init__(self, stage: Config) -> None:
-        super().__init__(stage)
-        assert isinstance(stage.method, CurioSftConfig)
-        self.config: CurioSftConfig = stage.method
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        assert isinstance(config.method, CurioSftConfig)
+        self.settings: CurioSftConfig = config.method
         self._passes = 0
-        low, high = self.config.temperature_bounds
+        low, high = self.settings.temperature_bounds
         if not 0 < low <= high:
             raise ConfigError(
                 f"method.temperature_bounds=[{low}, {high}] must be two positive numbers, the lower first"
             )
-        if self.config.distillation != "none":
-            self.reference = self.config.teacher
-        if self.config.distillation in ("forward", "reverse"):
-            self.divergence = self.config.distillation
+        if self.settings.distillation != "none":
+            self.reference = self.settings.teacher
+        if self.settings.distillation in ("forward", "reverse"):
+            self.divergence = self.settings.distillation
 
-    def teacher(self, groups: list[Group], rollouts: Rollouts) -> list[Group]:
+    def score_reference(self, groups: list[Group], rollouts: Rollouts) -> list[Group]:
         """Move the teacher when it is time, then ask it; it moves before its pass, first after `every` of them."""
-        config = self.config
+        config = self.settings
         if self.reference == "none":
             return groups
-        if self.reference == "moving" and self._passes and self._passes % config.every == 0:
-            rollouts.move_reference(config.student_share)
+        if self.reference == "ema" and self._passes and self._passes % config.ema_every == 0:
+            rollouts.update_ema(config.ema_alpha)
         self._passes += 1
         if config.guided:
             return rollouts.score_reference(groups, GuidedTemperature(bounds=config.temperature_bounds))
@@ -76,12 +76,12 @@ class CurioSft(Sft):
         ]
         return refill(groups, fixed)
 
-    def credit(self, groups: list[Group]) -> list[Group]:
+    def compute_advantages(self, groups: list[Group]) -> list[Group]:
         """Every target token weighs the same, or as released the same within `micro_batch` sequences."""
-        if not self.config.micro_batch:
-            return super().credit(groups)
+        if not self.settings.micro_batch:
+            return super().compute_advantages(groups)
         samples = samples_of(groups)
-        parts = [samples[i : i + self.config.micro_batch] for i in range(0, len(samples), self.config.micro_batch)]
+        parts = [samples[i : i + self.settings.micro_batch] for i in range(0, len(samples), self.settings.micro_batch)]
         return refill(groups, [sample for part in parts for sample in token_mean(part, parts=len(parts))])
 
     def loss(self, stats: TokenStats, batch: Batch) -> tuple[Tensor, dict[str, Metric]]:
@@ -95,12 +95,12 @@ class CurioSft(Sft):
             "k2": lambda: k2(stats.logprob, teacher),
             "forward": lambda: stats.kl_forward,
             "reverse": lambda: stats.kl_reverse,
-        }[self.config.distillation]()
+        }[self.settings.distillation]()
         trained = batch.weight != 0
-        metrics["policy/distance_teacher"] = masked_mean(distance, trained)
+        metrics["policy/teacher_distance"] = masked_mean(distance, trained)
         if batch.reference_temperature is not None:
             metrics["policy/teacher_temperature"] = masked_mean(batch.reference_temperature, trained)
-        return loss + self.config.coefficient * distance, metrics
+        return loss + self.settings.coefficient * distance, metrics
 
     def state(self) -> dict[str, Any]:
         """How often the teacher was asked; its weights are the actor's to keep."""
@@ -120,10 +120,10 @@ class CurioSftConfig(SftConfig):
     distillation: Literal["k2", "forward", "reverse", "none"] = "k2"
     coefficient: float = Field(default=1.0, ge=0)
     """alpha."""
-    teacher: Literal["moving", "policy"] = "moving"
-    student_share: float = Field(default=0.99, ge=0, le=1)
+    teacher: Literal["ema", "policy"] = "ema"
+    ema_alpha: float = Field(default=0.99, ge=0, le=1)
     """ref_model_mixup_alpha: how far the teacher goes towards the student."""
-    every: PositiveInt = 5
+    ema_every: PositiveInt = 5
     """ref_model_sync_steps."""
     guided: bool = True
     temperature: float = Field(default=1.0, gt=0)
@@ -145,13 +145,13 @@ class CurioRl(Grpo):
         """See the class."""
         assert batch.logprob is not None and batch.advantage is not None
         ratio = (stats.logprob - batch.logprob).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-        clipped = -batch.advantage * ratio.clamp(1 - self.config.clip_low, 1 + self.config.clip_high)
+        clipped = -batch.advantage * ratio.clamp(1 - self.settings.clip_low, 1 + self.settings.clip_high)
         plain = -batch.advantage * stats.logprob
-        outside = (ratio < 1 - self.config.clip_low) | (ratio > 1 + self.config.clip_high)
+        outside = (ratio < 1 - self.settings.clip_low) | (ratio > 1 + self.settings.clip_high)
         return plain.minimum(clipped), (clipped < plain) & outside
 
-    def _weigh(self, samples: list[Sample]) -> list[Sample]:
-        return token_mean(samples, tokens=self.stage.rollout.max_response_tokens * len(samples))
+    def compute_weights(self, samples: list[Sample]) -> list[Sample]:
+        return token_mean(samples, tokens=self.config.rollout.max_response_tokens * len(samples))
 
 
 class CurioRlConfig(GrpoConfig):

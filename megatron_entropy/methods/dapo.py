@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, Literal
 
-from megatron_entropy.config import Config
+from megatron_entropy.config.schema import Config
 from megatron_entropy.methods.base import Method, Rollouts
 from megatron_entropy.methods.grpo import Grpo, GrpoConfig
 from megatron_entropy.methods.objectives import soft_overlong_penalty
@@ -23,20 +23,20 @@ from megatron_entropy.records import Group, Sample
 class Dapo(Grpo):
     """Clip-higher, dynamic sampling, token-level loss, soft overlong penalty."""
 
-    def __init__(self, stage: Config) -> None:
-        super().__init__(stage)
-        assert isinstance(stage.method, DapoConfig)
-        self.config: DapoConfig = stage.method
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        assert isinstance(config.method, DapoConfig)
+        self.settings: DapoConfig = config.method
 
     def generate(self, rollouts: Rollouts) -> list[Group]:
         """Sample until enough groups hold right and wrong answers, or `max_rounds` rounds are done."""
-        wanted = self.stage.batch.prompts
-        per_round = self.config.generation_prompts or wanted
+        wanted = self.config.batch.prompts
+        per_round = self.settings.generation_prompts or wanted
         kept: list[Group] = []
         rounds = 0
-        while len(kept) < wanted and rounds < self.config.max_rounds:
+        while len(kept) < wanted and rounds < self.settings.max_rounds:
             groups = self.explore(rollouts, per_round)
-            kept += [group for group in groups if _is_mixed(group)] if self.config.dynamic_sampling else groups
+            kept += [group for group in groups if _is_mixed(group)] if self.settings.dynamic_sampling else groups
             rounds += 1
             self.count("rollout/mixed_groups", sum(map(_is_mixed, groups)), len(groups))
         self.count("rollout/rounds", rounds)
@@ -44,15 +44,15 @@ class Dapo(Grpo):
 
     def explore(self, rollouts: Rollouts, prompts: int) -> list[Group]:
         """One round of groups; methods that sample in another way override this."""
-        return rollouts.sample(rollouts.take(prompts), self.stage.batch.samples)
+        return rollouts.sample(rollouts.take(prompts), self.config.batch.samples)
 
-    def _rewarded(self, sample: Sample) -> Sample:
-        rewarded = super()._rewarded(sample)
+    def reward_sample(self, sample: Sample) -> Sample:
+        rewarded = super().reward_sample(sample)
         if rewarded.reward is None:
             return rewarded
-        limit = self.stage.rollout.max_response_tokens
-        penalty = soft_overlong_penalty(sample.response_length, limit=limit, buffer=self.config.overlong_buffer)
-        return dataclasses.replace(rewarded, reward=rewarded.reward + self.config.overlong_factor * penalty)
+        limit = self.config.rollout.max_response_tokens
+        penalty = soft_overlong_penalty(sample.response_length, limit=limit, buffer=self.settings.overlong_buffer)
+        return dataclasses.replace(rewarded, reward=rewarded.reward + self.settings.overlong_factor * penalty)
 
 
 def _is_mixed(group: Group) -> bool:

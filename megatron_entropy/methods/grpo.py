@@ -7,7 +7,7 @@ KL term to a reference policy unless `kl_coefficient` asks for it (the paper's i
 stage began).
 
 Counted, not trained on: answers the verifier could not judge (`reward/errors`), responses without a token
-(`train/empty`); groups whose rewards are all equal, or of one member, have no advantage (`train/no_signal`).
+(`train/empty`); groups whose rewards are all equal, or of one member, have no advantage (`train/zero_advantage`).
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from megatron_entropy.config import Config
+from megatron_entropy.config.schema import Config
 from megatron_entropy.methods.base import Method, Registered, Rollouts
 from megatron_entropy.methods.objectives import (
     clipped_surrogate,
     group_advantage,
-    importance_weight,
     k3,
     masked_mean,
     sequence_mean,
+    tis_weight,
     token_mean,
 )
 from megatron_entropy.records import Batch, Group, Metric, Sample, refill, samples_of
@@ -39,28 +39,30 @@ if TYPE_CHECKING:
 class Grpo(Method):
     """Plain GRPO; other reinforcement-learning methods derive from it."""
 
-    def __init__(self, stage: Config) -> None:
-        super().__init__(stage)
-        assert isinstance(stage.method, GrpoConfig)
-        self.config = stage.method
-        if self.config.kl_coefficient:
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        assert isinstance(config.method, GrpoConfig)
+        self.settings = config.method
+        if self.settings.kl_coefficient:
             self.reference = "initial"
 
     def generate(self, rollouts: Rollouts) -> list[Group]:
         """One group per prompt, straight from the policy."""
-        return rollouts.sample(rollouts.take(self.stage.batch.prompts), self.stage.batch.samples)
+        return rollouts.sample(rollouts.take(self.config.batch.prompts), self.config.batch.samples)
 
     def reward(self, groups: list[Group]) -> list[Group]:
         """`correct_reward` or `wrong_reward`; None where the verifier could not say."""
-        return [group.with_samples([self._rewarded(sample) for sample in group.samples]) for group in groups]
+        return [group.with_samples([self.reward_sample(sample) for sample in group.samples]) for group in groups]
 
-    def credit(self, groups: list[Group]) -> list[Group]:
+    def compute_advantages(self, groups: list[Group]) -> list[Group]:
         """Group-standardised advantages; ungraded and empty samples take part in no mean and are left out."""
         kept = []
         for group in groups:
             graded = [s for s in group.samples if s.reward is not None and s.response_length > 0]
-            values = group_advantage([s.reward for s in graded if s.reward is not None], by_std=self.config.by_std)
-            self.count("train/no_signal", not values.any())
+            values = group_advantage(
+                [s.reward for s in graded if s.reward is not None], norm_adv_by_std=self.settings.norm_adv_by_std
+            )
+            self.count("train/zero_advantage", not values.any())
             self.count("train/empty", sum(not s.response_length for s in group.samples), len(group.samples))
             kept.append(
                 group.with_samples(
@@ -68,9 +70,9 @@ class Grpo(Method):
                     for sample, value in zip(graded, values, strict=True)
                 )
             )
-        samples = self._weigh(samples_of(kept))
-        if self.config.kl_coefficient:
-            samples = [dataclasses.replace(s, kl_weight=s.constant(self.config.kl_coefficient)) for s in samples]
+        samples = self.compute_weights(samples_of(kept))
+        if self.settings.kl_coefficient:
+            samples = [dataclasses.replace(s, kl_weight=s.constant(self.settings.kl_coefficient)) for s in samples]
         return refill(kept, samples)
 
     def penalty(self, stats: TokenStats, batch: Batch) -> Tensor:
@@ -81,18 +83,18 @@ class Grpo(Method):
     def loss(self, stats: TokenStats, batch: Batch) -> tuple[Tensor, dict[str, Metric]]:
         """Clipped surrogate, plus `kl_weight` times the penalty, less `entropy_coefficient` times the entropy."""
         assert batch.logprob is not None and batch.advantage is not None and stats.entropy is not None
-        config = self.config
+        config = self.settings
         loss, is_clipped = self.surrogate(stats, batch)
         trained = batch.weight != 0
         metrics = {
             "policy/entropy": masked_mean(stats.entropy, trained),
-            "policy/ratio_clipped": masked_mean(is_clipped.float(), trained),
-            "policy/kl_old": masked_mean(k3(stats.logprob, batch.logprob), trained),
+            "policy/clip_frac": masked_mean(is_clipped.float(), trained),
+            "policy/approx_kl": masked_mean(k3(stats.logprob, batch.logprob), trained),
         }
         if batch.rollout_logprob is not None:
-            metrics["policy/kl_rollout"] = masked_mean(k3(batch.rollout_logprob, batch.logprob), trained)
-            if config.importance_cap:
-                loss = loss * importance_weight(batch.logprob, batch.rollout_logprob, config.importance_cap)
+            metrics["policy/rollout_kl"] = masked_mean(k3(batch.rollout_logprob, batch.logprob), trained)
+            if config.tis_cap:
+                loss = loss * tis_weight(batch.logprob, batch.rollout_logprob, config.tis_cap)
         if batch.kl_weight is not None:
             penalty = self.penalty(stats, batch)
             chosen = trained & (batch.kl_weight > 0)
@@ -106,17 +108,17 @@ class Grpo(Method):
     def surrogate(self, stats: TokenStats, batch: Batch) -> tuple[Tensor, Tensor]:
         """Policy loss of every token [T], and where clipping took its gradient away [T]."""
         assert batch.logprob is not None and batch.advantage is not None
-        low, high, dual = self.config.clip_low, self.config.clip_high, self.config.dual_clip
+        low, high, dual = self.settings.clip_low, self.settings.clip_high, self.settings.dual_clip
         return clipped_surrogate(stats.logprob, batch.logprob, batch.advantage, low=low, high=high, dual=dual)
 
-    def _weigh(self, samples: list[Sample]) -> list[Sample]:
-        return (token_mean if self.config.aggregation == "token" else sequence_mean)(samples)
+    def compute_weights(self, samples: list[Sample]) -> list[Sample]:
+        return (token_mean if self.settings.aggregation == "token" else sequence_mean)(samples)
 
-    def _rewarded(self, sample: Sample) -> Sample:
+    def reward_sample(self, sample: Sample) -> Sample:
         assert sample.grade is not None, "rollouts are graded"
         if sample.grade.correct is None:
             return sample
-        reward = self.config.correct_reward if sample.grade.correct else self.config.wrong_reward
+        reward = self.settings.correct_reward if sample.grade.correct else self.settings.wrong_reward
         return dataclasses.replace(sample, reward=reward)
 
 
@@ -130,12 +132,12 @@ class GrpoConfig(Registered):
     """PPO's epsilon, both sides (DeepSeekMath does not state its own)."""
     dual_clip: float = 0.0
     """Bound for negative advantages, as a multiple of the advantage; 0: none."""
-    by_std: bool = True
+    norm_adv_by_std: bool = True
     aggregation: Literal["token", "sequence"] = "token"
     correct_reward: float = 1.0
     wrong_reward: float = 0.0
     kl_coefficient: float = Field(default=0.0, ge=0)
     """Of the KL penalty to the policy as the stage began, for every token."""
     entropy_coefficient: float = 0.0
-    importance_cap: float = 0.0
+    tis_cap: float = 0.0
     """Truncated importance sampling between engine and trainer; 0: off. 2.0 is usual."""

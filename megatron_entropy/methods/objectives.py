@@ -24,12 +24,12 @@ ROUNDING = 1e-4
 """Nats by which two passes over the same weights may differ; an absolute value makes a full gradient of their sign."""
 
 
-def group_advantage(rewards: Sequence[float], *, eps: float = 1e-6, by_std: bool = True) -> np.ndarray:
+def group_advantage(rewards: Sequence[float], *, eps: float = 1e-6, norm_adv_by_std: bool = True) -> np.ndarray:
     """Advantages of one group: reward minus mean, over the sample standard deviation (ddof = 1).
 
     Args:
         rewards: of the group's members.
-        by_std: divide by the standard deviation (Dr. GRPO does not).
+        norm_adv_by_std: divide by the standard deviation (Dr. GRPO does not).
     Returns:
         [G] float64; zeros for a group of one and where all rewards are equal.
     Source:
@@ -39,7 +39,7 @@ def group_advantage(rewards: Sequence[float], *, eps: float = 1e-6, by_std: bool
     centred = values - values.mean() if len(values) else values
     if len(values) < 2 or np.all(values == values[0]):
         return np.zeros(len(values))
-    return centred / (values.std(ddof=1) + eps) if by_std else centred
+    return centred / (values.std(ddof=1) + eps) if norm_adv_by_std else centred
 
 
 def clipped_surrogate(
@@ -97,7 +97,7 @@ def absolute_log_ratio(logprob: Tensor, old_logprob: Tensor) -> Tensor:
     return distance * (distance > ROUNDING)
 
 
-def importance_weight(old_logprob: Tensor, rollout_logprob: Tensor, cap: float) -> Tensor:
+def tis_weight(old_logprob: Tensor, rollout_logprob: Tensor, cap: float) -> Tensor:
     """Truncated ratio between the trainer's and the engine's probability of a token: [T], no gradient.
 
     Source:
@@ -115,13 +115,13 @@ def soft_overlong_penalty(length: int, *, limit: int, buffer: int) -> float:
     return min(0.0, (limit - buffer - length) / buffer) if buffer else 0.0
 
 
-def joined(samples: Sequence[Sample], field: str) -> np.ndarray:
+def concat_response_tokens(samples: Sequence[Sample], field: str) -> np.ndarray:
     """A per-token field of all response tokens, sample after sample: [N] float64."""
     return np.concatenate([np.zeros(0), *(sample.response(field) for sample in samples)])
 
 
-def spread(samples: Sequence[Sample], field: str, values: np.ndarray) -> list[Sample]:
-    """The samples with a per-token field filled from `values` [N], as `joined` lists them; 0 on given tokens."""
+def scatter_to_samples(samples: Sequence[Sample], field: str, values: np.ndarray) -> list[Sample]:
+    """The samples with a per-token field filled from `values` [N], as `concat_response_tokens` lists them; 0 on given tokens."""
     ends = np.cumsum([sample.response_length for sample in samples])
     filled = []
     for sample, part in zip(samples, np.split(values, ends[:-1]) if samples else [], strict=True):
@@ -146,7 +146,7 @@ def covariance(logprob: np.ndarray, advantage: np.ndarray, among: np.ndarray | N
     return (logprob - logprob[chosen].mean()) * (advantage - advantage[chosen].mean())
 
 
-def lowest(values: np.ndarray, count: int, among: np.ndarray | None = None) -> np.ndarray:
+def bottom_k_mask(values: np.ndarray, count: int, among: np.ndarray | None = None) -> np.ndarray:
     """The `count` smallest of [N] values (of those where `among` [N] holds), as a mask [N]; of equal ones the first."""
     places = np.arange(len(values)) if among is None else np.flatnonzero(among)
     mask = np.zeros(len(values), bool)
@@ -154,12 +154,12 @@ def lowest(values: np.ndarray, count: int, among: np.ndarray | None = None) -> n
     return mask
 
 
-def highest(values: np.ndarray, count: int, among: np.ndarray | None = None) -> np.ndarray:
-    """The `count` largest of [N] values; see `lowest`."""
-    return lowest(-values, count, among)
+def top_k_mask(values: np.ndarray, count: int, among: np.ndarray | None = None) -> np.ndarray:
+    """The `count` largest of [N] values; see `bottom_k_mask`."""
+    return bottom_k_mask(-values, count, among)
 
 
-def part_of(count: int, fraction: float) -> int:
+def fraction_to_count(count: int, fraction: float) -> int:
     """How many of `count` tokens a fraction of them is: rounded down, but at least one."""
     return max(1, int(fraction * count))
 

@@ -17,8 +17,8 @@ figures and a summary could be read. The two disagree, so there are two forms, a
     low_rule          fraction (0.8 by rank)         the same; the paper's own is a threshold it does not tell
     high_rule         fraction of the low ones       the same; the paper's own is a threshold it does not tell
     covariance_over   all: means over all tokens     low: means over those of low entropy
-    penalised         low: all of low entropy        extremes: beta_high on the highest covariances, beta_low on as
-                                                     many lowest ones (which win where both meet), 0 on the others
+    penalised         low: all of low entropy        extremes: beta_high on the top_k_mask covariances, beta_low on as
+                                                     many bottom_k_mask ones (which win where both meet), 0 on the others
     penalty_to        reference: k3                  old: |log p - log p_old|, to the policy before the step
     clip              true                           false
     kl_coefficient    0                              0.001, k3 to the reference on every token besides
@@ -42,20 +42,20 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from megatron_entropy.config import Config
+from megatron_entropy.config.schema import Config
 from megatron_entropy.errors import ConfigError, DataError
 from megatron_entropy.methods.base import Method
 from megatron_entropy.methods.grpo import Grpo, GrpoConfig
 from megatron_entropy.methods.objectives import (
     absolute_log_ratio,
+    bottom_k_mask,
+    concat_response_tokens,
     covariance,
-    highest,
-    joined,
+    fraction_to_count,
     k3,
-    lowest,
     masked_mean,
-    part_of,
-    spread,
+    scatter_to_samples,
+    top_k_mask,
     unclipped_surrogate,
 )
 from megatron_entropy.methods.semantic_entropy import split_curriculum
@@ -73,12 +73,12 @@ K3_LIMIT = 10.0
 class Sent(Grpo):
     """GRPO with the curriculum and the penalty."""
 
-    def __init__(self, stage: Config) -> None:
-        super().__init__(stage)
-        assert isinstance(stage.method, SentConfig)
-        self.config: SentConfig = stage.method
-        self._check(stage.batch.updates)
-        if self.config.penalty_to == "reference" or self.config.kl_coefficient:
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        assert isinstance(config.method, SentConfig)
+        self.settings: SentConfig = config.method
+        self._check(config.batch.updates)
+        if self.settings.penalty_to == "reference" or self.settings.kl_coefficient:
             self.reference = "initial"
 
     def select(self, prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -88,7 +88,7 @@ class Sent(Grpo):
             DataError: a prompt has no semantic entropy.
             ConfigError: no prompt falls into the stage.
         """
-        config = self.config
+        config = self.settings
         if config.curriculum_stages == 1:
             return list(prompts)
         entropies = []
@@ -111,24 +111,24 @@ class Sent(Grpo):
             )
         return [prompts[place] for place in chosen]
 
-    def credit(self, groups: list[Group]) -> list[Group]:
+    def compute_advantages(self, groups: list[Group]) -> list[Group]:
         """GRPO's advantages, then the penalty's coefficient of every token."""
-        groups = super().credit(groups)
+        groups = super().compute_advantages(groups)
         samples = samples_of(groups)
-        size = self.config.selection_sequences or max(len(samples), 1)
+        size = self.settings.selection_sequences or max(len(samples), 1)
         parts = [self._regulate(samples[start : start + size]) for start in range(0, len(samples), size)]
         return refill(groups, [sample for part in parts for sample in part])
 
     def penalty(self, stats: TokenStats, batch: Batch) -> Tensor:
         """k3 to the reference, or the absolute log-ratio to the policy before the step."""
-        if self.config.penalty_to == "reference":
+        if self.settings.penalty_to == "reference":
             return super().penalty(stats, batch)
         assert batch.logprob is not None
         return absolute_log_ratio(stats.logprob, batch.logprob)
 
     def surrogate(self, stats: TokenStats, batch: Batch) -> tuple[Tensor, Tensor]:
         """PPO's clipped loss, or the same without clipping."""
-        if self.config.clip:
+        if self.settings.clip:
             return super().surrogate(stats, batch)
         assert batch.logprob is not None and batch.advantage is not None
         return unclipped_surrogate(stats.logprob, batch.logprob, batch.advantage)
@@ -136,29 +136,29 @@ class Sent(Grpo):
     def loss(self, stats: TokenStats, batch: Batch) -> tuple[Tensor, dict[str, Metric]]:
         """GRPO's, with the chosen tokens' penalty, plus `kl_coefficient` times k3 to the reference."""
         loss, metrics = super().loss(stats, batch)
-        if self.config.kl_coefficient:
+        if self.settings.kl_coefficient:
             assert batch.reference_logprob is not None
             distance = k3(stats.logprob, batch.reference_logprob).clamp(max=K3_LIMIT)
             metrics["policy/kl_reference"] = masked_mean(distance, batch.weight != 0)
-            loss = loss + self.config.kl_coefficient * distance
+            loss = loss + self.settings.kl_coefficient * distance
         return loss, metrics
 
     def _regulate(self, samples: list[Sample]) -> list[Sample]:
         chosen = choose(
-            self.config,
-            entropy=joined(samples, "entropy"),
-            logprob=joined(samples, "logprob"),
-            advantage=joined(samples, "advantage"),
+            self.settings,
+            entropy=concat_response_tokens(samples, "entropy"),
+            logprob=concat_response_tokens(samples, "logprob"),
+            advantage=concat_response_tokens(samples, "advantage"),
         )
         num_tokens, num_low, num_high = (float(n) for n in (len(chosen.low), chosen.low.sum(), chosen.high.sum()))
         self.count("train/low_entropy", num_low, num_tokens)
         self.count("train/high_covariance", num_high, num_tokens)
         self.count("policy/covariance", float(chosen.covariance.sum()), num_tokens)
         self.count("policy/covariance_high", float(chosen.covariance[chosen.high].sum()), num_high)
-        return spread(samples, "kl_weight", chosen.coefficient)
+        return scatter_to_samples(samples, "kl_weight", chosen.coefficient)
 
     def _check(self, updates: int) -> None:
-        config = self.config
+        config = self.settings
         if config.curriculum_stage > config.curriculum_stages:
             raise ConfigError(
                 f"method.curriculum_stage={config.curriculum_stage} is above "
@@ -199,19 +199,19 @@ def choose(config: SentConfig, *, entropy: np.ndarray, logprob: np.ndarray, adva
         entropy, logprob, advantage: [N] of all tokens that are compared.
     """
     if config.low_rule == "fraction":
-        low = lowest(entropy, part_of(len(entropy), config.low_fraction))
+        low = bottom_k_mask(entropy, fraction_to_count(len(entropy), config.low_fraction))
     else:
         low = entropy < config.low_threshold
     if low.any():
         parts = covariance(logprob, advantage, low if config.covariance_over == "low" else None)
     else:
         parts = np.zeros(len(low))
-    count = part_of(int(low.sum()), config.high_fraction)
-    high = highest(parts, count, low) if config.high_rule == "fraction" else low & (parts > config.high_threshold)
+    count = fraction_to_count(int(low.sum()), config.high_fraction)
+    high = top_k_mask(parts, count, low) if config.high_rule == "fraction" else low & (parts > config.high_threshold)
     if config.penalised == "low":
         coefficient = np.where(high, config.beta_high, low * config.beta_low)
     else:
-        bottom = lowest(parts, int(high.sum()), low)
+        bottom = bottom_k_mask(parts, int(high.sum()), low)
         coefficient = np.where(bottom, config.beta_low, high * config.beta_high)
     return Chosen(low, high, parts, coefficient)
 
@@ -246,7 +246,7 @@ class SentConfig(GrpoConfig):
     """Nats, ascending, one fewer than stages; a question at a threshold is above it."""
     low_rule: Literal["fraction", "threshold"] = "fraction"
     low_fraction: float = Field(default=0.8, gt=0, le=1)
-    """Hard-coded in core_algos.py: the 80 % of tokens with the lowest entropy."""
+    """Hard-coded in core_algos.py: the 80 % of tokens with the bottom_k_mask entropy."""
     low_threshold: float = Field(default=0.5, gt=0)
     """tau_H, nats; the paper's is not known."""
     high_rule: Literal["fraction", "threshold"] = "fraction"

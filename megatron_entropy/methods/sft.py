@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
-from megatron_entropy.config import Config
+from megatron_entropy.config.schema import Config
 from megatron_entropy.errors import DataError
 from megatron_entropy.methods.base import Method, Registered, Rollouts
 from megatron_entropy.methods.objectives import masked_mean, token_mean
@@ -26,10 +26,10 @@ class Sft(Method):
     uses_rollouts: ClassVar[bool] = False
     scores: ClassVar[frozenset[str]] = frozenset()
 
-    def __init__(self, stage: Config) -> None:
-        super().__init__(stage)
-        assert isinstance(stage.method, SftConfig)
-        self.config = stage.method
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        assert isinstance(config.method, SftConfig)
+        self.settings = config.method
 
     def select(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """All prompts; each must have a solution.
@@ -40,16 +40,16 @@ class Sft(Method):
         for prompt in prompts:
             if prompt.target is None:
                 raise DataError(
-                    f"method {self.config.name} needs worked solutions, "
+                    f"method {self.settings.name} needs worked solutions, "
                     f"but row {prompt.index} of data.train has no target"
                 )
         return list(prompts)
 
     def generate(self, rollouts: Rollouts) -> list[Group]:
         """The next prompts with their solutions as the one response."""
-        return [Group(prompt, (_solution(prompt),)) for prompt in rollouts.take(self.stage.batch.prompts)]
+        return [Group(prompt, (_solution(prompt),)) for prompt in rollouts.take(self.config.batch.prompts)]
 
-    def credit(self, groups: list[Group]) -> list[Group]:
+    def compute_advantages(self, groups: list[Group]) -> list[Group]:
         """Every target token weighs the same."""
         return refill(groups, token_mean(samples_of(groups)))
 
@@ -58,8 +58,8 @@ class Sft(Method):
         assert stats.entropy is not None
         metrics = {"policy/entropy": masked_mean(stats.entropy, batch.weight != 0)}
         loss = -stats.logprob
-        if self.config.entropy_coefficient:
-            loss = loss - self.config.entropy_coefficient * stats.entropy
+        if self.settings.entropy_coefficient:
+            loss = loss - self.settings.entropy_coefficient * stats.entropy
         return loss, metrics
 
 

@@ -42,7 +42,7 @@ class Completion:
     key: tuple[int, ...]
     tokens: np.ndarray
     logprobs: np.ndarray
-    finish: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length"]
 
 
 @dataclass(frozen=True)

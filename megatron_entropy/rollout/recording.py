@@ -32,7 +32,7 @@ def write(file: Path, requests: Sequence[Request], completions: Sequence[Complet
             file,
             given=np.array([_digest(request) for request in requests], np.uint32),
             lengths=np.array([len(answer.tokens) for answer in answers], np.int64),
-            finishes=np.array([_FINISHES.index(answer.finish) for answer in answers], np.int8),
+            finishes=np.array([_FINISHES.index(answer.finish_reason) for answer in answers], np.int8),
             tokens=np.concatenate([np.zeros(0, np.int32), *(answer.tokens for answer in answers)]),
             logprobs=np.concatenate([np.zeros(0, np.float32), *(answer.logprobs for answer in answers)]),
         )

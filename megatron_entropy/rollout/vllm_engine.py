@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
-from megatron_entropy.config import RolloutConfig
+from megatron_entropy.config.schema import RolloutConfig
 from megatron_entropy.errors import MissingPackageError
 from megatron_entropy.rollout.engine import Completion, EngineSpec, Progress, Request
 
@@ -133,7 +133,7 @@ class VllmEngine:
         """
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        from megatron_entropy.transport import TransportError
+        from megatron_entropy.errors import TransportError
 
         try:
             answers = self._engine.collective_rpc("attempt", args=(method, arguments))

@@ -24,8 +24,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from megatron_entropy.errors import Fault
-from megatron_entropy.links import LinkInfo
-from megatron_entropy.transport import Receiver, TensorMeta, checksum
+from megatron_entropy.weights.buckets import TensorMeta, checksum
+from megatron_entropy.weights.links import LinkInfo
+from megatron_entropy.weights.transport import Receiver
 
 log = logging.getLogger(__name__)
 

@@ -92,12 +92,12 @@ def assert_is_reference(teacher: ek.GuidedTeacher, logits: Tensor, target: Tenso
     _, temperature, entropy = reference.guided(logits, target, **options)
     found = teacher.temperature.double()
     # The entropy is known to some 1e-6 nats; where it hardly grows with the temperature that is more.
-    lowest, highest = options.get("bounds", (1.1, 1.5))
+    bottom_k_mask, top_k_mask = options.get("bounds", (1.1, 1.5))
     top = logits.topk(min(options.get("top", 512), logits.shape[1])).values
     growth = [guided.top_entropy(top - top[:, :1], found + step) for step in (-1e-3, 1e-3)]
     noise = 4e-6 / ((growth[1] - growth[0]) / 2e-3).clamp(min=1e-3)
     assert ((found - temperature).abs() <= noise.clamp(min=2e-6)).all()
-    assert (found >= lowest - 1e-6).all() and (found <= highest + 1e-6).all()
+    assert (found >= bottom_k_mask - 1e-6).all() and (found <= top_k_mask + 1e-6).all()
     torch.testing.assert_close(teacher.entropy.double(), entropy, rtol=0, atol=1e-5)
     expected = torch.log_softmax(logits / found[:, None], dim=1).gather(1, target[:, None])[:, 0]
     torch.testing.assert_close(teacher.logprob.double(), expected, rtol=2e-6, atol=1e-5)
@@ -113,7 +113,7 @@ def test_is_the_definition(vocab: int, dtype: torch.dtype) -> None:
     assert_is_reference(teacher, hidden.double() @ weight.double().t(), target)
     if vocab > 5:
         kinds = torch.bucketize(teacher.temperature, torch.tensor([1.1000001, 1.4999999]))
-        assert kinds.unique().numel() == 3, "lowest, searched and highest must all occur"
+        assert kinds.unique().numel() == 3, "bottom_k_mask, searched and top_k_mask must all occur"
 
 
 def test_float64() -> None:

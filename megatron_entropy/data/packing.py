@@ -1,0 +1,113 @@
+"""From samples to packed micro-batches: token budget, balance over ranks, the same plan on every rank.
+
+Sequences are laid end to end; a micro-batch holds at most `max_tokens_per_microbatch` places. Every data-parallel rank gets the
+same number of micro-batches, of about the same number of tokens. The plan is a pure function of the lengths, so all
+ranks agree on it without talking.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from megatron_entropy.records import Batch, Sample
+
+IGNORED = -100
+"""Target of places that are neither trained nor scored."""
+
+_FIELDS = tuple(
+    field.name
+    for field in dataclasses.fields(Batch)
+    if field.default is None  # the per-token fields a stage may have filled
+)
+
+
+def plan(
+    lengths: Sequence[int], *, max_tokens_per_microbatch: int, ranks: int, multiple: int = 1
+) -> list[list[list[int]]]:
+    """Distribute sequences over micro-batches.
+
+    Args:
+        lengths: places each sequence takes.
+        max_tokens_per_microbatch: most places in a micro-batch; a longer sequence gets a micro-batch of its own.
+        ranks: data-parallel ranks.
+        multiple: the number of micro-batches per rank is a multiple of this (the interleaved schedule's wish).
+    Returns:
+        `[rank][micro-batch] -> indices` into `lengths`, ascending; micro-batches may be empty when there are fewer
+        sequences than micro-batches.
+    """
+    step = ranks * multiple
+    count = max(step, -(-sum(lengths) // max_tokens_per_microbatch))
+    while True:
+        count = -(-count // step) * step
+        bins = _balance(lengths, count)
+        if count >= len(lengths) or all(
+            sum(lengths[i] for i in b) <= max_tokens_per_microbatch or len(b) == 1 for b in bins
+        ):
+            break
+        count += step
+    bins.sort(key=lambda b: (-sum(lengths[i] for i in b), b))
+    per_rank: list[list[list[int]]] = [[] for _ in range(ranks)]
+    for position, members in enumerate(bins):
+        # Snake order: rank sums stay level although bins come largest first.
+        turn, place = divmod(position, ranks)
+        per_rank[place if turn % 2 == 0 else ranks - 1 - place].append(members)
+    return per_rank
+
+
+def _balance(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Longest first into the least loaded bin (Graham 1969)."""
+    heap = [(0, b) for b in range(count)]
+    bins: list[list[int]] = [[] for _ in range(count)]
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        load, b = heapq.heappop(heap)
+        bins[b].append(index)
+        heapq.heappush(heap, (load + lengths[index], b))
+    return [sorted(b) for b in bins]
+
+
+def pack(samples: Sequence[Sample], indices: Sequence[int], *, multiple: int = 1, device: torch.device) -> Batch:
+    """Lay `samples[i] for i in indices` end to end.
+
+    Args:
+        multiple: total length is padded to a multiple of this with one sequence of its own (sequence parallelism cuts
+            the pack evenly over tensor-parallel ranks).
+    """
+    chosen = [samples[i] for i in indices]
+    sizes = [len(s.tokens) - 1 for s in chosen]
+    order = list(indices)
+    padding = -sum(sizes) % multiple if sizes else multiple
+    if padding:
+        sizes.append(padding)
+        order.append(-1)
+    tail = np.zeros(padding)
+
+    def column(parts: list[np.ndarray], filler: float, dtype: torch.dtype) -> torch.Tensor:
+        return torch.as_tensor(np.concatenate([*parts, tail + filler])).to(device=device, dtype=dtype)
+
+    def field(name: str) -> torch.Tensor | None:
+        values = [getattr(s, name) for s in chosen]
+        if any(v is None for v in values):
+            return None
+        return column([v[1:] for v in values], 0.0, torch.float32)
+
+    weight = field("weight")
+    return Batch(
+        tokens=column([s.tokens[:-1] for s in chosen], 0, torch.int64),
+        targets=column([_targets(s) for s in chosen], IGNORED, torch.int64),
+        positions=column([np.arange(size) for size in sizes[: len(chosen)]], 0, torch.int64),
+        boundaries=torch.tensor(np.cumsum([0, *sizes]), dtype=torch.int32, device=device),
+        order=tuple(order),
+        weight=weight if weight is not None else torch.zeros(sum(sizes), device=device),
+        **{name: field(name) for name in _FIELDS},
+    )
+
+
+def _targets(sample: Sample) -> np.ndarray:
+    targets = sample.tokens[1:].astype(np.int64)
+    targets[: sample.prompt_length - 1] = IGNORED
+    return targets

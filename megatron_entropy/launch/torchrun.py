@@ -1,0 +1,149 @@
+"""From a configuration file to running ranks: checks that need no torch, the run folder's policy, torchrun.
+
+`megatron-entropy train` runs torchrun's agent in its own process, so that Ctrl-C and `kill` reach the ranks as a
+request to stop after the step (torchrun alone kills them after 30 seconds), and so that a failure ends in the one
+line of the rank that failed first. Under plain torchrun the ranks use `resolve`, `prepare_run_folder` and
+`report_failure` themselves. Importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import Sequence
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import psutil
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from megatron_entropy.launch.failures import LAUNCHER_VARIABLE, STOPPED, RankFailure, first_failure
+
+RANK_MODULE = "megatron_entropy"
+"""What every rank runs."""
+
+
+def launch(arguments: Sequence[str], *, world_size: int) -> int:
+    """Run `world_size` ranks of `RANK_MODULE` on this machine through torchrun and wait for them.
+
+    SIGINT, SIGTERM and SIGHUP ask the ranks (by SIGTERM) to finish their step, save and end; a second one kills them.
+
+    Args:
+        arguments: command line of each rank: the configuration file, overrides and flags.
+        world_size: number of ranks.
+
+    Returns:
+        0; 128 + the signal's number after a stop; else the exit code of the rank that failed first, whose message
+        has been printed.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // world_size)))
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: fresh buffers of host memory fill 3 times faster
+    os.environ[LAUNCHER_VARIABLE] = "1"
+    ranks = _Ranks(world_size)
+    previous = {number: signal.signal(number, ranks.stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        failures = _run_agent(list(arguments), world_size)
+    except _StoppedEarly:
+        failures = []
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if ranks.stop_signal is not None and (ranks.killed or all(f.exit_code in STOPPED for f in failures)):
+        return 128 + ranks.stop_signal
+    if not failures:
+        return 0
+    first = first_failure(failures)
+    print(first.details, end="", file=sys.stderr)
+    print(f"error: {first.message}", file=sys.stderr, flush=True)
+    return first.exit_code if first.exit_code > 0 else 1
+
+
+class _StoppedEarly(BaseException):
+    """A stop signal came before there were ranks to stop."""
+
+
+class _Ranks:
+    """Handler of stop signals: forwards the first to the ranks, kills them on the second."""
+
+    def __init__(self, world_size: int) -> None:
+        self.stop_signal: int | None = None
+        self.killed = False
+        self._world_size = world_size
+        self._started = False
+
+    def stop(self, number: int, frame: FrameType | None) -> None:
+        """Act on signal `number`."""
+        first, self.stop_signal = self.stop_signal is None, self.stop_signal or number
+        ranks = self._processes()
+        self._started = self._started or len(ranks) == self._world_size
+        if first:
+            if not self._started:
+                for rank in ranks:
+                    rank.kill()
+                raise _StoppedEarly
+            _say("stopping after this step; once more kills the run at once")
+            for rank in ranks:
+                rank.send_signal(signal.SIGTERM)
+        else:
+            self.killed = True
+            for rank in ranks:
+                os.killpg(rank.pid, signal.SIGKILL)  # torchrun gives each rank a session of its own
+
+    @staticmethod
+    def _processes() -> list[psutil.Process]:
+        found = []
+        for child in psutil.Process().children():
+            try:
+                if RANK_MODULE in child.cmdline():
+                    found.append(child)
+            except psutil.Error:  # it ended meanwhile
+                continue
+        return found
+
+
+def _say(text: str) -> None:
+    os.write(sys.stderr.fileno(), f"{text}\n".encode())  # unbuffered, allowed in a signal handler
+
+
+def _run_agent(arguments: list[str], world_size: int) -> list[RankFailure]:
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    logging.disable(logging.CRITICAL)  # of this process: torchrun's own account of a failure
+    with tempfile.TemporaryDirectory(prefix="megatron_entropy_") as folder:
+        options = ["--nnodes=1", f"--nproc-per-node={world_size}", "--max-restarts=0", f"--log-dir={folder}"]
+        options += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", f"--rdzv-id={uuid.uuid4()}"]
+        options += ["--signals-to-handle=SIGQUIT", "--module", RANK_MODULE]
+        parsed = torchrun.parse_args(options)
+        parsed.training_script_args = [
+            "train",
+            *arguments,
+        ]  # not parsed along: torchrun would take --run for one of its own
+        config, command, command_arguments = torchrun.config_from_args(parsed)
+        try:
+            elastic_launch(config, command)(*command_arguments)
+        except ChildFailedError as error:
+            return [_failure_of(rank, failure) for rank, failure in error.failures.items()]
+        finally:
+            logging.disable(logging.NOTSET)
+    return []
+
+
+def _failure_of(rank: int, failure: ProcessFailure) -> RankFailure:
+    record = failure.error_file_data
+    if isinstance(record, dict) and "megatron_entropy" in record:
+        return RankFailure(**record["megatron_entropy"])
+    if failure.exitcode < 0:
+        name = signal.Signals(-failure.exitcode).name
+        hint = "; most often the machine ran out of memory" if name == "SIGKILL" else ""
+        message = f"rank {rank} was killed by {name}{hint}"
+    else:
+        message = f"rank {rank} ended with exit code {failure.exitcode}"
+    return RankFailure(rank, "death", message, failure.exitcode, float(failure.timestamp))

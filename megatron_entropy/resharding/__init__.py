@@ -1,1 +1,0 @@
-"""Between Megatron's shards and Hugging Face tensors: names, plan, folders, streams."""

@@ -1,0 +1,343 @@
+"""Checkpoints: complete or not there, written beside training, readable by any layout, distrusted when damaged.
+
+Runs the real Megatron model on CPU ranks. A checkpoint written under one layout continues under any other as if
+nothing had happened: two updates, a save, two more updates while it is written; the losses and gradient norms of the
+last two must come out the same when they are computed after a load, by another layout, with or without the distributed
+optimizer. Tolerance 1e-5: other layouts sum in another order (about 1e-7 relative in fp32).
+"""
+
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+import threading
+from pathlib import Path
+
+import check_layouts
+import inspect_checkpoint
+import local_ranks
+import numpy as np
+import pytest
+from rich.console import Console
+
+from megatron_entropy.config.architecture import read_architecture
+from megatron_entropy.config.schema import ActorConfig, OptimizerConfig, ParallelConfig
+from megatron_entropy.distributed import process_groups
+from megatron_entropy.errors import CheckpointError, Fault, UserError
+from megatron_entropy.weights import manifest
+from megatron_entropy.weights.manifest import FileRecord
+
+pytestmark = pytest.mark.actor
+
+ROOT = Path(__file__).parents[2]
+ONE = ParallelConfig()
+TP2 = ParallelConfig(tp=2)
+PP2 = ParallelConfig(pp=2)
+PP2_VPP2 = ParallelConfig(pp=2, vpp=2)
+DP2_SHARDED = ParallelConfig(dp=2, distributed_optimizer=True)
+
+
+def build(folder: str, layout: ParallelConfig):
+    from megatron_entropy.actor.actor import Actor
+
+    process_groups.init_model_parallel(layout, seed=1)
+    arch = read_architecture(folder)
+    optimizer = OptimizerConfig(lr=1e-3, eps=1e-3, warmup_steps=4, weight_decay=0.1)
+    config = ActorConfig(parallel=layout, optimizer=optimizer, dtype="float32", max_tokens_per_microbatch=192)
+    return Actor(arch, config, total_updates=10)
+
+
+def load_folder(actor, folder: str) -> None:
+    from megatron_entropy.weights.hf_folder import TensorFolder
+    from megatron_entropy.weights.source import load
+
+    load(TensorFolder(folder), actor.arch, actor.config.parallel, actor.named_shards())
+    actor.after_load()
+
+
+def updates(folder: str, checkpoints: str, layout: ParallelConfig, saves: bool) -> list[tuple[float, float, float]]:
+    """Loss, gradient norm and learning rate of updates 3 and 4; saves after 2, or starts from what was saved."""
+    from megatron_entropy.checkpoint import saver as checkpoint
+
+    actor = build(folder, layout)
+    samples = check_layouts.make_samples(actor.arch.vocab_size)
+    expected = checkpoint.Progress(2, 2, 7, "settings", {"mean": 0.1, "seen": [1, 2]})
+
+    def update() -> tuple[float, float, float]:
+        metrics = actor.update(samples, lambda s, b: (-b.advantage * s.logprob - 0.01 * s.entropy, {}), temperature=1.0)
+        return tuple(metrics[f"train/{name}"].value for name in ("loss", "grad_norm", "lr"))
+
+    if not saves:
+        path, progress = checkpoint.newest(Path(checkpoints))
+        assert progress == expected
+        checkpoint.load(path, actor, progress)
+        return [update(), update()]
+    load_folder(actor, folder)
+    saver = checkpoint.Saver(Path(checkpoints), keep=2, asynchronous=True)
+    update()
+    update()
+    saver.save(actor, expected)
+    found = [update(), update()]
+    saver.close()
+    return found
+
+
+@pytest.mark.parametrize("source", [TP2, DP2_SHARDED], ids=["from TP2", "from sharded DP2"])
+def test_training_goes_on_under_another_layout(tmp_path, source):
+    folder = str(tmp_path / "model")
+    check_layouts.make_checkpoint(Path(folder), experts=False)
+    checkpoints = str(tmp_path / "checkpoints")
+    expected = local_ranks.run_on_ranks(updates, 2, folder, checkpoints, source, True)[0]
+    assert expected[1][0] < expected[0][0] and expected[1][2] > expected[0][2] > 0, "it does learn, and warm up"
+    for target in (source, TP2, PP2, PP2_VPP2, DP2_SHARDED):
+        found = local_ranks.run_on_ranks(updates, 2, folder, checkpoints, target, False)[0]
+        np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=str(target))
+        if target is source:
+            assert found == expected, "under the layout that saved, to the bit"
+
+
+def life_of_a_saver(folder: str, checkpoints: str) -> None:
+    """Every promise of `Saver`, on two ranks that share one model."""
+    import psutil
+
+    from megatron_entropy.checkpoint import saver as checkpoint
+    from megatron_entropy.checkpoint.snapshot import Snapshot
+
+    place = Path(checkpoints)
+    actor = build(folder, TP2)
+    load_folder(actor, folder)
+
+    def progress(step: int) -> checkpoint.Progress:
+        return checkpoint.Progress(step, step, 0, "settings")
+
+    def names() -> list[str]:
+        process_groups.broadcast_object(None)  # a barrier: rank 0 has listed what it listed
+        found = sorted(path.name for path in place.iterdir())
+        process_groups.broadcast_object(None)
+        return found
+
+    # It returns before the bytes are there; training may ask how it goes; the next save waits for it.
+    saver = checkpoint.Saver(place, keep=2, asynchronous=True)
+    write, gate, order = Snapshot.write, threading.Event(), []
+
+    def slow(snapshot):
+        gate.wait()
+        order.append("written")
+        return write(snapshot)
+
+    Snapshot.write = slow
+    saver.save(actor, progress(1))
+    saver.check()
+    assert names() == ["step_000001.partial"]
+    threading.Timer(0.3, gate.set).start()
+    saver.save(actor, progress(2))
+    assert order[0] == "written" and (place / "step_000001").is_dir()
+    Snapshot.write = write
+    saver.wait()
+    assert not psutil.Process().children(), "no helper process that could outlive a killed rank"
+
+    # Of the complete ones the newest `keep` stay, and none of a future that was given up; leftovers go.
+    if process_groups.rank() == 0:
+        (place / "step_000009").mkdir()
+        (place / "step_000008.partial").mkdir()
+    saver.save(actor, progress(3))
+    saver.wait()
+    assert names() == ["step_000002", "step_000003"]
+
+    # A rank that cannot write stops all with one line; nothing half-written stays. Then it works again.
+    def limit(bytes_: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, resource.RLIM_INFINITY))
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    for victim in (1, 0):
+        if process_groups.rank() == victim:
+            limit(50_000)
+        with pytest.raises(Fault, match=r"step_000004 could not be written \(File too large.*step_000003 is the last"):
+            saver.save(actor, progress(4))
+            saver.wait()
+        limit(resource.RLIM_INFINITY)
+        assert names() == ["step_000002", "step_000003"]
+    saver.close()
+
+    saver = checkpoint.Saver(place, keep=1, asynchronous=False)
+    saver.save(actor, progress(4))
+    assert names() == ["step_000004"]
+    saver.close()
+
+
+def save_once(folder: str, checkpoints: str) -> None:
+    from megatron_entropy.checkpoint import saver as checkpoint
+
+    actor = build(folder, ONE)
+    load_folder(actor, folder)
+    saver = checkpoint.Saver(Path(checkpoints), keep=1, asynchronous=False)
+    saver.save(actor, checkpoint.Progress(1, 2, 3, "settings"))
+    saver.close()
+
+
+def refusals(checkpoints: str, others: list[str]) -> list[str]:
+    """What `load` says when the checkpoint is loaded into other models."""
+    from megatron_entropy.checkpoint import saver as checkpoint
+
+    said = []
+    for other in others:
+        path, progress = checkpoint.newest(Path(checkpoints))
+        with pytest.raises(CheckpointError) as refusal:
+            checkpoint.load(path, build(other, ONE), progress)
+        said.append(str(refusal.value))
+    return said
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run folder as far as checkpoints go, with its model in `model`; not to be changed."""
+    folder = tmp_path_factory.mktemp("run")
+    check_layouts.make_checkpoint(folder / "model", experts=False)
+    local_ranks.run_on_ranks(save_once, 1, str(folder / "model"), str(folder / "checkpoints" / "rl"))
+    return folder
+
+
+def test_a_saver_keeps_its_promises(tmp_path):
+    check_layouts.make_checkpoint(tmp_path / "model", experts=False)
+    local_ranks.run_on_ranks(life_of_a_saver, 2, str(tmp_path / "model"), str(tmp_path / "checkpoints"))
+
+
+def test_a_checkpoint_of_another_model_is_refused_naming_tensor_and_shapes(run, tmp_path):
+    config = json.loads((run / "model" / "config.json").read_text())
+    others = {
+        "wider": {"intermediate_size": 112},
+        "deeper": {"num_hidden_layers": 6},
+        "family": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
+        "words": {"vocab_size": 305},
+    }
+    for name, changes in others.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({**config, **changes}))
+    folders = [str(tmp_path / name) for name in others]
+    said = local_ranks.run_on_ranks(refusals, 1, str(run / "checkpoints" / "rl"), folders)[0]
+    wider, deeper, family, words = said
+    assert "decoder.layers.mlp.linear_fc1.weight is (4, 192, 64) in it and (4, 224, 64)" in wider
+    assert "(4, 64) in it and (6, 64) in the model" in deeper
+    assert "missing" in family and "of another model: tensor decoder.layers." in family
+    assert "301 rows" in words and "305" in words
+    assert not any("\n" in line for line in said)
+
+
+def make_files(folder: Path, step: int) -> Path:
+    """A checkpoint as far as `newest` looks at it."""
+    checkpoint = folder / f"step_{step:06d}"
+    (checkpoint / "shards").mkdir(parents=True)
+    data = checkpoint / "shards" / "data"
+    data.write_bytes(b"x" * 1000)
+    progress = {"step": step, "updates": 0, "position": 0, "fingerprint": "", "method": {}}
+    manifest.write(checkpoint, {"progress": progress}, {"shards/data": FileRecord.of(data)})
+    return checkpoint
+
+
+def flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def edit_state(checkpoint: Path) -> None:
+    text = (checkpoint / "state.json").read_text()
+    (checkpoint / "state.json").write_text(text.replace('"position": 0', '"position": 1'))
+
+
+DAMAGE = {
+    "truncated": (lambda c: os.truncate(c / "shards" / "data", 999), "shards/data has 999 bytes instead of 1000"),
+    "a flipped bit": (lambda c: flip(c / "shards" / "data", 500), "shards/data was changed"),
+    "a missing file": (lambda c: (c / "shards" / "data").unlink(), "shards/data is missing"),
+    "no state.json": (lambda c: (c / "state.json").unlink(), "state.json is missing"),
+    "torn state.json": (lambda c: os.truncate(c / "state.json", 50), "state.json is not a checkpoint's"),
+    "other JSON": (lambda c: (c / "state.json").write_text("[]"), "state.json is not a checkpoint's"),
+    "edited state.json": (edit_state, "state.json was changed"),
+    "not even a folder": (lambda c: (shutil.rmtree(c), c.write_bytes(b"")), "state.json cannot be read"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, caplog, damage):
+    from megatron_entropy.checkpoint import saver as checkpoint
+
+    for step in (2, 4):
+        make_files(tmp_path, step)
+    (tmp_path / "step_000006.partial").mkdir()
+    path, progress = checkpoint.newest(tmp_path)
+    assert path.name == "step_000004" and progress.step == 4
+    assert "step_000006.partial was never completed" in caplog.text
+    spoil, reason = DAMAGE[damage]
+    spoil(path)
+    path, progress = checkpoint.newest(tmp_path)
+    assert path.name == "step_000002" and progress.step == 2
+    assert f"step_000004 is damaged and passed over: {reason}" in caplog.text
+    spoil(path)
+    with pytest.raises(CheckpointError, match="every checkpoint is damaged.*step_000004.*step_000002") as refusal:
+        checkpoint.newest(tmp_path)
+    assert reason in str(refusal.value)
+
+
+def test_there_is_nothing_to_resume_before_the_first_checkpoint(tmp_path):
+    from megatron_entropy.checkpoint import saver as checkpoint
+
+    assert checkpoint.newest(tmp_path / "none") is None
+    (tmp_path / "step_000001.partial").mkdir()
+    assert checkpoint.newest(tmp_path) is None
+
+
+def inspect(folder: Path, checksums: bool | None = None) -> tuple[int, str]:
+    console = Console(file=io.StringIO(), width=140)
+    code = inspect_checkpoint.inspect(folder, checksums, console)
+    return code, console.file.getvalue()
+
+
+@pytest.mark.parametrize("place", [".", "checkpoints/rl", "checkpoints/rl/step_000001"])
+def test_inspection_shows_what_is_in_a_checkpoint(run, place):
+    code, shown = inspect(run / place)
+    assert code == 0
+    for expected in (
+        "decoder.layers.mlp.linear_fc1.weight",
+        "4 x 192 x 64",
+        "optimizer.state.exp_avg.embedding.word_embeddings.weight",
+        "step 1, 2 updates, 3 prompts drawn",
+        "saved under  1 rank",
+        "fingerprint  settings",
+        "Qwen3ForCausalLM, 4 layers, hidden 64, 301 words, 172,736 parameters",
+        "whole (checksums right)",
+    ):
+        assert expected in shown, expected
+
+
+def test_inspection_shows_a_hugging_face_folder(run):
+    code, shown = inspect(run / "model")
+    assert code == 0 and "model.layers.*.mlp.up_proj.weight" in shown and "96 x 64" in shown and "sizes right" in shown
+
+
+def test_inspection_finds_damage(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    step = copy / "checkpoints" / "rl" / "step_000001"
+    flip(step / "shards" / "__0_0.distcp", 100_000)
+    assert inspect(step, checksums=False)[0] == 0, "sizes alone do not show it"
+    for place in (step, copy):
+        code, shown = inspect(place)
+        assert code == 1 and "damaged: shards/__0_0.distcp was changed" in " ".join(shown.split())
+    (step / "shards" / ".metadata").unlink()
+    assert inspect(step)[0] == 1
+    weights = copy / "model" / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 1)
+    code, shown = inspect(copy / "model")
+    assert code == 1 and "damaged: model.safetensors has" in shown
+
+
+@pytest.mark.parametrize("content", [None, "empty", "text"])
+def test_inspection_of_anything_else_is_one_line(tmp_path, content):
+    folder = tmp_path / "folder"
+    if content:
+        folder.mkdir()
+    if content == "text":
+        (folder / "model.safetensors").write_text("not one")
+    with pytest.raises(UserError, match="no such folder|is neither a run|corrupt or not a safetensors"):
+        inspect(folder)

@@ -1,0 +1,514 @@
+"""LoRA on Megatron: the adapters are trained, nothing else, and every layout does the same.
+
+A tiny random Qwen3 on CPU ranks over gloo. The definition is PyTorch's: transformers' model with weights
+`W + scale * up @ down` and their gradients by autograd, one sequence after the other. Layouts are compared with a
+single rank after three updates. Tolerance 1e-5: other layouts sum in another order, about 1e-7 relative in fp32. Not
+proved here: Transformer Engine's layers, which need a GPU.
+"""
+
+import dataclasses
+import io
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import check_layouts
+import inspect_checkpoint
+import local_ranks
+import make_arithmetic
+import merge_lora
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors.numpy import load_file
+
+from megatron_entropy.config.architecture import read_architecture
+from megatron_entropy.config.schema import ActorConfig, LoraConfig, OptimizerConfig, ParallelConfig
+from megatron_entropy.distributed import process_groups
+from megatron_entropy.errors import CheckpointError, ConfigError
+from megatron_entropy.weights import manifest, names
+from megatron_entropy.weights.hf_folder import TensorFolder
+from megatron_entropy.weights.megatron_folder import open_model
+from megatron_entropy.weights.peft import ADAPTER_FILE
+from megatron_entropy.weights.source import ShardedSource, load
+
+pytestmark = pytest.mark.actor
+
+TOLERANCE = 1e-5
+TEMPERATURE = 0.8
+LORA = LoraConfig(rank=4, alpha=6.0)
+ONE = ParallelConfig()
+TP2 = ParallelConfig(tp=2)
+TP2_SP = ParallelConfig(tp=2, sequence_parallel=True)
+PP2 = ParallelConfig(pp=2)
+DP2_SHARDED = ParallelConfig(dp=2, distributed_optimizer=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A layout, and what else changes how the same numbers are computed."""
+
+    parallel: ParallelConfig
+    recompute: str = "none"
+
+
+CASES = {
+    "TP2": Case(TP2),
+    "TP2+SP, recompute": Case(TP2_SP, "full"),
+    "PP2, recompute": Case(PP2, "full"),
+    "PP2+VPP2": Case(ParallelConfig(pp=2, vpp=2)),
+    "DP2": Case(ParallelConfig(dp=2)),
+    "DP2+distributed optimizer": Case(DP2_SHARDED),
+    "TP2+SPxPP2": Case(ParallelConfig(tp=2, pp=2, sequence_parallel=True)),
+    "TP4, 2 key/value heads": Case(ParallelConfig(tp=4)),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    """Tied embeddings: of a pipeline's ends both hold them, neither trains them."""
+    return str(write_model(tmp_path_factory.mktemp("model"), "Qwen3", tied=True))
+
+
+def write_model(folder: Path, family: str, *, tied: bool = False) -> Path:
+    import transformers
+
+    sizes = dict(
+        vocab_size=151, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, head_dim=32,
+        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=tied, initializer_range=0.1,
+    )  # fmt: skip
+    if family == "Qwen3Moe":
+        sizes |= dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, norm_topk_prob=True)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**sizes))
+    model.save_pretrained(folder)
+    return folder
+
+
+def build(
+    folder: str, layout: ParallelConfig, *, lora: LoraConfig = LORA, recompute="none", seed=7, clip=0.5, **changes
+):
+    from megatron_entropy.actor.actor import Actor
+
+    process_groups.init_model_parallel(layout, seed=1)
+    # Adam's first steps are lr * sign(gradient) however small the gradient, which would turn rounding into a
+    # difference of 2 lr; a large eps keeps an update proportional to its gradient.
+    optimizer = OptimizerConfig(lr=0.02, eps=0.1, weight_decay=0.1, clip_grad=clip)
+    settings = dict(parallel=layout, optimizer=optimizer, lora=lora, recompute=recompute, max_tokens_per_microbatch=192)
+    actor = Actor(
+        read_architecture(folder),
+        ActorConfig(**settings, **{"dtype": "float32", **changes}),
+        total_updates=10,
+        seed=seed,
+    )
+    load(TensorFolder(folder), actor.arch, layout, actor.named_shards())
+    actor.after_load()
+    return actor
+
+
+def loss(stats, batch):
+    return -batch.advantage * stats.logprob - 0.01 * stats.entropy, {}
+
+
+def update(actor) -> tuple[float, float]:
+    samples = check_layouts.make_samples(actor.arch.vocab_size)
+    metrics = actor.update(samples, loss, temperature=TEMPERATURE)
+    return metrics["train/loss"].value, metrics["train/grad_norm"].value
+
+
+def whole(actor, local, streamed=None) -> dict[str, np.ndarray]:
+    """Tensors of a stream on rank 0; a collective."""
+    source = ShardedSource(actor.arch, actor.config.parallel, local, torch.float32, streamed)
+    return {name: tensor.numpy().copy() for name, tensor in source if tensor is not None}
+
+
+def adapters(actor, local=None) -> dict[str, np.ndarray]:
+    local = actor.adapter_shards() if local is None else local
+    return whole(actor, local, names.adapter_entries(actor.arch, actor.config.lora))
+
+
+def scores(actor) -> np.ndarray:
+    samples = check_layouts.make_samples(actor.arch.vocab_size)
+    return np.concatenate([s.response("logprob") for s in actor.score(samples, temperature=TEMPERATURE)])
+
+
+def life(folder: str, case: Case) -> dict[str, object] | None:
+    """Every promise of an actor with adapters, on all ranks; what rank 0 saw."""
+    from megatron_entropy.actor import lora
+
+    plain = build(folder, case.parallel, lora=LoraConfig())
+    for parameter in plain.named_shards().values():
+        parameter.requires_grad_(False)  # torch.matmul multiplies in another order where a weight wants a gradient
+    base = scores(plain)
+    actor = build(folder, case.parallel, recompute=case.recompute)
+    before = {name: shard.detach().clone() for name, shard in actor.named_shards().items()}
+    assert np.array_equal(scores(actor), base), "adapters that have not been trained change no bit"
+    start = adapters(actor)
+    steps = [update(actor) for _ in range(3)]
+    for name, shard in actor.named_shards().items():
+        assert torch.equal(shard, before[name]) and not shard.requires_grad, name
+    trained = scores(actor)
+    assert np.abs(trained - base).max() > 1e-2
+    with lora.disabled(actor):
+        assert np.array_equal(scores(actor), base)
+    assert np.array_equal(scores(actor), trained)
+    found = {"steps": steps, "start": start, "adapters": adapters(actor), "scores": trained}
+    found["merged"] = whole(actor, actor.merged_shards())
+    found["names"] = list(actor.named_shards()) == list(actor.merged_shards())
+    return found if process_groups.rank() == 0 else None
+
+
+@pytest.fixture(scope="module")
+def single(folder) -> dict:
+    return local_ranks.run_on_ranks(life, 1, folder, Case(ONE))[0]
+
+
+def assert_close(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=TOLERANCE, err_msg=name)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_layout_trains_the_same_adapters(folder, single, name):
+    case = CASES[name]
+    found = local_ranks.run_on_ranks(life, case.parallel.world_size, folder, case)[0]
+    for array, other in zip(found["start"].values(), single["start"].values(), strict=True):
+        assert np.array_equal(array, other), "drawn the same, to the bit"
+    np.testing.assert_allclose(found["steps"], single["steps"], atol=TOLERANCE, rtol=TOLERANCE)
+    np.testing.assert_allclose(found["scores"], single["scores"], atol=TOLERANCE)
+    assert_close(found["adapters"], single["adapters"])
+    assert_close(found["merged"], single["merged"])
+
+
+def folded(base: dict[str, np.ndarray], updates: dict[str, np.ndarray], scale: float) -> dict[str, np.ndarray]:
+    """The model that base and PEFT's tensors make, in fp64."""
+    result = {}
+    for name, array in base.items():
+        module = "base_model.model." + name.removesuffix(".weight")
+        result[name] = array.astype(np.float64)
+        if f"{module}.lora_A.weight" in updates:
+            down, up = (updates[f"{module}.lora_{part}.weight"].astype(np.float64) for part in "AB")
+            result[name] += scale * (up @ down)
+    return result
+
+
+def test_the_stream_is_the_base_with_the_adapters_folded_in(folder, single):
+    base = load_file(Path(folder) / "model.safetensors")
+    assert_close(single["merged"], folded(base, single["adapters"], 6.0 / 4))
+    changed = [name for name, array in base.items() if not np.array_equal(array, single["merged"][name])]
+    assert len(changed) == 4 * 7 and all(name.endswith("_proj.weight") for name in changed)
+    downs = [single["start"][f"base_model.model.model.layers.0.self_attn.{p}_proj.lora_A.weight"] for p in "qkv"]
+    assert np.array_equal(downs[0], downs[1]) and np.array_equal(downs[0], downs[2])
+    # PEFT's start: uniform within 1/sqrt(in), which has a deviation of that over sqrt(3).
+    for name, down in single["start"].items():
+        if "lora_A" in name:
+            bound = down.shape[1] ** -0.5
+            assert np.abs(down).max() <= bound and abs(down.std() * 3**0.5 / bound - 1) < 0.15
+        else:
+            assert not down.any()
+
+
+def gradients(folder: str, case: Case) -> dict[str, object] | None:
+    """Loss, gradient norm and gradients of one update, with adapters of which no part is zero."""
+    updates = random_adapters(folder)
+    actor = build(folder, case.parallel, recompute=case.recompute, clip=0.0)
+    layout, shards = case.parallel, actor.adapter_shards()
+    for name, entry in names.match(names.adapter_entries(actor.arch, LORA), shards).items():
+        parts = [updates[tensor] for tensor in entry.tensors]
+        with torch.no_grad():
+            shards[name].copy_(
+                names.shard(entry, parts, actor.arch, rank=process_groups.rank() % layout.tp, ranks=layout.tp)
+            )
+    actor.after_load()
+    found, norm = update(actor)
+    result = adapters(actor, {name: shard.main_grad for name, shard in shards.items()})
+    return {"loss": found, "norm": norm, **result} if process_groups.rank() == 0 else None
+
+
+@pytest.fixture(scope="module")
+def reference_gradients(folder) -> dict[str, object]:
+    """The same by transformers and autograd, from the definition."""
+    import transformers
+
+    updates = random_adapters(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    leaves: dict[str, torch.Tensor] = {}
+    for name, tensor in updates.items():
+        leaf = leaves.get(_shared(name))
+        leaves[name] = tensor.clone().requires_grad_() if leaf is None else leaf
+    weights = {}
+    for name, tensor in model.named_parameters():
+        module = "base_model.model." + name.removesuffix(".weight")
+        weights[name] = tensor.detach()
+        if f"{module}.lora_A.weight" in leaves:
+            down, up = (leaves[f"{module}.lora_{part}.weight"] for part in "AB")
+            weights[name] = weights[name] + 6.0 / 4 * up @ down
+    total = torch.zeros(())
+    for sample in check_layouts.make_samples(151):
+        tokens = torch.tensor(sample.tokens[None].astype(np.int64))
+        logits = torch.func.functional_call(model, weights, (tokens,)).logits[0, sample.prompt_length - 1 : -1]
+        logprobs = (logits / TEMPERATURE).log_softmax(-1)
+        chosen = logprobs.gather(1, tokens[0, sample.prompt_length :, None])[:, 0]
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        weight, advantage = (torch.tensor(sample.response(field)) for field in ("weight", "advantage"))
+        total = total + (weight * (-advantage * chosen - 0.01 * entropy)).sum()
+    total.backward()
+    distinct = {id(leaf): leaf for leaf in leaves.values()}
+    norm = sum(float(leaf.grad.square().sum()) for leaf in distinct.values()) ** 0.5
+    return {"loss": float(total), "norm": norm, **{name: leaf.grad.numpy() for name, leaf in leaves.items()}}
+
+
+def random_adapters(folder: str) -> dict[str, torch.Tensor]:
+    """PEFT's tensors, of which none is zero; those of fused modules have one `lora_A`."""
+    generator = torch.Generator().manual_seed(3)
+    updates: dict[str, torch.Tensor] = {}
+    for entry in names.adapter_entries(read_architecture(folder), LORA):
+        for name, size in zip(entry.tensors, entry.shapes, strict=True):
+            tensor = 0.1 * torch.randn(size, generator=generator)
+            updates[name] = updates.get(_shared(name), tensor)
+    return updates
+
+
+def _shared(name: str) -> str:
+    """The first of the modules that share a `lora_A`."""
+    for first, other in (("q_proj", "k_proj"), ("q_proj", "v_proj"), ("gate_proj", "up_proj")):
+        name = name.replace(f"{other}.lora_A", f"{first}.lora_A")
+    return name
+
+
+@pytest.mark.parametrize("case", [Case(ONE, "full"), Case(TP2_SP), Case(ParallelConfig(tp=2, pp=2), "full")], ids=str)
+def test_gradients_are_those_of_the_definition(folder, reference_gradients, case):
+    found = local_ranks.run_on_ranks(gradients, case.parallel.world_size, folder, case)[0]
+    assert min(np.abs(array).max() for array in reference_gradients.values()) > 1e-4
+    assert_close(found, reference_gradients)
+
+
+def continued(folder: str, checkpoints: str, layout: ParallelConfig, saves: bool) -> list[tuple[float, float]]:
+    """Loss and gradient norm of updates 3 and 4; saves after 2, or starts from what was saved."""
+    from megatron_entropy.checkpoint import saver as checkpoint
+
+    actor = build(folder, layout, seed=7 if saves else 8)
+    if saves:
+        update(actor)
+        update(actor)
+        saver = checkpoint.Saver(Path(checkpoints), keep=1, asynchronous=False)
+        saver.save(actor, checkpoint.Progress(2, 2, 0, "settings"))
+    else:
+        path, progress = checkpoint.newest(Path(checkpoints))
+        checkpoint.load(path, actor, progress)
+    return [update(actor), update(actor)]
+
+
+@pytest.mark.parametrize("source", [TP2_SP, DP2_SHARDED], ids=["from TP2+SP", "from sharded DP2"])
+def test_training_goes_on_under_another_layout(folder, tmp_path, source):
+    place = str(tmp_path)
+    expected = local_ranks.run_on_ranks(continued, 2, folder, place, source, True)[0]
+    assert expected[1][0] < expected[0][0]
+    for target in (source, TP2, ParallelConfig(pp=2, vpp=2), DP2_SHARDED):
+        found = local_ranks.run_on_ranks(continued, 2, folder, place, target, False)[0]
+        np.testing.assert_allclose(found, expected, atol=TOLERANCE, err_msg=str(target))
+        if target is source:
+            assert found == expected, "under the layout that saved, to the bit"
+
+    # Adapters and their optimizer state are in it, and nothing of the weights below them.
+    stored = manifest.tensors(tmp_path / "step_000002" / "shards")
+    assert all("_lora." in name for name in stored)
+    assert sum(not name.startswith("optimizer.") for name in stored) == 8
+    console = Console(file=io.StringIO(), width=140)
+    assert inspect_checkpoint.inspect(tmp_path / "step_000002", None, console) == 0
+
+
+def refusals(folder: str, checkpoints: str) -> list[str]:
+    """What is said of a checkpoint whose adapters the configuration has not."""
+    from megatron_entropy.checkpoint import saver as checkpoint
+
+    found = []
+    path, progress = checkpoint.newest(Path(checkpoints))
+    for lora in (LoraConfig(), LoraConfig(rank=8), LoraConfig(rank=4, targets=["o_proj"])):
+        actor = build(folder, TP2, lora=lora)
+        with pytest.raises(CheckpointError) as caught:
+            checkpoint.load(path, actor, progress)
+        found.append(str(caught.value))
+    with pytest.raises(CheckpointError) as caught:
+        open_model(path, actor.arch).names()
+    return [*found, str(caught.value)]
+
+
+def test_a_checkpoint_of_other_adapters_is_refused(folder, tmp_path):
+    local_ranks.run_on_ranks(continued, 2, folder, str(tmp_path), TP2, True)
+    without, rank, targets, converted = local_ranks.run_on_ranks(refusals, 2, folder, str(tmp_path))[0]
+    down = "decoder.layers.mlp.linear_fc1_lora.down"
+    assert f"tensor {down} is (4, 4, 64) in it and missing in the model" in without
+    assert f"tensor {down} is (4, 4, 64) in it and (4, 8, 64) in the model" in rank
+    assert f"tensor {down} is (4, 4, 64) in it and missing in the model" in targets
+    for message in (without, rank, targets):
+        assert "model and actor.lora the run was started with" in message and "\n" not in message
+    assert "is missing" in converted and "\n" not in converted
+
+
+@contextmanager
+def told(messages: list[str]) -> Iterator[None]:
+    """What the package logs inside."""
+    logger = logging.getLogger("megatron_entropy")
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+
+
+def run(config: str, overrides: list[str], resume: bool) -> list[str]:
+    """Train; what was logged on this rank."""
+    from megatron_entropy.methods import METHOD_CONFIGS
+    from megatron_entropy.trainer.loop import train
+
+    messages: list[str] = []
+    with told(messages):
+        train(load.load(config, overrides, METHOD_CONFIGS), resume=resume)
+    return messages
+
+
+def test_a_run_exports_the_merged_model_and_the_adapter(tmp_path, monkeypatch):
+    pytest.importorskip("google.protobuf", reason="the tokenizer of the example is made with it")
+    monkeypatch.setattr("sys.argv", ["", "--out", str(tmp_path / "in"), "--train", "32", "--test", "4"])
+    make_arithmetic.main()
+    config = tmp_path / "run.toml"
+    config.write_text(f"""
+        output = "{tmp_path}/run"
+        steps = 2
+        model.path = "{tmp_path}/in/model"
+        method.name = "sft"
+        batch.prompts = 8
+        data = {{train = ["{tmp_path}/in/train.jsonl"], max_prompt_tokens = 16}}
+        rollout.max_response_tokens = 24
+        [actor]
+        max_tokens_per_microbatch = 256
+        optimizer.lr = 1e-2
+        lora = {{rank = 4, alpha = 8}}
+    """)  # fmt: skip
+    (tmp_path / "run").mkdir()
+    first = local_ranks.run_on_ranks(run, 2, str(config), ["--actor.parallel.tp=2"], False)[0]
+    (tmp_path / "run" / "summary.json").unlink()  # which says that the stage is finished
+    second = local_ranks.run_on_ranks(run, 2, str(config), ["--steps=3", "--actor.parallel.pp=2"], True)[0]
+    assert any("resuming stage train after step 2" in message for message in second)
+    counts = [[message for message in messages if "parameters trained" in message] for messages in (first, second)]
+    assert len(counts[0]) == 1 and counts[0] == counts[1]
+
+    base, hf, adapter, merged = (tmp_path / name for name in ("in/model", "run/hf", "run/adapter", "merged"))
+    assert merge_lora.main([str(base), str(adapter), str(merged)]) == 0
+    found, expected = load_file(merged / "model.safetensors"), load_file(hf / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-6, err_msg=name)
+    assert_close(expected, folded(load_file(base / "model.safetensors"), load_file(adapter / ADAPTER_FILE), 8 / 4))
+    said = json.loads((adapter / "adapter_config.json").read_text())
+    assert (said["r"], said["lora_alpha"], said["base_model_name_or_path"]) == (4, 8, str(base))
+    assert said["target_modules"] == [f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")]
+
+
+def experts(folder: str, layout: ParallelConfig) -> tuple[list, dict, list[str], list[str]]:
+    """Two updates of a model with experts."""
+    messages: list[str] = []
+    with told(messages):
+        actor = build(folder, layout)
+    before = {name: shard.detach().clone() for name, shard in actor.named_shards().items()}
+    steps = [update(actor), update(actor)]
+    assert all(torch.equal(shard, before[name]) for name, shard in actor.named_shards().items())
+    return steps, whole(actor, actor.merged_shards()), list(adapters(actor)), messages
+
+
+def test_of_a_model_with_experts_the_attention_is_adapted(tmp_path):
+    folder = str(write_model(tmp_path, "Qwen3Moe"))
+    steps, merged, modules, messages = local_ranks.run_on_ranks(experts, 1, folder, ONE)[0]
+    base = load_file(tmp_path / "model.safetensors")
+    changed = {name.split(".")[4] for name, array in base.items() if not np.array_equal(array, merged[name])}
+    assert changed == {"q_proj", "k_proj", "v_proj", "o_proj"} and len(modules) == 4 * 4 * 2
+    total = sum(array.size for array in base.values()) + 2 * (256 - 151) * 64  # with padding
+    adapted = 4 * 4 * (64 + 256 + 128 + 64)
+    assert messages == [
+        "LoRA: experts take no adapters, all-linear means the attention's layers",
+        f"LoRA: {adapted:,} of {total + adapted:,} parameters trained",
+    ]
+    for layout in (ParallelConfig(tp=2, ep=2, sequence_parallel=True), ParallelConfig(dp=2, pp=2, ep=2)):
+        other = local_ranks.run_on_ranks(experts, layout.world_size, folder, layout)
+        np.testing.assert_allclose(other[0][0], steps, atol=TOLERANCE)
+        assert_close(other[0][1], merged)
+        assert [told for *_, told in other] == [messages] + [[]] * (layout.world_size - 1), "once, whatever the layout"
+
+
+def folds_in_bf16(folder: str) -> tuple[float, bool]:
+    """Largest error of folded weights against fp64 in units of bf16's precision; whether the base is as it was."""
+    actor = build(folder, ONE, dtype="bfloat16")
+    update(actor)
+    before = {name: shard.detach().clone() for name, shard in actor.named_shards().items()}
+    merged, parts, worst = actor.merged_shards(), actor.adapter_shards(), 0.0
+    for name, weight in before.items():
+        assert merged[name].dtype is torch.bfloat16
+        layer = name.removesuffix(".weight")
+        if f"{layer}_lora.up" not in parts:
+            assert merged[name] is actor.named_shards()[name], "no copy of what has no adapter"
+            continue
+        up, down = parts[f"{layer}_lora.up"].double(), parts[f"{layer}_lora.down"].double()
+        exact = weight.double() + 6.0 / 4 * (up @ down)
+        worst = max(worst, float(((merged[name].double() - exact).abs() / (exact.abs() + 1e-6)).max()) * 2**8)
+    return worst, all(torch.equal(shard, before[name]) for name, shard in actor.named_shards().items())
+
+
+def test_weights_are_folded_in_fp32_and_rounded_once(folder):
+    worst, unchanged = local_ranks.run_on_ranks(folds_in_bf16, 1, folder)[0]
+    assert worst <= 1.01 and unchanged  # half a unit in the last place of 8 bits is 2**-9, relative at most 2**-8
+
+
+def test_slabs_of_a_weight_are_folded_once(folder):
+    assert local_ranks.run_on_ranks(reads_in_slabs, 1, folder)[0] == 4 * 4
+
+
+def reads_in_slabs(folder: str) -> int:
+    """How often weights are folded while the model is streamed in slabs of 10 rows."""
+    from megatron_entropy.actor import lora
+
+    calls, fold = [], lora.fold
+    lora.fold = lambda *arguments: calls.append(1) or fold(*arguments)
+    actor = build(folder, ONE)
+    source = ShardedSource(actor.arch, ONE, actor.merged_shards(), torch.float32)
+    for number, (_, dtype, size) in enumerate(source.metadata()):
+        for first in range(0, size[0], 10):
+            count = min(10, size[0] - first)
+            source.read(number, first, count, torch.empty((count, *size[1:]), dtype=dtype), in_place=False)
+    assert source._part is None, "nothing stays in memory"
+    return len(calls)
+
+
+FUSED = "share an adapter, because Megatron fuses them; add"
+
+
+@pytest.mark.parametrize(
+    "targets,expert,said",
+    [
+        (["q_proj"], False, f": q_proj, k_proj, v_proj {FUSED} k_proj and v_proj"),
+        (["o_proj", "up_proj"], False, f": gate_proj, up_proj {FUSED} gate_proj"),
+        (["wq"], False, ": wq is no linear layer of the model; known are q_proj, k_proj, v_proj, o_proj, gate_proj,"),
+        (["down_proj"], True, ": down_proj is a part of the experts, which take no adapters; known are q_proj,"),
+        (["all-linear", "o_proj"], False, ": all-linear is no linear layer of the model"),
+        ([], False, " is empty; all-linear is every layer"),
+    ],
+)
+def test_targets_that_cannot_be_are_told(folder, tmp_path, targets, expert, said):
+    arch = read_architecture(write_model(tmp_path, "Qwen3Moe") if expert else folder)
+    with pytest.raises(ConfigError) as caught:
+        LoraConfig(rank=4, targets=targets).linears(arch)
+    assert str(caught.value).startswith("actor.lora.targets" + said)
+    assert "\n" not in str(caught.value)
+    assert LoraConfig(targets=targets).linears(arch) == [], "without a rank they do not matter"
+
+
+def test_targets_choose_the_layers(folder):
+    arch = read_architecture(folder)
+    lora = LoraConfig(rank=2, targets=["v_proj", "down_proj", "q_proj", "k_proj"])
+    assert lora.linears(arch) == ["linear_qkv", "linear_fc2"]
+    assert len(names.adapter_entries(arch, lora)) == 4 * (3 + 1 + 1 + 1)

@@ -1,0 +1,311 @@
+"""From the actor's shards into real vLLM engines, proved on the engines' side.
+
+After a push every tensor that an engine computes with equals the actor's, byte for byte, for every layout of the actor
+and for engines with tensor parallelism 1 and 2, which take the same push. What it must be is worked out here from the
+Hugging Face tensors, by neither our names nor vLLM's loader: the actor's parameters are those tensors times a number.
+After an optimizer step the engines' log-probs are the actor's. A bit that changes on the way is named; an engine is
+lost with any of its workers. Experts, which vLLM pads and packs, are proved by log-probs only, and with the exhaustive
+tests. Both links are used, gloo and shared memory. Not proved here: GPUs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from pathlib import Path
+
+import local_ranks
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from megatron_entropy.config.architecture import read_architecture
+from megatron_entropy.config.schema import ActorConfig, OptimizerConfig, ParallelConfig, RolloutConfig
+from megatron_entropy.distributed import process_groups
+from megatron_entropy.errors import ChecksumError, EngineLost, Fault
+from megatron_entropy.records import Sample
+from megatron_entropy.weights.hf_folder import TensorFolder
+from megatron_entropy.weights.source import ShardedSource, load
+from megatron_entropy.weights.sync import WeightSync
+from megatron_entropy.weights.transport import Sender
+
+LAYOUTS = {
+    "TP2": ParallelConfig(tp=2, dp=2),
+    "PP2": ParallelConfig(pp=2, dp=2),
+    "TP2xPP2": ParallelConfig(tp=2, pp=2),
+    "DP2 with distributed optimizer": ParallelConfig(tp=2, dp=2, distributed_optimizer=True),
+    "DP4 with distributed optimizer": ParallelConfig(dp=4, distributed_optimizer=True),
+}
+ENGINE_TP = (1, 2)
+BACKENDS = ("gloo", "shared_memory")
+RANKS = 4
+EOS = 1
+TEMPERATURE = 0.7
+VOCABULARY, PADDED = 90, 128  # vLLM pads to a multiple of 64, with zeros
+SHAPE = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2,
+    "eos_token_id": EOS,
+}  # fmt: skip
+# A worker of the engine with two has 48 of an expert's columns, which vLLM pads to 64; 96 need no padding.
+EXPERTS = {
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "norm_topk_prob": True, "head_dim": 32,
+}  # fmt: skip
+FLIPPED = "model.layers.1.mlp.up_proj.weight"
+
+
+def engine_tensors(model: dict[str, torch.Tensor], rank: int, ranks: int) -> dict[str, torch.Tensor]:
+    """What worker `rank` of a vLLM engine must hold, by vLLM's names."""
+
+    def rows(*tensors: torch.Tensor) -> torch.Tensor:
+        return torch.cat([tensor.chunk(ranks)[rank] for tensor in tensors])
+
+    def vocabulary(tensor: torch.Tensor) -> torch.Tensor:
+        return rows(torch.cat([tensor, torch.zeros(PADDED - VOCABULARY, tensor.shape[1])]))
+
+    tensors = {name: vocabulary(model[name]) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    tensors["model.norm.weight"] = model["model.norm.weight"]
+    for layer in (f"model.layers.{number}." for number in range(SHAPE["num_hidden_layers"])):
+        for norm in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+            tensors[layer + norm] = model[layer + norm]
+        for kind in ("weight", "bias"):
+            parts = [model[f"{layer}self_attn.{part}_proj.{kind}"] for part in "qkv"]
+            tensors[f"{layer}self_attn.qkv_proj.{kind}"] = rows(*parts)
+        parts = [model[f"{layer}mlp.{part}_proj.weight"] for part in ("gate", "up")]
+        tensors[layer + "mlp.gate_up_proj.weight"] = rows(*parts)
+        for name in (layer + "self_attn.o_proj.weight", layer + "mlp.down_proj.weight"):
+            tensors[name] = model[name].chunk(ranks, dim=1)[rank].contiguous()
+    return tensors
+
+
+def wrong_tensors(sums: list[dict[str, int]], model: dict[str, torch.Tensor]) -> list[str]:
+    """Tensors of an engine's workers whose checksum is not that of the model's."""
+    wrong = []
+    for rank, found in enumerate(sums):
+        expected = {name: t + 0.0 for name, t in engine_tensors(model, rank, len(sums)).items()}  # -0 becomes 0
+        assert set(found) == set(expected)
+        wrong += [
+            f"{name} of worker {rank}" for name, t in expected.items() if found[name] != zlib.crc32(t.numpy().data)
+        ]
+    return wrong
+
+
+def start_engines(folder: str) -> tuple[list, list | None]:
+    """On rank 0 a pool with one engine for each of `ENGINE_TP`, starting, and their clients."""
+    from megatron_entropy.rollout.engine import EngineSpec
+    from megatron_entropy.rollout.pool import EnginePool
+
+    if process_groups.rank():
+        return [], None
+    spec = EngineSpec(folder, 256, (EOS,), threads=1)
+    pools = [EnginePool(RolloutConfig(tensor_parallel=tp), spec) for tp in ENGINE_TP]
+    clients = [client for pool in pools for client in pool.clients()]
+    for index, client in enumerate(clients):
+        client.index = index
+    return pools, clients
+
+
+def build(folder: str, layout: ParallelConfig, factor: float):
+    """An actor with the folder's weights times `factor`, and the stream of them."""
+    from megatron_entropy.actor.actor import Actor
+
+    arch = read_architecture(folder)
+    process_groups.init_model_parallel(layout, seed=1)
+    config = ActorConfig(
+        parallel=layout, optimizer=OptimizerConfig(lr=1e-2), dtype="float32", max_tokens_per_microbatch=128
+    )
+    actor = Actor(arch, config, total_updates=1)
+    load(TensorFolder(folder), arch, layout, actor.named_shards())
+    with torch.no_grad():
+        for parameter in actor.named_shards().values():
+            parameter.mul_(factor)
+    actor.after_load()
+    return actor, ShardedSource(arch, layout, actor.named_shards(), torch.float32)
+
+
+def push_of(source: ShardedSource, backend: str) -> WeightSync:
+    return WeightSync(source, bucket_bytes=2**15, checksum=True, timeout=60, backend=backend)
+
+
+def update(actor, samples: list[Sample]) -> None:
+    """Change the weights: an optimizer step that makes the samples likelier."""
+    samples = [dataclasses.replace(s, weight=s.constant(0.01)) for s in samples]
+    actor.update(samples, lambda stats, batch: (-stats.logprob, {}), temperature=TEMPERATURE)
+
+
+def answers(pools: list) -> list[list[Sample]]:
+    """Each engine's completions, as samples."""
+    from megatron_entropy.rollout.engine import Request
+
+    generator = np.random.default_rng(0)
+    prompts = [tuple(generator.integers(2, VOCABULARY, 4 + length).tolist()) for length in range(8)]
+    requests = [
+        Request((number,), prompt, seed=number, max_tokens=16, temperature=TEMPERATURE)
+        for number, prompt in enumerate(prompts)
+    ]
+    samples = []
+    for pool in pools:
+        done, dead = pool.generate(requests, "test")
+        assert not dead
+        samples.append(
+            [
+                Sample(np.array([*p, *c.tokens], np.int32), len(p), "stop", "", rollout_logprob=c.logprobs)
+                for p, c in zip(prompts, done, strict=True)
+            ]
+        )
+    return samples
+
+
+def disagreement(actor, sampled: list[list[Sample]]) -> list[float]:
+    """For each engine, by how much a log-prob of its samples differs from the actor's at most."""
+    worst = []
+    for samples in sampled:
+        scored = actor.score(samples, temperature=TEMPERATURE, entropy=False)
+        worst.append(max(np.abs(s.response("logprob") - s.rollout_logprob).max() for s in scored))
+    return worst
+
+
+def push_from_every_layout(folder: str) -> dict[str, object]:
+    """Run on every rank; what rank 0 saw, by layout, and what broke how."""
+    first = process_groups.rank() == 0
+    pools, clients = start_engines(folder)
+    seen: dict[str, object] = {}
+    model = load_file(Path(folder, "model.safetensors"))
+    try:
+        for pool in pools:
+            pool.wait_ready()
+        for number, (name, layout) in enumerate(LAYOUTS.items()):
+            factor = -(0.5 ** (1 + number % 2))  # exact, and another one than the push before
+            one, other = BACKENDS[number % 2], BACKENDS[1 - number % 2]
+            actor, source = build(folder, layout, factor)
+            push = push_of(source, one)
+            push.push(1, clients)
+            push.close()
+            scaled = {key: tensor * factor for key, tensor in model.items()}
+            wrong = [wrong_tensors(client.weight_checksums(), scaled) for client in clients or ()]
+            update(actor, process_groups.broadcast_object(answers(pools)[0] if first else None))
+            push = push_of(source, other)
+            push.push(2, clients)
+            updated = dict(source)
+            unchanged = [wrong_tensors(client.weight_checksums(), scaled) for client in clients or ()]
+            wrong += [wrong_tensors(client.weight_checksums(), updated) for client in clients or ()]
+            worst = disagreement(actor, process_groups.broadcast_object(answers(pools) if first else None))
+            seen[name] = {"wrong": wrong, "changed": [len(names) for names in unchanged], "logprob": worst}
+            if number + 1 < len(LAYOUTS):
+                push.close()
+        if not first:
+            with _flipping():
+                push.push(3, None)
+            for version in (4, 5):
+                push.push(version, None)
+            return seen
+        with _flipping():
+            seen["flipped"] = _failure(lambda: push.push(3, clients))
+        push.push(4, clients)
+        seen["mended"] = len(answers(pools))
+        _workers(pools[1].pids[0])[-1].kill()
+        seen["killed"] = _failure(lambda: push.push(5, clients))
+        return seen
+    finally:
+        for pool in reversed(pools):
+            pool.shutdown()
+
+
+def push_experts(folder: str) -> list[list[float]]:
+    """Run on every rank; by how much each engine disagrees with the actor after the first push, and after the next."""
+    first = process_groups.rank() == 0
+    pools, clients = start_engines(folder)
+    try:
+        actor, source = build(folder, ParallelConfig(dp=2, ep=2), 1.0)
+        push = push_of(source, "shared_memory")
+        for pool in pools:
+            pool.wait_ready()
+        seen = []
+        for version in (1, 2):
+            push.push(version, clients)
+            sampled = process_groups.broadcast_object(answers(pools) if first else None)
+            seen.append(disagreement(actor, sampled))
+            update(actor, sampled[0])
+        return seen
+    finally:
+        for pool in reversed(pools):
+            pool.shutdown()
+
+
+def _workers(pid: int) -> list[psutil.Process]:
+    children = psutil.Process(pid).children()
+    return [child for child in children if "Worker" in child.name() or "spawn_main" in " ".join(child.cmdline())]
+
+
+def _failure(work) -> Fault | None:
+    try:
+        work()
+    except Fault as fault:
+        return fault
+    return None
+
+
+class _flipping:
+    """Within it a bit of one tensor changes after its checksum has been taken."""
+
+    def __enter__(self) -> None:
+        self.seal = seal = Sender._seal
+
+        def flip(sender, bucket, metadata, buffer):
+            seal(sender, bucket, metadata, buffer)
+            for slab, offset in zip(bucket.slabs, bucket.offsets, strict=True):
+                if metadata[slab.number].name == FLIPPED:
+                    buffer[offset + 7] ^= 1
+
+        Sender._seal = flip
+
+    def __exit__(self, *exception: object) -> None:
+        Sender._seal = self.seal
+
+
+def write(model: torch.nn.Module, folder: Path) -> str:
+    """Give every parameter values of its own, and save."""
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, 0.5, 0.2)  # biases start at zero, norms at one
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=False)).float()
+    folder = write(model, tmp_path_factory.mktemp("model"))
+    return local_ranks.run_on_ranks(push_from_every_layout, RANKS, folder, timeout_s=280)[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_engines_hold_what_the_actor_holds(seen: dict, layout: str) -> None:
+    assert seen[layout]["wrong"] == [[]] * (len(BACKENDS) * len(ENGINE_TP))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_after_an_update_the_engines_agree_with_the_actor(seen: dict, layout: str) -> None:
+    assert max(seen[layout]["logprob"]) < 1e-4  # fp32 on both sides, sums in another order
+    assert min(seen[layout]["changed"]) > 10  # the update changed nearly every tensor
+
+
+def test_a_flipped_bit_is_named_and_mended_by_the_next_push(seen: dict) -> None:
+    assert isinstance(seen["flipped"], ChecksumError) and str(seen["flipped"]).startswith(FLIPPED)
+    assert seen["mended"] == len(ENGINE_TP)
+
+
+def test_an_engine_is_lost_with_any_of_its_workers(seen: dict) -> None:
+    assert isinstance(seen["killed"], EngineLost) and seen["killed"].indices == (1,)
+
+
+@pytest.mark.exhaustive
+def test_engines_with_experts_agree_with_the_actor_after_every_push(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    folder = write(Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **EXPERTS)).float(), tmp_path)
+    worst = local_ranks.run_on_ranks(push_experts, 2, folder, timeout_s=280)[0]
+    assert np.array(worst).shape == (2, len(ENGINE_TP)) and np.max(worst) < 1e-4, worst

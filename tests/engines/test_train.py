@@ -1,0 +1,229 @@
+"""Whole runs of the real program: Megatron ranks under torchrun, a vLLM engine under Ray, checkpoints, export.
+
+Each run is a few steps of a tiny model. Proves: the engine's and the actor's log-probabilities agree after a push at a
+temperature other than 1, under TP2 and PP2; a run repeats bit for bit; a run that is stopped or killed resumes without
+a step lost, repeated or changed; a killed engine is replaced without a sample lost or changed; two stages hand the
+model on; the result loads in transformers. Does not prove that anything is learned (`make demo` shows that).
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+
+CONFIG = """
+output = "{run}"
+seed = 3
+[model]
+path = "{inputs}/model"
+[data]
+train = ["{inputs}/train.jsonl"]
+eval = ["{inputs}/test.jsonl"]
+max_prompt_tokens = 16
+[reward]
+verifier = "final_marker"
+[rollout]
+temperature = 0.8
+max_response_tokens = 24
+[actor]
+max_tokens_per_microbatch = 256
+[eval]
+limit = 8
+[checkpoint]
+every = 2
+[[stages]]
+name = "sft"
+steps = 2
+method.name = "sft"
+batch.prompts = 8
+actor.parallel.dp = 2
+actor.optimizer.lr = 1e-3
+[[stages]]
+name = "rl"
+steps = 4
+method.name = "grpo"
+batch.prompts = 4
+batch.samples = 4
+batch.updates = 2
+actor.parallel.{layout}
+actor.optimizer.lr = 1e-3
+eval.every = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    script = ROOT / "examples" / "make_arithmetic.py"
+    sizes = ["--seed", "3", "--train", "64", "--test", "16"]
+    subprocess.run([sys.executable, script, "--out", folder, *sizes], check=True, env=ENVIRONMENT)
+    return folder
+
+
+def start(inputs: Path, run: Path, *flags: str, layout: str = "tp = 2") -> subprocess.Popen:
+    run.mkdir(exist_ok=True)
+    config = run / "given.toml"
+    config.write_text(CONFIG.format(run=run, inputs=inputs, layout=layout))
+    command = [sys.executable, "-m", "megatron_entropy", "train", str(config), *flags]
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == code, output[-3000:]
+    return output
+
+
+def rows(run: Path) -> list[dict]:
+    """The metrics without the wall-clock times."""
+    parsed = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith("timing/")} for row in parsed]
+
+
+def wait_for(process: subprocess.Popen, run: Path, step: int) -> None:
+    """Until the RL stage has logged a step."""
+    deadline = time.monotonic() + 200
+    row = f'"stage": "rl", "step": {step},'
+    while not ((run / "metrics.jsonl").exists() and row in (run / "metrics.jsonl").read_text()):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("first") / "run"
+    assert "Traceback" not in finish(start(inputs, run))
+    return run
+
+
+def mismatch(run: Path) -> float:
+    """Largest difference between the engine's and the actor's log-probability of a sampled token."""
+    worst = 0.0
+    dumps = sorted((run / "rollouts" / "rl").glob("*.jsonl"))
+    assert len(dumps) == 4
+    for sample in (json.loads(line) for dump in dumps for line in dump.read_text().splitlines()):
+        assert len(sample["logprobs"]) == len(sample["rollout_logprobs"]) > 0
+        worst = max(worst, np.abs(np.subtract(sample["logprobs"], sample["rollout_logprobs"])).max())
+    return worst
+
+
+def test_a_run_leaves_its_evidence(finished):
+    assert [(row["stage"], row["step"]) for row in rows(finished)] == [
+        *(("sft", step) for step in range(3)),
+        *(("rl", step) for step in range(5)),
+    ]
+    summary = json.loads((finished / "summary.json").read_text())["stages"]
+    assert [(stage["name"], stage["method"], stage["steps"]) for stage in summary] == [
+        ("sft", "sft", 2),
+        ("rl", "grpo", 4),
+    ]
+    for name in (
+        "config.toml",
+        "report.html",
+        "plots/accuracy.png",
+        "hf/model.safetensors",
+        "checkpoints/rl/step_000004",
+    ):
+        assert (finished / name).exists(), name
+    assert list((finished / "tensorboard" / "rl").glob("events*"))
+    by_stage = {(row["stage"], row["step"]): row for row in rows(finished)}
+    handed_on = by_stage["sft", 2]["eval/entropy"], by_stage["rl", 0]["eval/entropy"]
+    assert handed_on[0] == pytest.approx(handed_on[1], abs=1e-6), "the next stage starts where the last one ended"
+
+
+def test_the_export_is_the_model_that_was_trained(finished):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from megatron_entropy.data.tokenizer import load_tokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(finished / "hf")
+    text = "3+5*2\n"
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == load_tokenizer(finished / "hf").encode(text)
+    model = AutoModelForCausalLM.from_pretrained(finished / "hf", dtype=torch.float32)
+    evaluation = (finished / "eval" / "rl" / "step_000004.jsonl").read_text().splitlines()
+    sample = json.loads(evaluation[0])
+    tokens = torch.tensor([sample["tokens"]])
+    with torch.no_grad():
+        logprobs = model(tokens).logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
+    given = sample["prompt_length"]
+    np.testing.assert_allclose(logprobs[given - 1 :].numpy(), sample["logprobs"], atol=1e-4)
+
+
+def test_engine_and_actor_agree_under_tensor_parallelism(finished):
+    assert mismatch(finished) <= 1e-4
+
+
+def test_engine_and_actor_agree_under_pipeline_parallelism(inputs, tmp_path, finished):
+    finish(start(inputs, tmp_path / "run", layout="pp = 2"))
+    assert mismatch(tmp_path / "run") <= 1e-4
+    first_tp, first_pp = (next(r for r in rows(run) if r["stage"] == "rl" and r["step"] == 1) for run in
+                          (finished, tmp_path / "run"))  # fmt: skip
+    assert first_pp["train/loss"] == pytest.approx(first_tp["train/loss"], abs=1e-5)
+
+
+def test_a_stopped_and_killed_run_resumes_where_it_was(inputs, tmp_path, finished):
+    import psutil
+
+    run = tmp_path / "run"
+    process = start(inputs, run)
+    wait_for(process, run, step=1)
+    process.send_signal(signal.SIGTERM)
+    assert "Traceback" not in finish(process, code=128 + signal.SIGTERM)
+    assert not (run / "hf").exists()
+    assert "already" in finish(start(inputs, run), code=2)
+
+    process = start(inputs, run, "--resume")
+    wait_for(process, run, step=3)
+    for child in psutil.Process(process.pid).children(recursive=True):  # as when a machine goes down
+        child.kill()
+    process.kill()
+    process.communicate()
+
+    finish(start(inputs, run, "--resume"))
+    assert rows(run) == rows(finished)
+
+
+def test_a_run_repeats_bit_for_bit_even_if_its_engine_is_killed(inputs, tmp_path, finished):
+    import psutil
+
+    run = tmp_path / "run"
+    process = start(inputs, run, "--rollout.colocate=true")  # must change nothing on a CPU
+    wait_for(process, run, step=1)
+    engines = [c for c in psutil.Process(process.pid).children(recursive=True) if "VllmEngine" in " ".join(c.cmdline())]
+    assert len(engines) == 1
+    engines[0].kill()
+    assert "engine 0 is restarted" in finish(process)
+    assert rows(run) == rows(finished)
+
+
+def test_an_unknown_key_is_one_line_and_code_2(inputs, tmp_path):
+    output = finish(start(inputs, tmp_path / "run", "--actor.paralel.tp=2"), code=2)
+    assert output.strip() == "error: actor.paralel: unknown key; did you mean actor.parallel?"
+
+
+def test_a_fault_is_one_line_and_code_1(inputs, tmp_path):
+    """Weights with a NaN in them: the loss is not finite, nothing is updated, nothing is saved."""
+    import shutil
+
+    from safetensors.numpy import load_file, save_file
+
+    model = shutil.copytree(inputs / "model", tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], np.nan)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    run = tmp_path / "run"
+    output = finish(start(inputs, run, f"--model.path={model}", "--data.eval=[]"), code=1)
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("error: ") and "stage sft, step 1" in last and "sample(s) 0, 1" in last
+    assert "Traceback" not in output
+    assert not (run / "checkpoints").exists()

@@ -1,0 +1,294 @@
+"""A configuration says what is wrong with it: the key to change, the numbers, the nearest right name.
+
+Checks against a model use a made-up shape; that the trainer obeys the settings is tested where they are used.
+"""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_entropy.config import check
+from megatron_entropy.config.architecture import ModelArchitecture
+from megatron_entropy.config.load import load
+from megatron_entropy.config.schema import Config, MethodConfig
+from megatron_entropy.distributed import seeds
+from megatron_entropy.errors import ConfigError
+from megatron_entropy.methods import METHOD_CONFIGS
+
+ROOT = Path(__file__).parents[2]
+
+
+class PlainConfig(MethodConfig):
+    name: Literal["plain"] = "plain"
+    clip: float = 0.2
+
+
+class OtherConfig(MethodConfig):
+    name: Literal["other"] = "other"
+    teacher: str = ""
+
+
+METHODS = {"plain": PlainConfig, "other": OtherConfig}
+MINIMAL = 'steps = 5\nmodel.path = "m"\nmethod.name = "plain"\ndata.train = ["t.jsonl"]\n'
+TWO_STAGES = (
+    MINIMAL
+    + """
+[batch]
+prompts = 32
+[[stages]]
+name = "first"
+steps = 7
+[[stages]]
+name = "second"
+method = {name = "other", teacher = "t"}
+actor.parallel.tp = 2
+"""
+)
+SHAPE = ModelArchitecture(
+    architecture="Qwen3ForCausalLM",
+    family="qwen3",
+    num_layers=6,
+    hidden_size=64,
+    ffn_size=96,
+    num_heads=8,
+    num_query_groups=4,
+    head_dim=8,
+    vocab_size=50,
+    max_positions=4096,
+    norm_eps=1e-6,
+    rope_theta=1e4,
+    rope_kind="default",
+    rope_scaling={},
+    tied_embeddings=True,
+    qkv_bias=False,
+    qk_norm=True,
+)
+
+
+@pytest.fixture
+def load_text(tmp_path):
+    """Loads a text as if it were a file."""
+
+    def load_it(text, *overrides):
+        path = tmp_path / "config.toml"
+        path.write_text(text)
+        return load(path, overrides, METHODS)
+
+    return load_it
+
+
+def one(load_text, *overrides):
+    (config,) = load_text(MINIMAL, *overrides)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("step = 3", "step: unknown key; did you mean steps?"),
+        ("actor.paralel.tp = 2", "actor.paralel: unknown key; did you mean actor.parallel?"),
+        ("actor.parallel.ttp = 2", "actor.parallel.ttp: unknown key; did you mean actor.parallel.tp?"),
+        ("rollout.temprature = 0.7", "rollout.temprature: unknown key; did you mean rollout.temperature?"),
+        ("method.clipp = 1.0", "method.clipp: unknown key; did you mean method.clip?"),
+        ("checkpoint.xyzzy = 1", "checkpoint.xyzzy: unknown key; known are asynchronous, every, keep"),
+    ],
+)
+def test_unknown_key_names_the_nearest(load_text, line, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_text(MINIMAL + line)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--steps=many", "steps: input should be a valid integer.*'many'"),
+        ("--steps=0", "steps: input should be greater than 0.*0"),
+        ("--actor.parallel.tp=1.5", r"actor\.parallel\.tp: .*valid integer.*1\.5"),
+        ("--rollout.temperature=0", r"rollout\.temperature: .*greater than 0"),
+        ("--rollout.top_p=1.5", r"rollout\.top_p: .*less than or equal to 1"),
+        ("--actor.optimizer.schedule=step", r"actor\.optimizer\.schedule: .*'constant', 'linear' or 'cosine'.*'step'"),
+        ("--method.clip=high", r"method\.clip: .*valid number.*'high'"),
+        ("--data.train=t.jsonl", r"data\.train: .*valid list"),
+        ("--actor=3", "actor: .*3"),
+        ("--method.name=plane", r"method\.name='plane' is unknown; did you mean plain\?"),
+    ],
+)
+def test_wrong_value_names_the_key_and_what_was_given(load_text, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_text(MINIMAL, override)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps = ", "not valid TOML"),
+        ('steps = 1\ndata.train = ["t"]', r"method\.name is missing; choose one of other, plain"),
+        ('method.name = "plain"', "steps: field required"),
+        ("stages = 3", r"written as \[\[stages\]\]"),
+        (MINIMAL + '[[stages]]\nname = "a"\n[[stages]]\nname = "a"', "different names, found a, a"),
+    ],
+)
+def test_broken_file_says_how_to_write_it(load_text, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load_text(text)
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.toml: no such file"):
+        load(tmp_path / "nowhere.toml", [], METHODS)
+
+
+@pytest.mark.parametrize("override", ["steps=3", "--steps", "--=3", "-steps=3"])
+def test_override_of_another_form_is_an_error(load_text, override):
+    with pytest.raises(ConfigError, match="written --key.path=value"):
+        load_text(MINIMAL, override)
+
+
+def test_override_of_unknown_stage_names_the_nearest(load_text):
+    with pytest.raises(ConfigError, match=r"stages\.secnd: no such stage; did you mean second\?"):
+        load_text(TWO_STAGES, "--stages.secnd.steps=3")
+
+
+def test_overrides_win_and_read_toml_values_or_bare_words(load_text):
+    config = one(
+        load_text,
+        "--output=runs/of mine",
+        "--actor.parallel.tp=2",
+        '--data.eval=["a", "b"]',
+        "--actor.optimizer.betas=[0.9, 0.95]",
+        "--actor.parallel.sequence_parallel=true",
+        "--log.wandb_project=",
+    )
+    assert config.output == "runs/of mine" and config.actor.parallel.tp == 2 and config.data.eval == ["a", "b"]
+    assert config.actor.optimizer.betas == (0.9, 0.95) and config.actor.parallel.sequence_parallel
+    assert config.log.wandb_project == ""
+
+
+def test_stage_is_the_file_with_its_own_keys_laid_over(load_text):
+    first, second = load_text(TWO_STAGES, "--batch.samples=3", "--stages.second.steps=9", "--seed=4")
+    assert (first.name, first.steps, second.name, second.steps) == ("first", 7, "second", 9)
+    assert first.method == PlainConfig() and second.method == OtherConfig(teacher="t")
+    assert (first.actor.parallel.tp, second.actor.parallel.tp) == (1, 2)
+    for config in (first, second):
+        assert (config.batch.prompts, config.batch.samples, config.seed) == (32, 3, 4)
+
+
+def test_stages_that_cannot_run_in_a_row_are_refused(load_text):
+    with pytest.raises(ConfigError, match="same number of ranks, found first: 1, second: 2"):
+        check.check_stages(load_text(TWO_STAGES))
+    check.check_stages(load_text(TWO_STAGES, "--stages.first.actor.parallel.dp=2"))
+    with pytest.raises(ConfigError, match="one folder"):
+        check.check_stages(load_text(TWO_STAGES, "--stages.first.output=a", "--stages.first.actor.parallel.dp=2"))
+    with pytest.raises(ConfigError, match=r"model\.path is empty"):
+        check.check_stages(load_text(MINIMAL, "--model.path="))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--actor.parallel.tp=3"], r"actor\.parallel\.tp=3 does not divide the model's 8 attention heads"),
+        (["--actor.parallel.pp=7"], r"actor\.parallel\.pp \* actor\.parallel\.vpp = 7 stages for the model's 6 layers"),
+        (["--actor.parallel.pp=4", "--actor.parallel.vpp=2"], r"vpp = 8 stages for the model's 6 layers"),
+        (["--actor.parallel.ep=2"], r"actor\.parallel\.ep=2, etp=1: the model has no experts"),
+        (["--actor.parallel.vpp=2"], r"actor\.parallel\.vpp=2 needs actor\.parallel\.pp of at least 2"),
+        (["--actor.parallel.sequence_parallel=true"], r"sequence_parallel=true needs actor\.parallel\.tp of at least"),
+        (["--rollout.tensor_parallel=3"], r"rollout\.tensor_parallel=3 does not divide the model's 8 attention"),
+        (["--rollout.max_response_tokens=4000"], r"rollout\.max_response_tokens = 5024 is more than the model's 4096"),
+        (
+            ["--actor.max_tokens_per_microbatch=3000"],
+            r"actor\.max_tokens_per_microbatch=3000 cannot hold .* = 3072 tokens",
+        ),
+        (["--batch.updates=3"], r"batch\.updates=3 does not divide batch\.prompts=128"),
+        (["--data.train=[]"], r"data\.train is empty"),
+    ],
+)
+def test_what_does_not_fit_the_model_names_key_and_numbers(load_text, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        check.check(one(load_text, *overrides), SHAPE)
+
+
+def test_ranks_that_run_must_be_those_of_the_layout(load_text):
+    config = one(load_text, "--actor.parallel.tp=2", "--actor.parallel.dp=3")
+    check.check(config, SHAPE, world_size=6)
+    with pytest.raises(ConfigError, match=r"started 4 ranks, but .* 2\*1\*1\*3 = 6"):
+        check.check(config, SHAPE, world_size=4)
+
+
+@given(tp=st.integers(1, 9), pp=st.integers(1, 7), vpp=st.integers(1, 3), dp=st.integers(1, 3), sequence=st.booleans())
+def test_a_layout_passes_exactly_when_it_fits_the_model(tp, pp, vpp, dp, sequence):
+    layout = {"tp": tp, "pp": pp, "vpp": vpp, "dp": dp, "sequence_parallel": sequence}
+    config = Config(steps=1, method=PlainConfig(), data={"train": ["t"]}, actor={"parallel": layout})
+    fits = (
+        tp in (1, 2, 4, 8)  # of 8 heads; at 8 two ranks share each of the 4 key/value heads
+        and pp * vpp <= 6
+        and (vpp == 1 or pp > 1)
+        and (tp > 1 or not sequence)
+    )
+    if fits:
+        check.check(config, SHAPE, world_size=tp * pp * dp)
+    else:
+        with pytest.raises(ConfigError):
+            check.check(config, SHAPE)
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    lr=st.floats(0, 1),
+    output=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20),
+    betas=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    teacher=st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
+)
+def test_written_configuration_reads_back_equal(tmp_path_factory, seed, lr, output, betas, teacher):
+    optimizer = {"lr": lr, "betas": betas}
+    first = Config(name="a", output=output, seed=seed, steps=3, method=PlainConfig(), actor={"optimizer": optimizer})
+    second = first.model_copy(update={"name": "b", "method": OtherConfig(teacher=teacher)})
+    path = tmp_path_factory.mktemp("config") / "config.toml"
+    load.write([first, second], path)
+    assert load(path, [], METHODS) == [first, second]
+
+
+def test_fingerprint_follows_what_changes_the_numbers_only(load_text):
+    base = one(load_text)
+    same = one(load_text, "--output=elsewhere", "--steps=9", "--actor.parallel.dp=2", "--log.rollouts_every=5")
+    assert same.fingerprint() == base.fingerprint()
+    for override in ("--seed=9", "--method.clip=0.3", "--rollout.temperature=0.7", "--actor.optimizer.lr=0.1"):
+        assert one(load_text, override).fingerprint() != base.fingerprint()
+
+
+def test_seeds_differ_with_every_part_and_stay_in_range():
+    seeds = {seeds.derive_seed(1, "sample", a, b) for a in range(20) for b in range(20)}
+    assert len(seeds) == 400 and all(0 <= seed < 2**31 - 1 for seed in seeds)
+    assert seeds.derive_seed(1, 23) != seeds.derive_seed(12, 3)
+
+
+def test_parameter_count_of_a_shape():
+    embedding, attention, norms = 50 * 64, 8 * 64 * 2 * (8 + 4) + 2 * 8, 2 * 64
+    assert SHAPE.num_parameters == embedding + 6 * (attention + 3 * 64 * 96 + norms) + 64
+    assert dataclasses.replace(SHAPE, tied_embeddings=False).num_parameters == SHAPE.num_parameters + embedding
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("**/*.toml")), ids=lambda path: path.name)
+def test_every_example_loads(path):
+    configs = load(path, [], METHOD_CONFIGS)
+    check.check_stages(configs)
+
+
+@pytest.mark.parametrize("name", METHOD_CONFIGS)
+def test_every_method_has_defaults_of_its_own_name(name):
+    config = METHOD_CONFIGS[name].model_validate({"name": name})
+    assert config.name == name
+
+
+def test_importing_the_configuration_imports_no_torch():
+    heavy = ("torch", "transformers", "vllm", "ray", "megatron", "matplotlib")
+    code = "import sys, megatron_entropy.config, megatron_entropy.methods\n"
+    code += f"print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,62 @@
+"""Packing loses nothing, keeps to its budget, balances ranks, and shifts targets by one."""
+
+import dataclasses
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_entropy.data.packing import IGNORED, pack, plan
+from megatron_entropy.records import Sample
+
+CPU = torch.device("cpu")
+
+
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=60),
+    max_tokens_per_microbatch=st.integers(50, 1000),
+    ranks=st.integers(1, 4),
+    multiple=st.integers(1, 3),
+)
+def test_every_sequence_once_within_the_budget(lengths, max_tokens_per_microbatch, ranks, multiple):
+    per_rank = plan(lengths, max_tokens_per_microbatch=max_tokens_per_microbatch, ranks=ranks, multiple=multiple)
+    assert len(per_rank) == ranks
+    assert len({len(batches) for batches in per_rank}) == 1 and len(per_rank[0]) % multiple == 0
+    assert sorted(i for batches in per_rank for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in (batch for batches in per_rank for batch in batches):
+        assert sum(lengths[i] for i in batch) <= max_tokens_per_microbatch or len(batch) == 1
+
+
+@given(lengths=st.lists(st.integers(10, 60), min_size=64, max_size=128), ranks=st.integers(2, 4))
+def test_ranks_carry_about_the_same(lengths, ranks):
+    per_rank = plan(lengths, max_tokens_per_microbatch=400, ranks=ranks)
+    loads = [sum(lengths[i] for batch in batches for i in batch) for batches in per_rank]
+    assert max(loads) - min(loads) <= 2 * max(lengths)
+
+
+def sample(prompt: int, response: int, first: int) -> Sample:
+    made = Sample(np.arange(first, first + prompt + response, dtype=np.int32), prompt, "stop", "")
+    return dataclasses.replace(made, weight=made.constant(0.5), logprob=made.constant(-1.0))
+
+
+def test_targets_are_the_next_tokens_of_the_response():
+    batch = pack([sample(2, 3, 10), sample(1, 1, 50)], [0, 1], device=CPU)
+    assert batch.tokens.tolist() == [10, 11, 12, 13, 50]
+    assert batch.targets.tolist() == [IGNORED, 12, 13, 14, 51]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 0]
+    assert batch.boundaries.tolist() == [0, 4, 5]
+    assert batch.weight.tolist() == [0, 0.5, 0.5, 0.5, 0.5]
+    assert batch.logprob.tolist() == [0, -1, -1, -1, -1]
+    assert batch.advantage is None and batch.order == (0, 1)
+
+
+def test_padding_is_a_sequence_of_its_own_that_counts_nothing():
+    batch = pack([sample(2, 3, 10)], [0], multiple=8, device=CPU)
+    assert batch.boundaries.tolist() == [0, 4, 8] and batch.order == (0, -1)
+    assert set(batch.targets[4:].tolist()) == {IGNORED} and not batch.weight[4:].any()
+
+
+def test_a_micro_batch_without_sequences_is_harmless():
+    batch = pack([], [], multiple=2, device=CPU)
+    assert batch.boundaries.tolist() == [0, 2] and not batch.weight.any() and batch.advantage is not None
