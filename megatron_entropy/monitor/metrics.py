@@ -1,21 +1,17 @@
-"""What a run tells while it runs: console log, `metrics.jsonl`, TensorBoard, W&B, rollout dumps, a step's clock.
-
-Modules log through `logging.getLogger(__name__)`; `setup_logging` decides once per rank where that goes. Only rank 0
-holds a `MetricsWriter`.
-"""
+"""Metrics of a run: `metrics.jsonl` and its mirrors in TensorBoard and W&B. Only rank 0 writes them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_entropy.config.schema import LogConfig
 from megatron_entropy.errors import DataError, MissingPackageError
+from megatron_entropy.files import atomic_write_text
 from megatron_entropy.monitor.run_folder import RunFolder
 from megatron_entropy.records import Metric
 
@@ -23,22 +19,23 @@ from megatron_entropy.records import Metric
 class MetricsWriter:
     """Appends a stage's rows to `metrics.jsonl` and mirrors them to TensorBoard and W&B.
 
-    A row is `{"stage", "step", "area/name": value, ..., "timing/part": value}`: wall-clock values only under
-    `timing/`, so that two runs of one seed differ nowhere else. Floats keep full precision; NaN and infinity, which
-    JSON lacks, and the mean of nothing become null. Row 0 is the evaluation before training.
+    A row is `{"stage", "step", "area/name": value, ..., "timing/phase": value}`, with the names of `metric_names`.
+    Wall-clock values stand only under `timing/`, so two runs of one seed differ nowhere else. Floats keep full
+    precision; NaN and infinity, which JSON lacks, and the mean of nothing become null. Row 0 is the evaluation before
+    training.
 
-    On construction the file is cut back to what a resume builds upon: rows of this stage after `start_step` and rows
-    of later stages go, as does a torn last line. Write a step's row before saving its checkpoint, so that a kill
-    between the two loses no row.
+    The constructor truncates the file to the point of a resume: it drops the rows of this stage after `start_step`,
+    those of later stages, and a torn last line. A step's row is written before its checkpoint, so a kill between the
+    two loses no row.
 
     Args:
         folder: the run's paths.
         stage: name of the stage.
         log: which mirrors to keep.
-        start_step: steps of this stage that the restored checkpoint holds; 0: it begins anew, and all its rows go.
+        start_step: steps of this stage that the restored checkpoint holds; 0 drops all its rows.
 
     Raises:
-        MissingPackageError: `log.wandb_project` is set and wandb is not installed, or TensorBoard is not.
+        MissingPackageError: wandb or tensorboard is configured and not installed.
     """
 
     def __init__(self, folder: RunFolder, stage: str, log: LogConfig, start_step: int = 0) -> None:
@@ -50,15 +47,15 @@ class MetricsWriter:
         self._file = folder.metrics.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, float | Metric], seconds: Mapping[str, float]) -> None:
-        """Append the row of `step`; it is on its way to the disk when this returns.
+        """Append the row of `step` and flush it.
 
         Args:
             step: optimizer-visible steps done, 0 before training.
             metrics: by `area/name`; a `Metric` is logged as its mean.
-            seconds: by part, as `StepTimer.split` returns them.
+            seconds: by phase, as `StepTimer.split` returns them.
         """
-        row: dict[str, float | None] = {name: _finite(value) for name, value in metrics.items()}
-        row |= {f"timing/{part}": _finite(value) for part, value in seconds.items()}
+        row: dict[str, float | None] = {name: finite_or_none(value) for name, value in metrics.items()}
+        row |= {f"timing/{phase}": finite_or_none(value) for phase, value in seconds.items()}
         self._file.write(json.dumps({"stage": self._stage, "step": step, **row}, allow_nan=False) + "\n")
         self._file.flush()
         known = {name: value for name, value in row.items() if value is not None}
@@ -85,7 +82,7 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a `metrics.jsonl`, without a torn last line; nothing for a missing file.
+    """Read the rows of a `metrics.jsonl`, without a torn last line; none of a missing file.
 
     Raises:
         DataError: for a line before the last that is not JSON.
@@ -99,12 +96,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             rows.append(json.loads(line))
         except ValueError:
             if number < len(lines):
-                raise DataError(f"{path}:{number}: not a JSON object; mend or remove the line") from None
+                raise DataError(f"{path}:{number}: not a JSON object; fix or remove the line") from None
     return rows
 
 
 def truncate_metrics(path: Path, stage: str, start_step: int) -> None:
-    """Drop from `path` what comes after `start_step` of `stage` (all of it for 0), in one atomic replacement."""
+    """Drop from `path` the rows after `start_step` of `stage` (all of its rows for 0) and those of later stages."""
     rows = read_metrics(path)
     stages = list(dict.fromkeys(row["stage"] for row in rows))
     later = stages[stages.index(stage) + 1 :] if stage in stages else []
@@ -112,23 +109,14 @@ def truncate_metrics(path: Path, stage: str, start_step: int) -> None:
     def stays(row: dict[str, Any]) -> bool:
         return row["stage"] not in later and (row["stage"] != stage or 0 < start_step >= row["step"])
 
-    lines = (json.dumps(row) + "\n" for row in rows if stays(row))
     if path.exists():
-        _replace(path, lines)
+        atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in rows if stays(row)))
 
 
-def _finite(value: float | Metric) -> float | None:
+def finite_or_none(value: float | Metric) -> float | None:
+    """Return a value, or a metric's mean, as JSON can hold it: None for NaN and infinity."""
     number = float(value.value if isinstance(value, Metric) else value)
     return number if math.isfinite(number) else None
-
-
-def _replace(path: Path, lines: Iterable[str]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _open_tensorboard(folder: Path, start_step: int) -> Any:

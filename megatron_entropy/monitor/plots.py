@@ -1,6 +1,6 @@
-"""The report's four pictures: accuracy, entropy, length and time against step, all stages on one axis.
+"""Plots of the report: accuracy, entropy, length and step time, one panel for each stage.
 
-Each is drawn from rows of `metrics.jsonl` and copes with what a run did not log.
+Each panel is a PNG file of its own, drawn from rows of `metrics.jsonl`; metrics that a run did not log are left out.
 """
 
 from __future__ import annotations
@@ -10,199 +10,156 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_entropy.files import atomic_writer
+from megatron_entropy.monitor.timer import PHASES
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
 
-STAGE_COLORS = ("#1f5f8b", "#c8553d", "#4f7942", "#7b4f8e", "#8a6d3b")
-PART_COLORS = {
-    "generate": "#1f5f8b",
-    "score": "#5b9bd5",
-    "reward": "#a9cce3",
-    "update": "#c8553d",
-    "push": "#e9a178",
-    "evaluate": "#4f7942",
-    "save": "#a3c293",
-    "other": "#b8b8b8",
-}
-"""Parts of a step from bottom to top; parts of other names come after `save` in grey."""
+PHASE_COLORS = dict(
+    zip(
+        PHASES,
+        ("#1f5f8b", "#e9a178", "#5b9bd5", "#7b4f8e", "#a9cce3", "#c8553d", "#4f7942", "#a3c293", "#b8b8b8"),
+        strict=True,
+    )
+)
+EVAL_STYLE = {"color": "#1f5f8b", "linewidth": 1.8, "marker": "o", "markersize": 4, "zorder": 3}
+TRAIN_STYLE = {"color": "#c8553d", "linewidth": 1.0, "alpha": 0.7, "zorder": 2}
 
 
 @dataclass(frozen=True)
-class Curve:
-    """One quantity of a picture: `evaluated` on held-out questions, or else measured on what a step trained on."""
+class Panel:
+    """The plot of one stage."""
 
-    metric: str
-    label: str
-    evaluated: bool
-    scale: float = 1.0
+    stage: str
+    file: Path
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A file of `plots/`, what its axis says, and its curves."""
+class Plot:
+    """A quantity with the panels of its stages, in their order."""
 
-    file: str
+    title: str
+    panels: tuple[Panel, ...]
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What a plot shows: a metric on eval questions and one on training rollouts.
+
+    `shared`: all panels have the same y axis; off where a stage from random weights would flatten the others.
+    """
+
+    name: str
     title: str
     unit: str
-    curves: tuple[Curve, ...]
+    eval_metric: str
+    train_metric: str
+    scale: float = 1.0
+    shared: bool = True
 
 
-PICTURES = (
-    Picture(
-        "accuracy.png",
-        "Accuracy",
-        "correct answers (%)",
-        (Curve("eval/accuracy", "held-out", True, 100.0), Curve("reward/accuracy", "training rollouts", False, 100.0)),
-    ),
-    Picture(
-        "entropy.png",
-        "Mean token entropy",
-        "nats per token",
-        (Curve("eval/entropy", "held-out", True), Curve("policy/entropy", "training batch", False)),
-    ),
-    Picture(
-        "length.png",
-        "Mean response length",
-        "tokens",
-        (Curve("eval/length", "held-out", True), Curve("rollout/length", "training rollouts", False)),
-    ),
+QUANTITIES = (
+    Quantity("accuracy", "Accuracy", "correct answers (%)", "eval/accuracy", "reward/accuracy", scale=100.0),
+    Quantity("entropy", "Token entropy", "nats per token", "eval/entropy", "policy/entropy", shared=False),
+    Quantity("length", "Response length", "tokens", "eval/length", "rollout/length"),
 )
 
 
-def draw_all(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Write the pictures for which there is something to show into `folder`.
+def draw_all(rows: Sequence[Row], folder: Path) -> list[Plot]:
+    """Draw every plot for which there are values.
 
     Args:
-        rows: of `metrics.jsonl`, in its order.
-        folder: is made where it is missing.
+        rows: rows of `metrics.jsonl`, in its order.
+        folder: folder of the files `QUANTITY_STAGE.png`, created where it is missing.
 
     Returns:
-        The files written, in the order of the report.
+        The plots in the order of the report.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for picture in PICTURES:
-        if any(row.get(curve.metric) is not None for row in rows for curve in picture.curves):
-            files.append(_draw_curves(rows, picture, folder / picture.file))
-    if any(row["step"] and name.startswith("timing/") and name != "timing/step" for row in rows for name in row):
-        files.append(_draw_time(rows, folder / "time.png"))
-    return files
-
-
-def stage_offsets(rows: Sequence[Row]) -> dict[str, int]:
-    """Where each stage's step 0 lies on the common axis: after the last step of the stages before it."""
-    last: dict[str, int] = {}
+    stages: dict[str, list[Row]] = {}
     for row in rows:
-        last[row["stage"]] = max(last.get(row["stage"], 0), row["step"])
-    offsets, position = {}, 0
-    for stage, steps in last.items():
-        offsets[stage] = position
-        position += steps
-    return offsets
+        stages.setdefault(row["stage"], []).append(row)
+    plots = [_draw_quantity(quantity, stages, folder) for quantity in QUANTITIES]
+    plots.append(Plot("Time of a step", tuple(_draw_times(stages, folder))))
+    return [plot for plot in plots if plot.panels]
 
 
-def _draw_curves(rows: Sequence[Row], picture: Picture, path: Path) -> Path:
-    figure, axes = _figure(picture.title, picture.unit)
-    offsets = stage_offsets(rows)
-    for curve in picture.curves:
-        labelled = False
-        for number, (stage, offset) in enumerate(offsets.items()):
-            points = [
-                (offset + row["step"], row[curve.metric] * curve.scale)
-                for row in rows
-                if row["stage"] == stage and row.get(curve.metric) is not None
-            ]
-            if not points:
-                continue
-            style: dict[str, Any] = {"color": STAGE_COLORS[number % len(STAGE_COLORS)]}
-            if curve.evaluated:
-                style |= {"marker": "o", "markersize": 4, "linewidth": 1.8, "zorder": 3}
-            else:
-                style |= {"linewidth": 1.0, "alpha": 0.45, "zorder": 2}
-            axes.plot(*zip(*points, strict=True), label=None if labelled else curve.label, **style)
-            labelled = True
-    _ink_in_grey(axes)
-    return _finish(figure, axes, rows, path)
+def _draw_quantity(quantity: Quantity, stages: Mapping[str, Sequence[Row]], folder: Path) -> Plot:
+    curves = {stage: _curves(quantity, rows) for stage, rows in stages.items()}
+    values = [value for lines in curves.values() for _, points, _ in lines for _, value in points]
+    panels = []
+    for stage, lines in curves.items():
+        if not lines:
+            continue
+        figure, axes = _figure(stage, quantity.unit)
+        for label, points, style in lines:
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+        if quantity.shared:
+            margin = 0.05 * (max(values) - min(values)) or 1.0
+            axes.set_ylim(min(values) - margin, max(values) + margin)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
+        panels.append(_save(figure, stage, folder / f"{quantity.name}_{stage}.png"))
+    return Plot(quantity.title, tuple(panels))
 
 
-def _ink_in_grey(axes: Axes) -> None:
-    """A legend whose lines are grey: colour tells the stage, the kind of line what was measured."""
-    legend = axes.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none", fontsize=9)
-    for handle in legend.get_lines():
-        handle.set_color("#444444")
+def _curves(quantity: Quantity, rows: Sequence[Row]) -> list[tuple[str, list[tuple[int, float]], Mapping[str, Any]]]:
+    """Label, points and style of the curves that have values."""
+    curves = []
+    for label, metric, style in (
+        ("train", quantity.train_metric, TRAIN_STYLE),
+        ("eval", quantity.eval_metric, EVAL_STYLE),
+    ):
+        points = [(row["step"], row[metric] * quantity.scale) for row in rows if row.get(metric) is not None]
+        if points:
+            curves.append((label, points, {**style, "marker": "o", "markersize": 4} if len(points) == 1 else style))
+    return curves
 
 
-def _draw_time(rows: Sequence[Row], path: Path) -> Path:
-    figure, axes = _figure("Where a step's time goes", "seconds")
-    offsets = stage_offsets(rows)
-    timed = [row for row in rows if row["step"] and any(name.startswith("timing/") for name in row)]
-    present = {name.removeprefix("timing/") for row in timed for name in row if name.startswith("timing/")} - {"step"}
-    known = [part for part in PART_COLORS if part in present and part != "other"]
-    parts = known + sorted(present - set(PART_COLORS)) + (["other"] if "other" in present else [])
-    positions = [offsets[row["stage"]] + row["step"] - 0.5 for row in timed]
-    bottom = [0.0] * len(timed)
-    for part in parts:
-        heights = [row.get(f"timing/{part}") or 0.0 for row in timed]
-        axes.bar(positions, heights, width=1.0, bottom=bottom, label=part, color=PART_COLORS.get(part, "#888888"), lw=0)
-        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-    if bottom:
+def _draw_times(stages: Mapping[str, Sequence[Row]], folder: Path) -> list[Panel]:
+    """Draw the seconds of each phase, stacked, against the step."""
+    panels = []
+    for stage, rows in stages.items():
+        timed = [row for row in rows if row["step"] and row.get("timing/step") is not None]
+        if not timed:
+            continue
+        figure, axes = _figure(stage, "seconds per step")
+        edges = [row["step"] - 0.5 for row in timed] + [timed[-1]["step"] + 0.5]
+        top = [0.0] * len(timed)
+        for phase in PHASES:
+            bottom, seconds = top, [row.get(f"timing/{phase}") or 0.0 for row in timed]
+            if any(seconds):
+                top = [low + height for low, height in zip(bottom, seconds, strict=True)]
+                axes.stairs(top, edges, baseline=bottom, fill=True, label=phase, color=PHASE_COLORS[phase])
         # One step in fifty may stick out (the first compiles and warms up) without flattening the others.
-        typical = sorted(bottom)[max(0, int(0.98 * len(bottom)) - 1)]
-        axes.set_ylim(0, min(max(bottom), 2 * typical) * 1.05 or 1.0)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9, reverse=True)
-    return _finish(figure, axes, rows, path)
+        typical = sorted(top)[max(0, int(0.98 * len(top)) - 1)]
+        axes.set_ylim(0, min(max(top), 2 * typical) * 1.05 or 1.0)
+        figure.legend(loc="outside lower center", ncols=4, frameon=False)
+        panels.append(_save(figure, stage, folder / f"time_{stage}.png"))
+    return panels
 
 
-def _figure(title: str, unit: str) -> tuple[Figure, Axes]:
+def _figure(stage: str, unit: str) -> tuple[Figure, Axes]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(8.0, 3.6), dpi=130, layout="constrained")
+    figure = Figure(figsize=(4.8, 3.2), dpi=180, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=22)
-    axes.set_xlabel("step of the stage")
+    axes.set_title(stage, loc="left", fontsize=12, fontweight="bold", parse_math=False)
+    axes.set_xlabel("step")
     axes.set_ylabel(unit)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
-def _finish(figure: Figure, axes: Axes, rows: Sequence[Row], path: Path) -> Path:
-    """Mark the stages above the axes, count steps per stage below, and save."""
-    offsets = stage_offsets(rows)
-    names = list(offsets)
-    total = max([offsets[row["stage"]] + row["step"] for row in rows], default=0)
-    ends = [*list(offsets.values())[1:], total]
-    ticks: dict[float, str] = {}
-    for number, (name, end) in enumerate(zip(names, ends, strict=True)):
-        start = offsets[name]
-        color = STAGE_COLORS[number % len(STAGE_COLORS)]
-        if number:
-            axes.axvline(start, color="#999999", linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
-        axes.annotate(
-            name,
-            ((start + end) / 2, 1.02),
-            xycoords=("data", "axes fraction"),
-            ha="center",
-            va="bottom",
-            color=color,
-            fontweight="bold",
-            fontsize=10,
-        )
-        for step in _round_steps(end - start, wanted=max(2, round(8 * (end - start) / max(total, 1)))):
-            ticks[start + step] = str(step)
-    axes.set_xticks(list(ticks), list(ticks.values()))
-    axes.set_xlim(-0.01 * total - 0.5, total * 1.01 + 0.5)
-    figure.savefig(path)
-    return path
-
-
-def _round_steps(last: int, wanted: int) -> list[int]:
-    """Round step numbers after 0 and up to `last`, about `wanted` of them."""
-    spacing = next(unit * 10**power for power in range(9) for unit in (1, 2, 5) if unit * 10**power * wanted >= last)
-    return list(range(spacing, last + 1, spacing)) if last >= spacing else [last]
+def _save(figure: Figure, stage: str, file: Path) -> Panel:
+    with atomic_writer(file) as temporary:
+        figure.savefig(temporary, format="png")
+    return Panel(stage, file)

@@ -1,4 +1,4 @@
-"""How a generation shows itself: a progress bar on a terminal, where it takes long one line in the log."""
+"""Progress of a generation: a bar on a terminal, and one line in the log."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 logger = logging.getLogger(__name__)
 
-WORTH_A_LINE = 10.0
-"""Seconds from which on a generation is told in the log; a shorter one shows in the line of its step."""
+INFO_SECONDS = 10.0
+"""A generation of this length or longer is logged at INFO, a shorter one at DEBUG."""
 
 
-class RolloutProgress:
-    """Counts finished samples and their tokens while it is entered.
+class GenerationProgress:
+    """Counts finished samples and their tokens inside a `with` block.
 
     Args:
         description: what is generated, for example `step 3`.
-        num_samples: how many there will be.
+        num_samples: number of samples to generate.
     """
 
     def __init__(self, description: str, num_samples: int) -> None:
@@ -32,7 +32,7 @@ class RolloutProgress:
         self._begin = time.monotonic()
         self._bar: Progress | None = None
 
-    def __enter__(self) -> RolloutProgress:
+    def __enter__(self) -> GenerationProgress:
         self._begin = time.monotonic()
         if sys.stderr.isatty():
             self._bar = Progress(
@@ -49,7 +49,7 @@ class RolloutProgress:
         return self
 
     def advance(self, samples: int, tokens: int) -> None:
-        """Count samples that are finished, and the tokens generated for them."""
+        """Add finished samples and the tokens generated for them."""
         self._samples += samples
         self._tokens += tokens
         if self._bar is not None:
@@ -62,7 +62,7 @@ class RolloutProgress:
             self._bar.stop()
         seconds = time.monotonic() - self._begin
         logger.log(
-            logging.INFO if seconds >= WORTH_A_LINE else logging.DEBUG,
+            logging.INFO if seconds >= INFO_SECONDS else logging.DEBUG,
             "%s: %d of %d samples, %d tokens, %.1f s, %.0f tokens/s",
             self._description,
             self._samples,

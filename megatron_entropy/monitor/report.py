@@ -1,39 +1,41 @@
-"""What a run leaves for a reader: `summary.json`, a table on the console, plots, and the one-page `report.html`.
+"""The report of a run: a table on the console, and the page `report.html` with plots and samples.
 
-Everything is rebuilt from files of the run folder, so `megatron-entropy report RUN` works on a finished run, on one
-that was stopped, and on one that is still going.
+Both are built from the files of the run folder alone, so `megatron-entropy report RUN` works on a finished run, on a
+stopped one and on one that still runs.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from megatron_entropy.errors import DataError
+from megatron_entropy.files import atomic_write_text
 from megatron_entropy.monitor.metrics import read_metrics
 from megatron_entropy.monitor.run_folder import RunFolder
 from megatron_entropy.monitor.summary import Change, StageSummary, layout_label, read_summary, versions
 
-HEADINGS = ("stage", "method", "steps", "time", "layout", "held-out accuracy", "token entropy", "length")
+HEADINGS = ("stage", "method", "steps", "time", "layout", "eval accuracy", "entropy (nats)", "length (tokens)")
 
-LINES_READ = 2000
-"""Of a dump, looking for samples to show."""
+MAX_LINES = 2000
+"""Lines of a dump that are searched for samples to show."""
 
 
 def print_table(folder: RunFolder) -> None:
     """Print the table of finished stages to standard output."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=str(folder.root), title_justify="left")
+    table = Table(title=Text(str(folder.root)), title_justify="left")
     for heading in HEADINGS:
         table.add_column(heading, no_wrap=heading != "layout")
     for entry in read_summary(folder):
-        table.add_row(*_cells(entry))
+        table.add_row(*map(Text, _cells(entry)))
     console = Console()
     if not console.is_terminal:  # a log file is wide enough for the numbers
         console.width = max(console.width, 120)
@@ -41,7 +43,7 @@ def print_table(folder: RunFolder) -> None:
 
 
 def write_report(folder: RunFolder) -> None:
-    """Draw the plots and write `report.html`, which needs no other file.
+    """Draw the plots and write `report.html`, which holds everything it shows.
 
     Raises:
         DataError: the folder holds no `metrics.jsonl`, or a file of it cannot be read.
@@ -54,7 +56,6 @@ def write_report(folder: RunFolder) -> None:
         raise DataError(f"{folder.root}: no metrics.jsonl here; name the folder of a run")
     rows = read_metrics(folder.metrics)
     entries = read_summary(folder)
-    images = draw_all(rows, folder.plots)
     examples = _examples(folder, list(dict.fromkeys(row["stage"] for row in rows)))
     template = jinja2.Environment(autoescape=True).from_string(
         Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
@@ -63,13 +64,22 @@ def write_report(folder: RunFolder) -> None:
         title=f"Run {folder.root.resolve().name}",
         headings=HEADINGS,
         stages=[_cells(entry) for entry in entries],
-        images=[{"name": path.stem, "data": base64.b64encode(path.read_bytes()).decode()} for path in images],
+        plots=[
+            {
+                "title": plot.title,
+                "images": [
+                    {"stage": panel.stage, "data": base64.b64encode(panel.file.read_bytes()).decode()}
+                    for panel in plot.panels
+                ],
+            }
+            for plot in draw_all(rows, folder.plots)
+        ],
         examples=examples,
         scale=[{"color": _shade(value), "label": f"{value:g}"} for value in (0.0, 0.1, 0.3, 0.6, 1.0, 2.0)],
         versions=entries[-1].versions if entries else versions(),
         config=folder.config.read_text(encoding="utf-8") if folder.config.exists() else "",
     )
-    folder.report.write_text(page, encoding="utf-8")
+    atomic_write_text(folder.report, page)
 
 
 def _cells(entry: StageSummary) -> tuple[str, ...]:
@@ -90,41 +100,42 @@ def _cells(entry: StageSummary) -> tuple[str, ...]:
     )
 
 
-def _arrow(change: Change, show: Any) -> str:
+def _arrow(change: Change, show: Callable[[float], str]) -> str:
     if change.before is None and change.after is None:
         return ""
     return " → ".join("?" if value is None else show(value) for value in (change.before, change.after))
 
 
 def _examples(folder: RunFolder, stages: Sequence[str]) -> list[dict[str, Any]]:
-    """Two correct and two wrong samples of the last dump of each stage, held-out ones where there are any."""
+    """Choose samples from the last dump of each stage: of its last evaluation, or else of its last training dump."""
     examples = []
     for stage in stages:
         for kind, directory in (
-            ("held-out questions", folder.evaluation(stage, 0).parent),
-            ("training rollouts", folder.rollouts(stage, 0).parent),
+            ("eval", folder.evaluation(stage, 0).parent),
+            ("train", folder.rollouts(stage, 0).parent),
         ):
             dumps = sorted(directory.glob("step_*.jsonl"))
             samples = _choose(dumps[-1]) if dumps else []
             if samples:
                 step = int(dumps[-1].stem.removeprefix("step_"))
-                examples.append({"heading": f"{stage}, after step {step}: {kind}", "samples": samples})
+                examples.append({"heading": f"{stage}, step {step}, {kind} questions", "samples": samples})
                 break
     return examples
 
 
-def _choose(dump: Path, each: int = 2) -> list[dict[str, Any]]:
+def _choose(dump: Path, count: int = 2) -> list[dict[str, Any]]:
+    """Return the first `count` correct and the first `count` wrong samples of a dump."""
     chosen: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
     with dump.open(encoding="utf-8") as file:
-        for line in islice(file, LINES_READ):
+        for line in islice(file, MAX_LINES):
             sample = json.loads(line)
-            few = chosen.get(sample.get("correct"))
-            if few is not None and len(few) < each:
-                few.append(_show(sample))
+            samples = chosen.get(sample.get("correct"))
+            if samples is not None and len(samples) < count:
+                samples.append(_describe(sample))
     return chosen[True] + chosen[False]
 
 
-def _show(sample: Mapping[str, Any]) -> dict[str, Any]:
+def _describe(sample: Mapping[str, Any]) -> dict[str, Any]:
     pieces, entropies = sample.get("pieces"), sample.get("entropies")
     tokens: list[dict[str, str]] = [{"text": sample["response"], "color": "", "title": ""}]
     if pieces and entropies and len(pieces) == len(entropies):
@@ -132,12 +143,12 @@ def _show(sample: Mapping[str, Any]) -> dict[str, Any]:
             {"text": piece, "color": _shade(entropy or 0.0), "title": f"{entropy} nats"}
             for piece, entropy in zip(pieces, entropies, strict=True)
         ]
-    facts = [f"expected {sample.get('answer')}", f"found {sample.get('extracted')}", f"{sample.get('finish')}"]
+    facts = [f"expected {sample.get('answer')}", f"found {sample.get('extracted')}", f"{sample.get('finish_reason')}"]
     facts += [f"{name} {sample[name]:.3f}" for name in ("reward", "entropy") if sample.get(name) is not None]
     verdict = "correct" if sample["correct"] else "wrong"
     return {"question": sample["question"], "tokens": tokens, "facts": ", ".join(facts), "verdict": verdict}
 
 
 def _shade(entropy: float) -> str:
-    """Background of a token: white at 0 nats, full colour from 2 nats on."""
+    """Return the background of a token as CSS: white at 0 nats, full colour from 2 nats on."""
     return f"rgba(240, 140, 40, {min(max(entropy, 0.0) / 2.0, 1.0) ** 0.6:.2f})"

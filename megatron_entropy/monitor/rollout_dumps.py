@@ -1,8 +1,4 @@
-"""What a run tells while it runs: console log, `metrics.jsonl`, TensorBoard, W&B, rollout dumps, a step's clock.
-
-Modules log through `logging.getLogger(__name__)`; `setup_logging` decides once per rank where that goes. Only rank 0
-holds a `MetricsWriter`.
-"""
+"""Rollout dumps: every sample of a training step or an evaluation, as JSON lines."""
 
 from __future__ import annotations
 
@@ -13,32 +9,33 @@ from typing import Any
 
 import numpy as np
 
-from megatron_entropy.monitor.metrics import _finite, _replace
+from megatron_entropy.files import atomic_writer
+from megatron_entropy.monitor.metrics import finite_or_none
 from megatron_entropy.records import Group, Sample
 
 
-def dump_rollouts(path: Path, groups: Iterable[Group], tokenizer_piece: Callable[[int], str] | None = None) -> None:
-    """Write every sample as one JSON object a line, in one atomic replacement.
+def dump_rollouts(path: Path, groups: Iterable[Group], token_text: Callable[[int], str] | None = None) -> None:
+    """Write every sample as one line of JSON; the file appears complete or not at all.
+
+    `tokens` covers prompt and response. `logprobs`, `rollout_logprobs`, `entropies` (nats) and `pieces` cover the
+    response, rounded to seven decimals; `advantage` and `entropy` are means over the response. A field without a
+    value is null.
 
     Args:
-        path: the file; its folder is made.
+        path: the file; its folder is created where it is missing.
         groups: prompts with their samples.
-        tokenizer_piece: the text of one token id; with it each line also holds the response's `pieces`.
-
-    `tokens` are those of prompt and response; `logprobs`, `rollout_logprobs`, `entropies` (nats) and `pieces` belong
-    to the response, values rounded to seven decimals; `advantage` and `entropy` are means over the response. What no
-    stage has filled is null.
+        token_text: text of a token id; with it each line also holds the response's `pieces`.
     """
     lines = (
-        json.dumps(_describe(group, sample, tokenizer_piece), ensure_ascii=False) + "\n"
+        json.dumps(_describe(group, sample, token_text), ensure_ascii=False) + "\n"
         for group in groups
         for sample in group.samples
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, lines)
+    with atomic_writer(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(lines)
 
 
-def _describe(group: Group, sample: Sample, tokenizer_piece: Callable[[int], str] | None) -> dict[str, Any]:
+def _describe(group: Group, sample: Sample, token_text: Callable[[int], str] | None) -> dict[str, Any]:
     grade = sample.grade
     row: dict[str, Any] = {
         "prompt": group.prompt.index,
@@ -60,18 +57,18 @@ def _describe(group: Group, sample: Sample, tokenizer_piece: Callable[[int], str
         "rollout_logprobs": _rounded(sample, "rollout_logprob"),
         "entropies": _rounded(sample, "entropy"),
     }
-    if tokenizer_piece is not None:
-        row["pieces"] = [tokenizer_piece(int(token)) for token in sample.response("tokens")]
+    if token_text is not None:
+        row["pieces"] = [token_text(int(token)) for token in sample.response("tokens")]
     return row
 
 
 def _mean(sample: Sample, field: str) -> float | None:
     if getattr(sample, field) is None or not sample.response_length:
         return None
-    return _finite(float(sample.response(field).mean(dtype=np.float64)))
+    return finite_or_none(float(sample.response(field).mean(dtype=np.float64)))
 
 
 def _rounded(sample: Sample, field: str) -> list[float | None] | None:
     if getattr(sample, field) is None:
         return None
-    return [_finite(round(float(value), 7)) for value in sample.response(field)]
+    return [finite_or_none(round(float(value), 7)) for value in sample.response(field)]

@@ -1,4 +1,4 @@
-"""Where a run writes what: one place for every path under the run folder."""
+"""Paths under a run folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a line: stage, step, metrics named `area/name`, wall-clock times named `timing/name`."""
+        """Metrics of every step, one JSON object a line."""
         return self.root / "metrics.jsonl"
 
     @property
@@ -37,7 +37,7 @@ class RunFolder:
 
     @property
     def report(self) -> Path:
-        """The page with plots and table."""
+        """The page with plots and tables."""
         return self.root / "report.html"
 
     @property
@@ -50,7 +50,7 @@ class RunFolder:
         return self.root / "tensorboard" / stage
 
     def rollouts(self, stage: str, step: int) -> Path:
-        """Samples a step trained on, one JSON object a line."""
+        """Samples of a training step, one JSON object a line."""
         return self.root / "rollouts" / stage / f"step_{step:06d}.jsonl"
 
     def evaluation(self, stage: str, step: int) -> Path:
@@ -62,9 +62,9 @@ class RunFolder:
         return self.root / "checkpoints" / stage
 
     def export(self, stage: str, last: bool) -> Path:
-        """Hugging Face folder a stage ends with; the last stage's is the run's result."""
+        """Hugging Face folder that a stage exports; the last stage's is the result of the run."""
         return self.root / "hf" if last else self.root / "stages" / stage / "hf"
 
     def adapter(self, stage: str, last: bool) -> Path:
-        """LoRA adapter in PEFT's format, beside the model it is folded into; only of a stage that trains one."""
+        """LoRA adapter in PEFT's format, beside the model with the adapter merged in; only of a stage with LoRA."""
         return self.export(stage, last).with_name("adapter")

@@ -1,13 +1,8 @@
-"""What a run leaves for a reader: `summary.json`, a table on the console, plots, and the one-page `report.html`.
-
-Everything is rebuilt from files of the run folder, so `megatron-entropy report RUN` works on a finished run, on one
-that was stopped, and on one that is still going.
-"""
+"""`summary.json`: one entry per finished stage, with the eval metrics before and after it."""
 
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,6 +11,7 @@ from typing import Any
 
 from megatron_entropy.config.schema import Config
 from megatron_entropy.errors import DataError
+from megatron_entropy.files import atomic_write_text
 from megatron_entropy.monitor.metrics import read_metrics
 from megatron_entropy.monitor.run_folder import RunFolder
 
@@ -35,7 +31,7 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Change:
-    """A held-out quantity before and after a stage; None where it was not measured."""
+    """An eval metric before and after a stage; None where it was not measured."""
 
     before: float | None
     after: float | None
@@ -43,7 +39,7 @@ class Change:
 
 @dataclass(frozen=True)
 class StageSummary:
-    """One finished stage. `accuracy` in [0, 1], `entropy` in nats, `length` in tokens, `seconds` of all of it."""
+    """One finished stage: `accuracy` in [0, 1], `entropy` in nats, `length` in tokens, `seconds` of wall-clock time."""
 
     name: str
     method: str
@@ -58,13 +54,13 @@ class StageSummary:
 
     @classmethod
     def of_stage(cls, folder: RunFolder, config: Config, *, seconds: float) -> StageSummary:
-        """The summary of a stage that has ended, from its rows in `metrics.jsonl`.
+        """Summarise a finished stage from its rows in `metrics.jsonl`.
 
         Args:
             folder: the run's paths.
-            config: the stage.
-            seconds: wall-clock time it took; for a resumed stage, whose first part another process ran, the sum of
-                its steps is taken when that is more.
+            config: the stage's configuration.
+            seconds: wall-clock time of the stage in this process. A resumed stage took longer: the sum of its steps
+                counts where that is more.
         """
         rows = [row for row in read_metrics(folder.metrics) if row["stage"] == config.name]
         return cls(
@@ -82,7 +78,7 @@ class StageSummary:
 
 
 def versions() -> dict[str, str]:
-    """Python's version and that of every installed package a run's numbers depend on."""
+    """Return the versions of Python and of every installed package that a run's numbers depend on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -93,15 +89,12 @@ def versions() -> dict[str, str]:
 
 
 def write_summary(folder: RunFolder, entries: Sequence[StageSummary]) -> None:
-    """Write `summary.json`, one entry per finished stage, in one atomic replacement."""
-    text = json.dumps({"stages": [asdict(entry) for entry in entries]}, indent=2) + "\n"
-    temporary = folder.summary.with_name(f".{folder.summary.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(folder.summary)
+    """Write `summary.json`, one entry per finished stage."""
+    atomic_write_text(folder.summary, json.dumps({"stages": [asdict(entry) for entry in entries]}, indent=2) + "\n")
 
 
 def read_summary(folder: RunFolder) -> list[StageSummary]:
-    """The entries of `summary.json`; none where no stage has finished.
+    """Read the entries of `summary.json`; none where no stage has finished.
 
     Raises:
         DataError: the file is not a summary.
@@ -119,7 +112,7 @@ _CHANGES = ("accuracy", "entropy", "length")
 
 
 def layout_label(layout: Mapping[str, int | bool]) -> str:
-    """A layout in a few words: its axes above 1 and its switches, such as `TP2 x DP4, sequence parallel`."""
+    """Format a parallel layout: its axes above 1 and its switches, such as `TP2 x DP4, sequence parallel`."""
     axes = [
         f"{axis.upper()}{layout[axis]}"
         for axis in ("tp", "pp", "vpp", "cp", "dp", "ep", "etp")

@@ -140,11 +140,11 @@ def test_parts_of_a_step_add_up_and_inner_parts_leave_outer_ones():
     seconds = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0, 21.0, 23.0, 25.5])
     clock = timer.StepTimer(now=lambda: next(seconds))
     with clock("generate"):
-        with clock("push"):
+        with clock("weight_sync"):
             pass
     with pytest.raises(RuntimeError), clock("update"):
         raise RuntimeError
-    assert clock.split() == {"generate": 6.0, "push": 3.0, "update": 6.0, "other": 8.0, "step": 23.0}
+    assert clock.split() == {"generate": 6.0, "weight_sync": 3.0, "update": 6.0, "other": 8.0, "step": 23.0}
     assert clock.split() == {"other": 2.5, "step": 2.5}
 
 
@@ -164,7 +164,7 @@ def test_dump_holds_one_line_per_sample_aligned_with_its_response(tmp_path):
     )
     group = Group(Prompt(9, "why?", (5, 6), answer="a"), (Sample(tokens, 2, "length", "ab"), full))
     path = tmp_path / "rollouts" / "step_000001.jsonl"
-    rollout_dumps.dump_rollouts(path, [group], tokenizer_piece=lambda token: f"<{token}>")
+    rollout_dumps.dump_rollouts(path, [group], token_text=lambda token: f"<{token}>")
     bare, row = [json.loads(line) for line in path.read_text().splitlines()]
     assert bare["entropies"] is None and bare["reward"] is None and bare["correct"] is None
     assert row["prompt"] == 9 and row["tokens"] == [5, 6, 7, 8] and row["pieces"] == ["<7>", "<8>"]
