@@ -36,7 +36,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from megatron_entropy.config.schema import RolloutConfig
 from megatron_entropy.errors import ConfigError, EngineFault, EngineLost, Fault, UserError
-from megatron_entropy.monitor.progress import RolloutProgress
+from megatron_entropy.monitor.progress import GenerationProgress
 from megatron_entropy.rollout.engine import Completion, EngineSpec, Progress, Request
 from megatron_entropy.rollout.ray_cluster import RayCluster, kill_processes, one_line, process_family, start_ray
 from megatron_entropy.rollout.vllm_engine import VllmEngine
@@ -200,7 +200,7 @@ class EnginePool:
         assert len(order) == len(requests), "two requests have the same key"
         completions: list[Completion] = []
         dead: list[int] = []
-        with RolloutProgress(description, len(requests)) as progress:
+        with GenerationProgress(description, len(requests)) as progress:
             for index, report in self._reports(_spread(requests, len(self._slots))):
                 if isinstance(report, str):
                     dead.append(index)
