@@ -1,6 +1,6 @@
-"""The run's records: rows survive kills and resumes unrepeated, a step's seconds add up, dumps align with tokens.
+"""What a run records: rows survive kills and resumes without repetition, seconds add up, dumps align with tokens.
 
-Not covered: how the console looks, and W&B beyond the error when it is not installed.
+Not covered: the look of the console, and W&B beyond the error when it is not installed.
 """
 
 import json
@@ -24,7 +24,7 @@ QUIET = LogConfig(tensorboard=False)
 
 @pytest.fixture
 def package_logger():
-    """The package's logger, put back as it was afterwards."""
+    """The package's logger, restored after the test."""
     logger = logging.getLogger(console.ROOT_LOGGER)
     before = logger.handlers[:], logger.propagate, logger.level
     with warnings.catch_warnings():
@@ -53,7 +53,7 @@ def test_row_holds_stage_step_means_and_seconds(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), Metric(0.0, 0.0)])
-def test_value_that_json_lacks_becomes_null(tmp_path, value):
+def test_value_without_json_form_becomes_null(tmp_path, value):
     folder = RunFolder(tmp_path)
     with metrics.MetricsWriter(folder, "rl", QUIET) as writer:
         writer.write(1, {"eval/accuracy": value}, {})
@@ -86,7 +86,7 @@ def test_resume_of_an_earlier_stage_drops_the_later_ones(tmp_path):
     assert steps_of(folder) == [("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 1), ("b", 2)]
 
 
-def test_stage_that_begins_anew_repeats_no_row(tmp_path):
+def test_restarted_stage_repeats_no_row(tmp_path):
     folder = RunFolder(tmp_path)
     write_steps(folder, "a", [0, 1])
     write_steps(folder, "b", [0, 1])
@@ -130,22 +130,22 @@ def test_tensorboard_holds_each_step_once_after_a_resume(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1.0), (2, 3.0)]
 
 
-def test_wandb_asked_for_but_absent_names_the_key(tmp_path, monkeypatch):
+def test_missing_wandb_error_names_the_key(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(MissingPackageError, match="log.wandb_project='mine' needs the package wandb"):
         metrics.MetricsWriter(RunFolder(tmp_path), "rl", LogConfig(tensorboard=False, wandb_project="mine"))
 
 
-def test_parts_of_a_step_add_up_and_inner_parts_leave_outer_ones():
+def test_phases_of_a_step_add_up_and_a_second_counts_only_for_the_inner_phase():
     seconds = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0, 21.0, 23.0, 25.5])
-    clock = timer.StepTimer(now=lambda: next(seconds))
-    with clock("generate"):
-        with clock("weight_sync"):
+    step_timer = timer.StepTimer(now=lambda: next(seconds))
+    with step_timer("generate"):
+        with step_timer("weight_sync"):
             pass
-    with pytest.raises(RuntimeError), clock("update"):
+    with pytest.raises(RuntimeError), step_timer("update"):
         raise RuntimeError
-    assert clock.split() == {"generate": 6.0, "weight_sync": 3.0, "update": 6.0, "other": 8.0, "step": 23.0}
-    assert clock.split() == {"other": 2.5, "step": 2.5}
+    assert step_timer.split() == {"generate": 6.0, "weight_sync": 3.0, "update": 6.0, "other": 8.0, "step": 23.0}
+    assert step_timer.split() == {"other": 2.5, "step": 2.5}
 
 
 def test_dump_holds_one_line_per_sample_aligned_with_its_response(tmp_path):
@@ -174,17 +174,17 @@ def test_dump_holds_one_line_per_sample_aligned_with_its_response(tmp_path):
 
 
 @pytest.mark.parametrize(("rank", "shown"), [(0, ["INFO", "WARNING"]), (3, ["WARNING"])])
-def test_ranks_above_zero_speak_only_of_warnings(rank, shown, package_logger):
+def test_ranks_above_zero_log_only_warnings(rank, shown, package_logger):
     logger = console.setup_logging(rank)
     levels = [name for name in ("DEBUG", "INFO", "WARNING") if logger.isEnabledFor(getattr(logging, name))]
     assert levels == shown and len(console.setup_logging(rank).handlers) == 1
 
 
-def test_other_ranks_put_their_rank_in_front(capsys, package_logger):
+def test_line_of_another_rank_starts_with_its_rank(capsys, package_logger):
     console.setup_logging(2).warning("slow link")
     assert capsys.readouterr().err == "[rank 2] WARNING slow link\n"
 
 
-def test_summary_line_shows_what_is_there():
+def test_summary_line_shows_the_metrics_that_are_present():
     line = console.summary_line(3, 9, {"train/loss": 0.25, "eval/accuracy": float("nan")}, {"update": 1.0, "step": 1.5})
     assert line == "step 3/9  loss 0.25  1.5 s (update 1.0)"

@@ -1,6 +1,6 @@
-"""The report is rebuilt from a run folder's files, whatever of them there is; its page needs no other file.
+"""The report is built from whatever files a run folder has; its page refers to no other file and escapes all text.
 
-How the plots look is not tested, only that there is one where there is something to draw.
+Not covered: the look of the plots, only that there is one for each stage with values.
 """
 
 import re
@@ -11,7 +11,7 @@ import pytest
 from megatron_entropy.config import load
 from megatron_entropy.config.schema import Config, LogConfig, MethodConfig
 from megatron_entropy.errors import DataError
-from megatron_entropy.monitor import metrics, plots, report, rollout_dumps, summary
+from megatron_entropy.monitor import metrics, report, rollout_dumps, summary
 from megatron_entropy.monitor.run_folder import RunFolder
 from megatron_entropy.records import Grade, Group, Prompt, Sample
 
@@ -45,7 +45,7 @@ def full_run(folder):
     rollout_dumps.dump_rollouts(folder.rollouts("rl", 1), [group])
 
 
-def test_summary_tells_before_and_after_and_reads_back(tmp_path):
+def test_summary_holds_values_before_and_after_a_stage_and_reads_back(tmp_path):
     folder = RunFolder(tmp_path)
     full_run(folder)
     (entry,) = summary.read_summary(folder)
@@ -57,13 +57,13 @@ def test_summary_tells_before_and_after_and_reads_back(tmp_path):
     assert summary.read_summary(folder) == [entry]
 
 
-def test_seconds_of_a_resumed_stage_count_the_steps_before(tmp_path):
+def test_seconds_of_a_resumed_stage_include_earlier_steps(tmp_path):
     folder = RunFolder(tmp_path)
     write_rows(folder, "rl", [{}] * 9)
     assert summary.StageSummary.of_stage(folder, stage("rl"), seconds=1.0).seconds == 4.0
 
 
-def test_summary_of_another_form_names_the_file(tmp_path):
+def test_error_of_an_invalid_summary_names_the_file(tmp_path):
     folder = RunFolder(tmp_path)
     folder.summary.write_text('{"stages": [{"name": "rl"}]}')
     with pytest.raises(DataError, match=r"summary\.json"):
@@ -76,21 +76,53 @@ def test_page_holds_plots_table_samples_and_settings_and_no_links(tmp_path):
     report.write_report(folder)
     page = folder.report.read_text()
     assert sorted(path.name for path in folder.plots.iterdir()) == [
-        "accuracy.png",
-        "entropy.png",
-        "length.png",
-        "time.png",
+        *("accuracy_rl.png", "accuracy_sft.png", "entropy_rl.png", "entropy_sft.png", "length_rl.png"),
+        *("time_rl.png", "time_sft.png"),
     ]
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == 7
     assert "10.0 → 40.0 % (+30.0)" in page and "TP2" in page
     assert 'class="sample correct"' in page and 'class="sample wrong"' in page
     assert 'title="1.5 nats">&lt;b&gt;</span>' in page and "1 &lt; 2?" in page
-    assert "sft, after step 2: held-out questions" in page and "rl, after step 1: training rollouts" in page
+    assert "sft, step 2, eval questions" in page and "rl, step 1, train questions" in page
     assert "[[stages]]" in page
     assert not re.search(r'(src|href)="(?!data:)', page)
 
 
-def test_report_copes_with_a_run_that_has_only_begun(tmp_path):
+def test_text_of_a_run_is_escaped(tmp_path):
+    script = "<script>alert(1)</script>"
+    folder = RunFolder(tmp_path)
+    name = "$<script>$"
+    write_rows(folder, name, [{"eval/accuracy": 0.1}, {}])
+    config = stage(name)
+    entry = summary.StageSummary.of_stage(folder, config, seconds=9.0)
+    summary.write_summary(folder, [entry])
+    folder.config.write_text(f"# {script}")
+    sample = Sample(np.array([1, 2], np.int32), 1, script, script, grade=Grade(True, script))
+    group = Group(Prompt(0, script, (1,), answer=script), (sample,))
+    rollout_dumps.dump_rollouts(folder.evaluation(name, 1), [group])
+    report.write_report(folder)
+    page = folder.report.read_text()
+    assert "<script" not in page and page.count("&lt;script&gt;") >= 9
+
+
+def test_table_prints_names_that_look_like_markup(tmp_path, capsys):
+    folder = RunFolder(tmp_path)
+    write_rows(folder, "[red]rl", [{}, {}])
+    summary.write_summary(folder, [summary.StageSummary.of_stage(folder, stage("[red]rl"), seconds=9.0)])
+    report.print_table(folder)
+    assert "[red]rl" in capsys.readouterr().out
+
+
+def test_page_fits_a_phone(tmp_path):
+    folder = RunFolder(tmp_path)
+    full_run(folder)
+    report.write_report(folder)
+    page = folder.report.read_text()
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+    assert page.count("<table") == page.count('<div class="box"><table') == 2
+
+
+def test_report_of_a_run_without_values_draws_nothing(tmp_path):
     folder = RunFolder(tmp_path)
     write_rows(folder, "rl", [{}])
     report.write_report(folder)
@@ -119,15 +151,10 @@ def test_table_shows_the_stage(tmp_path, capsys):
          "TP2, sequence parallel, distributed optimizer"),
     ],
 )  # fmt: skip
-def test_layout_label_names_what_differs_from_one_rank(layout, label):
+def test_layout_label_names_axes_above_one_and_switches(layout, label):
     assert summary.layout_label(layout) == label
 
 
-def test_stages_lie_one_after_the_other_on_the_axis():
-    rows = [{"stage": name, "step": step} for name, last in (("a", 5), ("b", 3), ("c", 2)) for step in range(last + 1)]
-    assert plots.stage_offsets(rows) == {"a": 0, "b": 5, "c": 8}
-
-
-def test_versions_name_the_packages_that_matter():
+def test_versions_include_python_torch_and_megatron():
     found = summary.versions()
     assert {"python", "torch", "megatron-core"} <= set(found)
