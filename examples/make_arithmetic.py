@@ -1,16 +1,16 @@
-"""Make a small reasoning task and a model to learn it: data, tokenizer and random weights, all from one seed.
+"""Make a small reasoning task and a model to train on it: data, tokenizer and random weights, all from one seed.
 
-A question is a chain of digits below 5 concat_response_tokens by `+ - *`, to be worked from left to right modulo 5 (`3+4*2-1`). The
+A question is a chain of digits below 5 joined by `+ - *`, to be evaluated from left to right modulo 5 (`3+4*2-1`). The
 worked solution takes one step after the other, each in a style drawn at random, and ends in `#3`. So the tokens of a
 solution differ in entropy as those of real reasoning do: copied digits have none, the style of a step is a free choice.
 
-The solutions of the training file hold slips: with probability `--slip` a step's result is wrong and carried on. A
-model fitted to them slips as often when it samples, whatever the seed, and reinforcement learning on the (always true)
-answers can then sharpen it. Questions of the two files do not overlap.
+The solutions of the training file contain slips: with probability `--slip` the result of a step is wrong, and the next
+step continues from it. A model trained on them makes as many slips when it samples, with any seed. Reinforcement
+learning on the answers, which are always true, can then reduce them. The two files have no question in common.
 
     python examples/make_arithmetic.py --out DIR --seed 1
 
-writes `DIR/train.jsonl`, `DIR/test.jsonl` (columns question, solution, answer, level) and `DIR/model/`, a Hugging Face
+writes `DIR/train.jsonl`, `DIR/eval.jsonl` (columns question, solution, answer, level) and `DIR/model/`, a Hugging Face
 folder (Qwen3 architecture, fp32, random weights, a SentencePiece tokenizer trained on the solutions).
 """
 
@@ -25,20 +25,20 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
+from sentencepiece_model import save_for_transformers, train_sentencepiece
 
-from megatron_entropy.data.sentencepiece_model import save_for_transformers, train_sentencepiece
-from megatron_entropy.data.tokenizer import Tokenizer
+from megatron_entropy.data.tokenizer import Tokenizer, load_tokenizer
 
 MODULUS = 5
-OPERANDS = (4, 5, 6, 7)  # the levels, each as frequent as the others
-RIGHT = (1, 4)  # smallest and largest digit behind a sign; no 0, whose product would forgive every slip before it
+OPERANDS = (4, 5, 6, 7)  # the levels, all equally frequent
+RIGHT = (1, 4)  # smallest and largest digit after a sign; no 0, since a product with 0 cancels every slip before it
 STYLES = (
     "{left}{sign}{right}={result}\n",
     "{left}{sign}{right}={result};",
     "{left}{sign}{right}->{result}\n",
     "{left}{sign}{right}->{result};",
 )
-ALPHABET = "01234+-*=>;#\n" + 4 * "->"  # so that few problems, too, fill the vocabulary
+ALPHABET = "01234+-*=>;#\n" + 4 * "->"  # fills the vocabulary even when there are few problems
 VOCAB_SIZE = 17  # the alphabet, `->`, and three special ids
 HIDDEN, LAYERS, HEADS, KEY_VALUE_HEADS, HEAD_DIM, FEED_FORWARD = 160, 4, 4, 2, 32, 480
 INITIAL_DEVIATION = 0.05  # of all matrices; about 1/sqrt(HIDDEN)
@@ -55,12 +55,12 @@ class Problem:
 
 
 def evaluate(left: int, sign: str, right: int) -> int:
-    """One step: a digit."""
+    """Return the result of one step, a digit."""
     return {"+": left + right, "-": left - right, "*": left * right}[sign] % MODULUS
 
 
 def answer_of(question: str) -> int:
-    """The true answer of a question, worked from left to right."""
+    """Return the true answer of a question, evaluated from left to right."""
     value = int(question[0])
     for sign, right in zip(question[1::2], question[2::2], strict=True):
         value = evaluate(value, sign, int(right))
@@ -68,7 +68,7 @@ def answer_of(question: str) -> int:
 
 
 def draw_question(rng: random.Random, operands: Sequence[int] = OPERANDS) -> str:
-    """A chain of as many digits as one of `operands` says."""
+    """Draw a chain of digits; its number of digits is drawn from `operands`."""
     question = str(rng.randrange(MODULUS))
     for _ in range(rng.choice(operands) - 1):
         question += rng.choice("+-*") + str(rng.randint(*RIGHT))
@@ -76,7 +76,7 @@ def draw_question(rng: random.Random, operands: Sequence[int] = OPERANDS) -> str
 
 
 def solve(question: str, rng: random.Random, *, slip: float) -> Problem:
-    """Write a worked solution; each step's result is replaced by another digit with probability `slip`."""
+    """Write a worked solution; with probability `slip` the result of a step is another digit."""
     value, lines = int(question[0]), ""
     for sign, right in zip(question[1::2], question[2::2], strict=True):
         result = evaluate(value, sign, int(right))
@@ -88,17 +88,16 @@ def solve(question: str, rng: random.Random, *, slip: float) -> Problem:
     return Problem(question, f"{lines}#{value}", str(answer_of(question)), level)
 
 
-def make_problems(*, train: int, test: int, seed: int, slip: float) -> tuple[list[Problem], list[Problem]]:
-    """Training problems (with slips) and held-out problems (without), no question twice."""
+def make_problems(*, train: int, eval: int, seed: int, slip: float) -> tuple[list[Problem], list[Problem]]:
+    """Make training problems (with slips) and evaluation problems (without), no question twice."""
     rng = random.Random(seed)
     questions: dict[str, None] = {}
-    while len(questions) < train + test:
+    while len(questions) < train + eval:
         questions[draw_question(rng)] = None
-    eval_prompts, training = list(questions)[:test], list(questions)[test:]
-    assert not set(eval_prompts) & set(training)
+    eval_questions, train_questions = list(questions)[:eval], list(questions)[eval:]
     return (
-        [solve(question, rng, slip=slip) for question in training],
-        [solve(question, rng, slip=0.0) for question in eval_prompts],
+        [solve(question, rng, slip=slip) for question in train_questions],
+        [solve(question, rng, slip=0.0) for question in eval_questions],
     )
 
 
@@ -108,13 +107,13 @@ def write_rows(path: Path, problems: Iterable[Problem]) -> None:
 
 
 def initial_weights(vocab_size: int, seed: int) -> dict[str, np.ndarray]:
-    """Random float32 weights of a Qwen3 model under their Hugging Face names."""
+    """Draw random float32 weights of a Qwen3 model, under their Hugging Face names."""
     rng = np.random.default_rng(seed)
 
     def matrix(rows: int, columns: int, scale: float = 1.0) -> np.ndarray:
         return (rng.standard_normal((rows, columns)) * INITIAL_DEVIATION * scale).astype(np.float32)
 
-    residual = (2 * LAYERS) ** -0.5  # keeps the variance of the residual stream as layers are added
+    residual = (2 * LAYERS) ** -0.5  # the variance of the residual stream does not grow with the number of layers
     weights = {
         "model.embed_tokens.weight": matrix(vocab_size, HIDDEN),
         "model.norm.weight": np.ones(HIDDEN, np.float32),
@@ -133,6 +132,13 @@ def initial_weights(vocab_size: int, seed: int) -> dict[str, np.ndarray]:
         for norm in ("input_layernorm", "post_attention_layernorm"):
             weights[f"model.layers.{layer}.{norm}.weight"] = np.ones(HIDDEN, np.float32)
     return weights
+
+
+def make_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Tokenizer:
+    """Train a SentencePiece tokenizer and write it into a model folder, with its conversion for transformers."""
+    train_sentencepiece(texts, vocab_size=vocab_size, path=folder / "tokenizer.model")
+    save_for_transformers(folder / "tokenizer.model", folder)
+    return load_tokenizer(folder)
 
 
 def write_model(folder: Path, tokenizer: Tokenizer, seed: int) -> None:
@@ -154,7 +160,7 @@ def write_model(folder: Path, tokenizer: Tokenizer, seed: int) -> None:
         "initializer_range": INITIAL_DEVIATION,
         "max_position_embeddings": 512,
         "rms_norm_eps": 1e-6,
-        "rope_theta": 100.0,  # solutions are short; nearby positions are told apart sooner than with 10,000
+        "rope_theta": 100.0,  # solutions are short; a small base separates nearby positions better than 10,000
         "tie_word_embeddings": True,
         "use_sliding_window": False,
         "dtype": "float32",
@@ -172,21 +178,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--train", type=int, default=12000, help="number of training problems")
-    parser.add_argument("--test", type=int, default=400, help="number of held-out problems")
+    parser.add_argument("--eval", type=int, default=400, help="number of evaluation problems")
     parser.add_argument("--slip", type=float, default=0.15, help="probability that a training step is wrong")
     arguments = parser.parse_args()
-    if arguments.train < 1 or arguments.test < 1 or not 0 <= arguments.slip <= 1:
-        parser.error("--train and --test must be at least 1, --slip between 0 and 1")
+    if arguments.train < 1 or arguments.eval < 1 or not 0 <= arguments.slip <= 1:
+        parser.error("--train and --eval must be at least 1, --slip between 0 and 1")
     model = arguments.out / "model"
     model.mkdir(parents=True, exist_ok=True)
-    train, test = make_problems(train=arguments.train, test=arguments.test, seed=arguments.seed, slip=arguments.slip)
+    train, evaluation = make_problems(
+        train=arguments.train, eval=arguments.eval, seed=arguments.seed, slip=arguments.slip
+    )
     write_rows(arguments.out / "train.jsonl", train)
-    write_rows(arguments.out / "test.jsonl", test)
+    write_rows(arguments.out / "eval.jsonl", evaluation)
     texts = [ALPHABET, *(f"{problem.question}\n{problem.solution}" for problem in train)]
-    tokenizer = train_sentencepiece(texts, vocab_size=VOCAB_SIZE, path=model / "tokenizer.model")
-    save_for_transformers(tokenizer, model)
+    tokenizer = make_tokenizer(texts, VOCAB_SIZE, model)
     write_model(model, tokenizer, arguments.seed)
-    print(f"{arguments.out}: {len(train)} training and {len(test)} held-out problems, a model of {VOCAB_SIZE} ids")
+    print(
+        f"{arguments.out}: {len(train)} training and {len(evaluation)} evaluation problems, a model of {VOCAB_SIZE} ids"
+    )
 
 
 if __name__ == "__main__":

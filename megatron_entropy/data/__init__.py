@@ -1,1 +1,1 @@
-"""From files to prompts: `schemas` reads rows, `tokenizer` makes tokens, `dataset` joins both and orders them."""
+"""Data: `schemas` reads rows, `tokenizer` makes token ids, `dataset` builds prompts, `packing` builds micro-batches."""

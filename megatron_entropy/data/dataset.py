@@ -1,4 +1,4 @@
-"""Prompts of a run: loaded, filtered by length, and handed out in an order that (seed, epoch) decides."""
+"""Prompts of a run: read from files, filtered by length, and taken in an order that depends on (seed, epoch)."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from megatron_entropy.records import Prompt
 
 @dataclass(frozen=True)
 class Skipped:
-    """Rows left out because they are too long, by what is too long."""
+    """Counts of rows that were skipped because their prompt or their target is too long."""
 
     prompt: int = 0
     target: int = 0
 
     def __str__(self) -> str:
-        return f"skipped {self.prompt} rows with a prompt over the limit, {self.target} with a target over it"
+        return f"skipped {self.prompt} rows with too long a prompt, {self.target} with too long a target"
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts of a data set, in the order of its files, and how many rows were left out."""
+    """The prompts of a data set, in the order of its files, and the counts of skipped rows."""
 
     prompts: tuple[Prompt, ...]
     skipped: Skipped
@@ -51,20 +51,20 @@ def load_prompts(
 
     Args:
         files: JSONL or parquet files; one set may mix both.
-        tokenizer: of the model to train. The target is the worked solution with `eos_ids[0]` behind it.
-        max_prompt_tokens: rows with a longer prompt are left out and counted.
-        max_target_tokens: the same for targets, end token included; None for no limit.
-        schema: a name of `schemas.SCHEMAS`, or `auto` (decided for each file).
-        template: text with `{question}` in it; None for the tokenizer's chat template.
-        system: a system message put before every conversation (chat templates only).
-        chat_options: further names for the chat template, such as `enable_thinking`.
+        tokenizer: the tokenizer of the model. A target is the worked solution followed by `eos_ids[0]`.
+        max_prompt_tokens: rows with a longer prompt are skipped and counted.
+        max_target_tokens: the same for targets, with the end token; None for no limit.
+        schema: see `schemas.load_schema`; `auto` detects it for each file.
+        template: text that contains `{question}`; None for the tokenizer's chat template.
+        system: a system message before every conversation (chat templates only).
+        chat_options: variables of the chat template, such as `enable_thinking`.
 
     Returns:
-        The prompts; `Prompt.index` is the row number over all files, rows left out included.
+        The prompts; `Prompt.index` is the row number over all files, counting skipped rows.
 
     Raises:
         ConfigError: a template without `{question}`, or an unknown schema.
-        DataError: see `read_rows`; also when no row is left.
+        DataError: see `read_rows`; also when every row is skipped.
     """
     prompts: list[Prompt] = []
     long_prompts = long_targets = index = 0
@@ -82,12 +82,12 @@ def load_prompts(
     skipped = Skipped(long_prompts, long_targets)
     if not prompts:
         names = ", ".join(str(file) for file in files) or "data.train is an empty list"
-        raise DataError(f"{names}: no row is left ({skipped}; limits {max_prompt_tokens}, {max_target_tokens})")
+        raise DataError(f"{names}: no row is left: {skipped} (limits: {max_prompt_tokens}, {max_target_tokens} tokens)")
     return PromptSet(tuple(prompts), skipped)
 
 
 def read_prompts(files: Sequence[str | Path], *, schema: str = "auto") -> list[Prompt]:
-    """All rows as prompts without tokens, in a fraction of the time of `load_prompts`: enough to choose among them.
+    """Read all rows as prompts without text and tokens. Much faster than `load_prompts`; enough to select prompts.
 
     Raises:
         ConfigError: an unknown schema.
@@ -109,33 +109,33 @@ def _render(
 ) -> tuple[str, tuple[int, ...]]:
     """The templated question as text and as tokens."""
     if template is None:
-        first = (Message("system", system),) if system is not None else ()
-        text = tokenizer.render((*first, *row.messages), chat_options)
+        system_turn = (Message("system", system),) if system is not None else ()
+        text = tokenizer.render((*system_turn, *row.messages), chat_options)
         return text, tuple(tokenizer.encode(text))
     if "{question}" not in template:
-        raise ConfigError(f"data.template must hold {{question}}, got {template!r}")
+        raise ConfigError(f"data.template must contain {{question}}, got {template!r}")
     if system is not None:
         raise ConfigError("data.system needs a chat template: write the system message into data.template")
     text = template.replace("{question}", "\n".join(message.content for message in row.messages))
     return text, (*tokenizer.bos_ids, *tokenizer.encode(text))
 
 
-def order(n: int, *, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch: a permutation of 0..n-1, [n] int64, the same wherever and whenever it is asked for.
+def epoch_order(n: int, *, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch: a permutation of 0..n-1, [n] int64, the same on every machine.
 
-    Sorts raw Philox words, whose stream numpy guarantees across versions (its `permutation` it does not).
+    It sorts raw Philox words: numpy guarantees their stream across versions, but not that of `permutation`.
     """
     words = np.random.Philox(np.random.SeedSequence((seed, epoch))).random_raw(n)
     return np.argsort(words, kind="stable")
 
 
 class PromptStream:
-    """An endless walk over the prompts, epoch after epoch, that resumes from a single number.
+    """An endless stream of prompts, epoch after epoch, whose state is one number.
 
     Args:
         prompts: at least one.
-        seed: with the epoch it decides the order.
-        position: number of prompts already taken, as `position` gave it before.
+        seed: the order of an epoch depends on it and on the epoch.
+        position: number of prompts already taken; the attribute of that name is what a checkpoint saves.
     """
 
     def __init__(self, prompts: Sequence[Prompt], *, seed: int, position: int = 0) -> None:
@@ -147,14 +147,14 @@ class PromptStream:
         self._order = np.empty(0, np.int64)
 
     def take(self, count: int) -> list[Prompt]:
-        """The next `count` prompts; goes on into the next epoch where one ends."""
+        """Take the next `count` prompts, across the end of an epoch if need be."""
         taken = [self._at(self.position + offset) for offset in range(count)]
         self.position += count
         return taken
 
     def _at(self, position: int) -> Prompt:
-        epoch, place = divmod(position, len(self.prompts))
+        epoch, offset = divmod(position, len(self.prompts))
         if epoch != self._epoch:
-            self._order = order(len(self.prompts), seed=self.seed, epoch=epoch)
+            self._order = epoch_order(len(self.prompts), seed=self.seed, epoch=epoch)
             self._epoch = epoch
-        return self.prompts[self._order[place]]
+        return self.prompts[self._order[offset]]

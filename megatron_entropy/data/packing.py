@@ -1,8 +1,8 @@
-"""From samples to packed micro-batches: token budget, balance over ranks, the same plan on every rank.
+"""Packing of samples into micro-batches: sequences are laid end to end, without padding between them.
 
-Sequences are laid end to end; a micro-batch holds at most `max_tokens_per_microbatch` places. Every data-parallel rank gets the
-same number of micro-batches, of about the same number of tokens. The plan is a pure function of the lengths, so all
-ranks agree on it without talking.
+A micro-batch holds at most `max_tokens_per_microbatch` tokens. Every data-parallel rank gets the same number of
+micro-batches with about the same number of tokens. The plan is a pure function of the lengths, so all ranks compute
+the same one without communication.
 """
 
 from __future__ import annotations
@@ -16,28 +16,24 @@ import torch
 
 from megatron_entropy.records import Batch, Sample
 
-IGNORED = -100
-"""Target of places that are neither trained nor scored."""
+IGNORE_INDEX = -100
+"""Target of positions that are neither trained nor scored."""
 
-_FIELDS = tuple(
-    field.name
-    for field in dataclasses.fields(Batch)
-    if field.default is None  # the per-token fields a stage may have filled
-)
+_PER_TOKEN_FIELDS = tuple(field.name for field in dataclasses.fields(Batch) if field.default is None)
 
 
-def plan(
+def plan_microbatches(
     lengths: Sequence[int], *, max_tokens_per_microbatch: int, ranks: int, multiple: int = 1
 ) -> list[list[list[int]]]:
-    """Distribute sequences over micro-batches.
+    """Distribute sequences over ranks and micro-batches.
 
     Args:
-        lengths: places each sequence takes.
-        max_tokens_per_microbatch: most places in a micro-batch; a longer sequence gets a micro-batch of its own.
+        lengths: tokens of each sequence.
+        max_tokens_per_microbatch: upper bound; a longer sequence gets a micro-batch of its own.
         ranks: data-parallel ranks.
-        multiple: the number of micro-batches per rank is a multiple of this (the interleaved schedule's wish).
+        multiple: the number of micro-batches per rank is a multiple of this (the interleaved schedule requires it).
     Returns:
-        `[rank][micro-batch] -> indices` into `lengths`, ascending; micro-batches may be empty when there are fewer
+        `[rank][micro-batch] -> indices` into `lengths`, ascending. Some micro-batches are empty when there are fewer
         sequences than micro-batches.
     """
     step = ranks * multiple
@@ -52,15 +48,15 @@ def plan(
         count += step
     bins.sort(key=lambda b: (-sum(lengths[i] for i in b), b))
     per_rank: list[list[list[int]]] = [[] for _ in range(ranks)]
-    for position, members in enumerate(bins):
-        # Snake order: rank sums stay level although bins come largest first.
-        turn, place = divmod(position, ranks)
-        per_rank[place if turn % 2 == 0 else ranks - 1 - place].append(members)
+    for index, members in enumerate(bins):
+        # Bins are sorted by size, so ranks take turns in alternating order to keep their sums level.
+        turn, rank = divmod(index, ranks)
+        per_rank[rank if turn % 2 == 0 else ranks - 1 - rank].append(members)
     return per_rank
 
 
 def _balance(lengths: Sequence[int], count: int) -> list[list[int]]:
-    """Longest first into the least loaded bin (Graham 1969)."""
+    """Assign the longest sequence first, each to the bin with the fewest tokens (Graham 1969)."""
     heap = [(0, b) for b in range(count)]
     bins: list[list[int]] = [[] for _ in range(count)]
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -71,11 +67,16 @@ def _balance(lengths: Sequence[int], count: int) -> list[list[int]]:
 
 
 def pack(samples: Sequence[Sample], indices: Sequence[int], *, multiple: int = 1, device: torch.device) -> Batch:
-    """Lay `samples[i] for i in indices` end to end.
+    """Build one micro-batch from `samples[i] for i in indices`.
 
     Args:
-        multiple: total length is padded to a multiple of this with one sequence of its own (sequence parallelism cuts
-            the pack evenly over tensor-parallel ranks).
+        samples: all samples of the step.
+        indices: those of this micro-batch; may be empty.
+        multiple: the total length is padded to a multiple of this with one extra sequence, since sequence parallelism
+            cuts the pack evenly over tensor-parallel ranks.
+        device: where the tensors go.
+    Returns:
+        The batch; in `order` the padding sequence is -1. A per-token field is None where any of the samples lacks it.
     """
     chosen = [samples[i] for i in indices]
     sizes = [len(s.tokens) - 1 for s in chosen]
@@ -86,8 +87,8 @@ def pack(samples: Sequence[Sample], indices: Sequence[int], *, multiple: int = 1
         order.append(-1)
     tail = np.zeros(padding)
 
-    def column(parts: list[np.ndarray], filler: float, dtype: torch.dtype) -> torch.Tensor:
-        return torch.as_tensor(np.concatenate([*parts, tail + filler])).to(device=device, dtype=dtype)
+    def column(arrays: list[np.ndarray], fill: float, dtype: torch.dtype) -> torch.Tensor:
+        return torch.as_tensor(np.concatenate([*arrays, tail + fill])).to(device=device, dtype=dtype)
 
     def field(name: str) -> torch.Tensor | None:
         values = [getattr(s, name) for s in chosen]
@@ -98,16 +99,16 @@ def pack(samples: Sequence[Sample], indices: Sequence[int], *, multiple: int = 1
     weight = field("weight")
     return Batch(
         tokens=column([s.tokens[:-1] for s in chosen], 0, torch.int64),
-        targets=column([_targets(s) for s in chosen], IGNORED, torch.int64),
+        targets=column([_targets(s) for s in chosen], IGNORE_INDEX, torch.int64),
         positions=column([np.arange(size) for size in sizes[: len(chosen)]], 0, torch.int64),
         boundaries=torch.tensor(np.cumsum([0, *sizes]), dtype=torch.int32, device=device),
         order=tuple(order),
         weight=weight if weight is not None else torch.zeros(sum(sizes), device=device),
-        **{name: field(name) for name in _FIELDS},
+        **{name: field(name) for name in _PER_TOKEN_FIELDS},
     )
 
 
 def _targets(sample: Sample) -> np.ndarray:
     targets = sample.tokens[1:].astype(np.int64)
-    targets[: sample.prompt_length - 1] = IGNORED
+    targets[: sample.prompt_length - 1] = IGNORE_INDEX
     return targets

@@ -1,7 +1,8 @@
-"""Rows of the data sets people have, read from JSONL and parquet into one shape.
+"""Schemas: rows of published data sets, read from JSONL and parquet into one record.
 
-A schema is a table entry: the columns it needs and a function from a raw row to a `Row`. To add one: write the function
-and its line in `SCHEMAS`. `auto` takes the first schema whose columns a file has.
+A schema has the columns it needs and a function from a raw row to a `Row`. `auto` takes the first schema whose columns
+a file has. Your own schema needs no change here: set `data.format = "package.module:NAME"`, where NAME is a `Schema`,
+or register it as an entry point of the group `megatron_entropy.schemas`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_entropy.errors import ConfigError, DataError
+from megatron_entropy.plugins import load_plugin
 
 RawRow = Mapping[str, object]
 
@@ -30,7 +32,7 @@ class Message:
 class Row:
     """One row of any schema: the question as a conversation, the ground truth, a worked solution.
 
-    `semantic_entropy`: what `tools/semantic_entropy.py` has written into a column of that name, in nats.
+    `semantic_entropy`: nats, from the column of that name, which `semantic-entropy` writes.
     """
 
     messages: tuple[Message, ...]
@@ -41,10 +43,22 @@ class Row:
 
 @dataclass(frozen=True)
 class Schema:
-    """What a data set calls its columns: those it must have, and how a row is read."""
+    """The columns a data set must have, and the function that reads a row. `ValueError`s of `read` name the row."""
 
     columns: tuple[str, ...]
     read: Callable[[RawRow], Row]
+
+
+def load_schema(name: str) -> Schema:
+    """Find a schema by a name of `SCHEMAS`, an entry point of `megatron_entropy.schemas`, or `package.module:NAME`.
+
+    Raises:
+        ConfigError: an unknown name (the known ones are listed), an import that fails, or not a `Schema`.
+    """
+    found = load_plugin(name, SCHEMAS, key="data.format", group="megatron_entropy.schemas")
+    if not isinstance(found, Schema):
+        raise ConfigError(f"data.format: {name!r} must be a Schema, found {type(found).__name__}")
+    return found
 
 
 def read_rows(file: str | Path, *, schema: str = "auto") -> Iterator[Row]:
@@ -52,58 +66,46 @@ def read_rows(file: str | Path, *, schema: str = "auto") -> Iterator[Row]:
 
     Args:
         file: the path.
-        schema: a name of `SCHEMAS`, or `auto` to tell it from the columns of the first row.
+        schema: see `load_schema`; `auto` detects it from the columns of the first row.
 
     Raises:
-        ConfigError: an unknown schema name.
+        ConfigError: an unknown schema.
         DataError: a missing, empty or broken file; a missing column; a value of the wrong kind. The message
             names the file, and the line (JSONL) or row (parquet) where there is one.
     """
-    if schema != "auto" and schema not in SCHEMAS:
-        raise ConfigError(f"unknown schema {schema!r}: use auto or one of {', '.join(SCHEMAS)}")
+    chosen = None if schema == "auto" else load_schema(schema)
     path = Path(file)
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    chosen: Schema | None = SCHEMAS.get(schema)
     empty = True
-    for place, raw in _raw_rows(path):
+    for location, raw in _raw_rows(path):
         empty = False
         if chosen is None:
-            chosen = SCHEMAS[detect_schema(raw, place)]
-        _require(raw, chosen.columns, place)
+            chosen = _detect_schema(raw, location)
+        for column in chosen.columns:
+            if column not in raw:
+                raise DataError(f"{location}: column {column!r} is missing; found {_column_names(raw)}")
         try:
             yield dataclasses.replace(chosen.read(raw), semantic_entropy=_semantic_entropy(raw))
-        except _BadValue as error:
-            raise DataError(f"{place}: {error}") from error
+        except ValueError as error:
+            raise DataError(f"{location}: {error}") from error
     if empty:
-        raise DataError(f"{path}: the file holds no rows")
+        raise DataError(f"{path}: the file has no rows")
 
 
-def detect_schema(row: RawRow, place: str) -> str:
-    """The name of the schema that fits a row's columns.
-
-    Args:
-        row: the first row of a file.
-        place: the file and line, for the message.
-
-    Raises:
-        DataError: no schema fits; the columns found and those that would fit are listed.
-    """
+def _detect_schema(row: RawRow, location: str) -> Schema:
+    """The first schema whose columns a file's first row has."""
     for name, schema in SCHEMAS.items():
         if all(column in row for column in schema.columns):
             if name == "gsm8k" and ("solution" in row or "####" not in str(row["answer"])):
                 continue
-            return name
+            return schema
     known = "; ".join(f"{name}: {', '.join(schema.columns)}" for name, schema in SCHEMAS.items())
-    raise DataError(f"{place}: no schema has the columns {_found(row)}; known are {known}")
-
-
-class _BadValue(ValueError):
-    """A column that is there but holds something else than the schema says."""
+    raise DataError(f"{location}: no schema has the columns {_column_names(row)}; known are {known}")
 
 
 def _raw_rows(path: Path) -> Iterator[tuple[str, RawRow]]:
-    """The rows of a file with their place (`file:line`)."""
+    """The rows of a file, each with its location (`file:line`) for error messages."""
     readers = {
         ".jsonl": _json_lines,
         ".json": _json_lines,
@@ -120,14 +122,14 @@ def _json_lines(path: Path) -> Iterator[tuple[str, RawRow]]:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
-            place = f"{path}:{number}"
+            location = f"{path}:{number}"
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise DataError(f"{place}: not a line of JSON: {error}") from error
+                raise DataError(f"{location}: not a line of JSON: {error}") from error
             if not isinstance(row, dict):
-                raise DataError(f"{place}: expected one JSON object per line, found {_kind(row)}")
-            yield place, row
+                raise DataError(f"{location}: expected one JSON object per line, found {_kind(row)}")
+            yield location, row
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, RawRow]]:
@@ -145,13 +147,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, RawRow]]:
         raise DataError(f"{path}: not a readable parquet file: {' '.join(str(error).split())}") from error
 
 
-def _require(row: RawRow, columns: tuple[str, ...], place: str) -> None:
-    for column in columns:
-        if column not in row:
-            raise DataError(f"{place}: column {column!r} is missing; found {_found(row)}")
-
-
-def _found(row: RawRow) -> str:
+def _column_names(row: RawRow) -> str:
     return ", ".join(row) or "no columns"
 
 
@@ -161,12 +157,12 @@ def _kind(value: object) -> str:
 
 
 def _text(row: RawRow, column: str) -> str:
-    """A column that must hold text; numbers are written out (AIME's answers are integers)."""
+    """The text of a column; numbers become text (AIME's answers are integers)."""
     value = row[column]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(int(value)) if float(value).is_integer() else str(value)
     if not isinstance(value, str) or not value.strip():
-        raise _BadValue(f"column {column!r} must hold a text, found {_kind(value) if value else 'nothing'}")
+        raise ValueError(f"column {column!r} must hold a text, found {_kind(value) if value else 'nothing'}")
     return value
 
 
@@ -180,22 +176,22 @@ def _semantic_entropy(row: RawRow) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise _BadValue(f"column 'semantic_entropy' must hold a number of at least 0, found {value!r}")
+        raise ValueError(f"column 'semantic_entropy' must hold a number of at least 0, found {value!r}")
     return float(value)
 
 
 def _messages(row: RawRow, column: str) -> tuple[Message, ...]:
-    """A column that holds a conversation, or only the text of the user's turn."""
+    """The conversation of a column, which may also be only the text of the user's turn."""
     value = row[column]
     if isinstance(value, str) and value.strip():
         return (Message("user", value),)
     if not isinstance(value, list) or not value:
-        raise _BadValue(f"column {column!r} must hold a list of {{role, content}}, found {_kind(value)}")
+        raise ValueError(f"column {column!r} must hold a list of {{role, content}}, found {_kind(value)}")
     messages = []
     for turn in value:
         role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, None)
         if not isinstance(role, str) or not isinstance(content, str):
-            raise _BadValue(f"column {column!r} must hold {{role, content}} with two texts, found {_kind(turn)}")
+            raise ValueError(f"column {column!r} must hold {{role, content}} with two texts, found {_kind(turn)}")
         messages.append(Message(role, content))
     return tuple(messages)
 
@@ -207,7 +203,7 @@ def _user(text: str) -> tuple[Message, ...]:
 def _ground_truth(row: RawRow) -> str:
     model = row["reward_model"]
     if not isinstance(model, dict) or "ground_truth" not in model:
-        raise _BadValue(f"column 'reward_model' must hold {{ground_truth}}, found {_kind(model)}")
+        raise ValueError(f"column 'reward_model' must hold {{ground_truth}}, found {_kind(model)}")
     return _text(model, "ground_truth")
 
 
@@ -217,10 +213,10 @@ def _openr1(row: RawRow) -> Row:
     if isinstance(target, list):
         turns = [turn.get("content") if isinstance(turn, dict) else None for turn in target]
         if not turns or not all(isinstance(turn, str) for turn in turns):
-            raise _BadValue("column 'target' must hold a list of {content} with a text each")
+            raise ValueError("column 'target' must hold a list of {content} with a text each")
         target = "".join(str(turn) for turn in turns)
     if not isinstance(target, str) or not target:
-        raise _BadValue(f"column 'target' must hold a text or a list of {{content}}, found {_kind(target)}")
+        raise ValueError(f"column 'target' must hold a text or a list of {{content}}, found {_kind(target)}")
     return Row(_messages(row, "prompt"), answer, target)
 
 
@@ -232,7 +228,7 @@ def _gsm8k(row: RawRow) -> Row:
     solution = _text(row, "answer")
     _, marker, answer = solution.rpartition("####")
     if not marker:
-        raise _BadValue("column 'answer' must end in '#### <number>'")
+        raise ValueError("column 'answer' must end in '#### <number>'")
     return Row(_user(_text(row, "question")), answer.strip(), solution)
 
 
@@ -252,7 +248,7 @@ SCHEMAS: dict[str, Schema] = {
     "openr1": Schema(("prompt", "target"), _openr1),  # OpenR1-Math, LUFFY, CurioSFT
     "dapo": Schema(("prompt", "reward_model"), _dapo),  # DAPO-Math-17k
     "gsm8k": Schema(("question", "answer"), _gsm8k),  # the answer ends in "#### 42"
-    "plain": Schema(("question", "answer"), _plain),  # ours; `solution` if there is one
-    "math": Schema(("problem", "answer"), _math),  # MATH-500; `solution` if there is one
+    "plain": Schema(("question", "answer"), _plain),  # this project's; `solution` is optional
+    "math": Schema(("problem", "answer"), _math),  # MATH-500; `solution` is optional
     "aime": Schema(("Problem", "Answer"), _aime),
 }

@@ -1,7 +1,8 @@
-"""Tokenizers of Hugging Face folders (`tokenizer.json`) and of SentencePiece (`tokenizer.model`) behind one door.
+"""Tokenizers of Hugging Face folders (`tokenizer.json`) and of SentencePiece (`tokenizer.model`) behind one interface.
 
-`tokenizer.json` is read with the `tokenizers` library and chat templates are rendered with jinja2, as transformers does
-inside, so that nothing here imports transformers or torch.
+`tokenizer.json` is read by transformers' `PreTrainedTokenizerFast`, which takes the file as it is. `AutoTokenizer`
+rebuilds it by the class that the folder names and gives other ids where file and class disagree (`LlamaTokenizerFast`
+beside a byte-level file, as in distilled Qwen models). Both libraries are imported when a tokenizer is loaded.
 """
 
 from __future__ import annotations
@@ -10,113 +11,120 @@ import abc
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from megatron_entropy.data.chat import render_chat
 from megatron_entropy.data.schemas import Message
 from megatron_entropy.errors import ConfigError, TokenizerError
-
-if TYPE_CHECKING:
-    import sentencepiece
-    import tokenizers
-
-PLAIN_CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}{{ '\\n' }}{% endfor %}"
-"""What a tokenizer without a chat template gets: each message on a line of its own, `{question}\\n`."""
 
 
 class Tokenizer(abc.ABC):
     """Text to token ids and back.
 
     Attributes:
-        vocab_size: one more than the largest id.
-        eos_ids: all ids that end a response, the one that ends training targets first; never empty.
-        pad_id: the id that fills; it is never trained, so it may equal an end id.
-        bos_ids: what the tokenizer puts before a plain text; chat templates write their own.
-        special_ids: ids that `decode` leaves out (control tokens, the unknown token).
-        chat_template: jinja source.
+        vocab_size: the largest id + 1.
+        eos_ids: all ids that end a response, never empty; training targets end with the first.
+        pad_id: the padding id. It is never trained, so it may equal an end id.
+        bos_ids: the ids before a plain text. Chat templates write their own.
     """
 
     vocab_size: int
     eos_ids: tuple[int, ...]
     pad_id: int
-    bos_ids: tuple[int, ...] = ()
-    special_ids: frozenset[int]
-    special_tokens: Mapping[str, str]
-    chat_template: str = PLAIN_CHAT_TEMPLATE
+    bos_ids: tuple[int, ...]
 
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
-        """The ids of a text; no begin or end token is added."""
+        """Return the ids of a text, without begin and end tokens."""
 
     @abc.abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; special ids and ids beyond the vocabulary (padding rows of a model) are left out."""
+        """Return the text of ids, without special tokens and ids beyond the vocabulary (padding rows of a model)."""
 
     @abc.abstractmethod
     def piece(self, token_id: int) -> str:
-        """The vocabulary entry of one id as it is stored (`▁so`, `Ġthe`); `<id 99>` beyond the vocabulary."""
+        """Return the vocabulary entry of an id as it is stored (`▁so`, `Ġthe`); `<id 99>` beyond the vocabulary."""
 
     def render(self, messages: Sequence[Message], options: Mapping[str, object] | None = None) -> str:
-        """A conversation as the prompt of the next assistant turn, by the chat template.
+        """Write a conversation as the prompt of the next assistant turn.
 
         Args:
             messages: in their order.
-            options: further names the template knows, such as `enable_thinking`.
+            options: variables of the chat template, such as `enable_thinking`.
+
+        Returns:
+            The text by the tokenizer's chat template; without a template each message on a line of its own.
 
         Raises:
-            ConfigError: the template refuses the conversation or is not valid jinja.
+            ConfigError: the template refuses the conversation or the options, or is not valid jinja.
         """
-        return render_chat(self.chat_template, messages, {**self.special_tokens, **(options or {})})
+        return "".join(f"{message.content}\n" for message in messages)
 
 
 class HuggingFaceTokenizer(Tokenizer):
     """The tokenizer of a Hugging Face folder, from its `tokenizer.json`.
 
     End tokens are the union of tokenizer_config.json's `eos_token` (first) and generation_config.json's
-    `eos_token_id`; config.json is asked where both are silent.
+    `eos_token_id`; config.json's `eos_token_id` counts where neither has one.
     """
 
     def __init__(self, folder: Path) -> None:
-        import tokenizers
+        from transformers import PreTrainedTokenizerFast
 
-        path = folder / "tokenizer.json"
+        _read_json(folder / "tokenizer_config.json")  # names the file if it is broken
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise TokenizerError(f"{path}: not a readable tokenizer: {error}") from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        settings = _read_json(folder / "tokenizer_config.json")
-        ids = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(ids.values()) + 1
-        self.special_tokens = {
-            name: _token_text(settings[name])
-            for name in ("bos_token", "eos_token", "pad_token", "unk_token")
-            if settings.get(name)
-        }
-        self.eos_ids = _end_ids(folder, ids.get(self.special_tokens.get("eos_token", "")))
-        self.pad_id = ids.get(self.special_tokens.get("pad_token", ""), self.eos_ids[0])
-        self.bos_ids = _begin_ids(self._tokenizer)
-        added = self._tokenizer.get_added_tokens_decoder()
-        self.special_ids = frozenset(index for index, token in added.items() if token.special)
-        self.chat_template = _chat_template(folder, settings) or PLAIN_CHAT_TEMPLATE
+            self._tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise TokenizerError(
+                f"{folder}: tokenizer.json: not a readable tokenizer, or tokenizer_config.json does not fit it: {error}"
+            ) from error
+        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
+        self.eos_ids = _eos_ids(folder, self._tokenizer.eos_token_id)
+        pad_id = self._tokenizer.pad_token_id
+        self.pad_id = self.eos_ids[0] if pad_id is None else pad_id
+        self.bos_ids = self._prefix_ids()
+        template = self._tokenizer.chat_template
+        if isinstance(template, dict) and "default" not in template:
+            raise ConfigError(f"{folder}: its chat templates are {', '.join(template)}, none is named default")
 
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer.encode`."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
     def decode(self, ids: Iterable[int]) -> str:
         """See `Tokenizer.decode`."""
-        return self._tokenizer.decode([int(index) for index in ids], skip_special_tokens=True)
+        kept = [int(index) for index in ids]
+        return self._tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def piece(self, token_id: int) -> str:
         """See `Tokenizer.piece`."""
-        piece = self._tokenizer.id_to_token(int(token_id))
+        piece = self._tokenizer.convert_ids_to_tokens(int(token_id))
         return f"<id {token_id}>" if piece is None else piece
+
+    def render(self, messages: Sequence[Message], options: Mapping[str, object] | None = None) -> str:
+        """See `Tokenizer.render`."""
+        if not self._tokenizer.chat_template:
+            return super().render(messages)
+        import jinja2
+
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            return self._tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True, **(options or {})
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise ConfigError(f"the tokenizer's chat template fails: {error}; data.template replaces it") from error
+
+    def _prefix_ids(self) -> tuple[int, ...]:
+        """What the tokenizer's post-processor puts before a text."""
+        bare, full = self.encode("0"), self._tokenizer.encode("0")
+        for start in range(len(full) - len(bare) + 1):
+            if full[start : start + len(bare)] == bare:
+                return tuple(full[:start])
+        return ()
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece `tokenizer.model`. Its end token is the model's own `</s>`."""
+    """A SentencePiece `tokenizer.model`; its end token is the model's own `</s>`."""
 
     def __init__(self, path: Path) -> None:
         import sentencepiece
@@ -125,7 +133,6 @@ class SentencePieceTokenizer(Tokenizer):
             self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
             raise TokenizerError(f"{path}: not a readable SentencePiece model: {error}") from error
-        self.path = path
         self.vocab_size = self._model.get_piece_size()
         eos, pad, bos = self._model.eos_id(), self._model.pad_id(), self._model.bos_id()
         if eos < 0:
@@ -133,16 +140,9 @@ class SentencePieceTokenizer(Tokenizer):
         self.eos_ids = (eos,)
         self.pad_id = pad if pad >= 0 else eos
         self.bos_ids = (bos,) if bos >= 0 else ()
-        self.special_ids = frozenset(
+        self._special_ids = frozenset(
             index for index in range(self.vocab_size) if self._model.is_control(index) or self._model.is_unknown(index)
         )
-        names = {"eos_token": eos, "pad_token": pad, "bos_token": bos, "unk_token": self._model.unk_id()}
-        self.special_tokens = {name: self._model.id_to_piece(index) for name, index in names.items() if index >= 0}
-
-    @property
-    def model(self) -> sentencepiece.SentencePieceProcessor:
-        """The library's own object."""
-        return self._model
 
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer.encode`."""
@@ -151,7 +151,7 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         """See `Tokenizer.decode`."""
         kept = [int(index) for index in ids]
-        return self._model.decode([i for i in kept if i < self.vocab_size and i not in self.special_ids])
+        return self._model.decode([i for i in kept if i < self.vocab_size and i not in self._special_ids])
 
     def piece(self, token_id: int) -> str:
         """See `Tokenizer.piece`."""
@@ -161,14 +161,15 @@ class SentencePieceTokenizer(Tokenizer):
 def load_tokenizer(path: str | Path, *, vocab_size: int | None = None) -> Tokenizer:
     """Load the tokenizer of a model folder, or a single `tokenizer.json` or SentencePiece `.model` file.
 
-    In a folder `tokenizer.json` is preferred to `tokenizer.model`, as transformers and vLLM do.
+    In a folder `tokenizer.json` is preferred to `tokenizer.model`, as in transformers and vLLM.
 
     Args:
         path: folder or file.
-        vocab_size: rows of the model's embedding; more are fine (padding), fewer are not.
+        vocab_size: rows of the model's embedding. The tokenizer may have fewer ids (padding), not more.
 
     Raises:
         TokenizerError: no tokenizer there, an unreadable one, no end token, or more ids than `vocab_size`.
+        ConfigError: several chat templates, none of them named default.
     """
     path = Path(path)
     candidates = [path / "tokenizer.json", path / "tokenizer.model"] if path.is_dir() else [path]
@@ -183,7 +184,7 @@ def load_tokenizer(path: str | Path, *, vocab_size: int | None = None) -> Tokeni
     return tokenizer
 
 
-def _read_json(path: Path) -> dict[str, object]:
+def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
@@ -193,12 +194,7 @@ def _read_json(path: Path) -> dict[str, object]:
     return content if isinstance(content, dict) else {}
 
 
-def _token_text(token: object) -> str:
-    """A token in tokenizer_config.json is a text or an object with `content`."""
-    return str(token["content"]) if isinstance(token, dict) else str(token)
-
-
-def _end_ids(folder: Path, declared: int | None) -> tuple[int, ...]:
+def _eos_ids(folder: Path, declared: int | None) -> tuple[int, ...]:
     found = [] if declared is None else [declared]
     for name in ("generation_config.json", "config.json"):
         ids = _read_json(folder / name).get("eos_token_id")
@@ -209,27 +205,3 @@ def _end_ids(folder: Path, declared: int | None) -> tuple[int, ...]:
             f"{folder}: no end token: set eos_token in tokenizer_config.json or eos_token_id in generation_config.json"
         )
     return tuple(dict.fromkeys(found))
-
-
-def _begin_ids(tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
-    """What the tokenizer's post-processor puts before a text."""
-    bare = tokenizer.encode("0", add_special_tokens=False).ids
-    full = tokenizer.encode("0", add_special_tokens=True).ids
-    for start in range(len(full) - len(bare) + 1):
-        if full[start : start + len(bare)] == bare:
-            return tuple(full[:start])
-    return ()
-
-
-def _chat_template(folder: Path, settings: Mapping[str, object]) -> str | None:
-    """The chat template: its own file, or the one of tokenizer_config.json (of several the one named default)."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    found = settings.get("chat_template")
-    if isinstance(found, list):
-        named = {entry["name"]: entry["template"] for entry in found}
-        if "default" not in named:
-            raise ConfigError(f"{folder}: its chat templates are {', '.join(named)}, none is named default")
-        found = named["default"]
-    return found if isinstance(found, str) else None

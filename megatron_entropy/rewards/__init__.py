@@ -1,6 +1,6 @@
-"""Verifiers: from a response and a ground truth to a `Grade`, with hanging and crashing contained.
+"""Verifiers grade a response against a ground truth.
 
-`registry` knows the verifiers by name, `strings` and `symbolic` hold them, `pool` runs them.
+`registry` has the verifiers by name; they are in `strings`, `dapo` and `symbolic`. `pool` runs them safely.
 """
 
 from megatron_entropy.rewards.pool import RewardPool

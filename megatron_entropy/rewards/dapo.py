@@ -1,9 +1,8 @@
 r"""The grader of DAPO: the last `Answer:` line, normalised, must equal the normalised ground truth.
 
-Source: DAPO (arXiv 2503.14476) and its release's `math_dapo.py`, whose normalisation goes back to the appendix on
-MATH of Minerva (arXiv 2206.14858). The quirks are theirs and kept, since published numbers contain them: the
-words below are removed wherever they occur, "a " also at the end of a longer word, and only what follows the last
-`=` counts.
+Source: DAPO (arXiv 2503.14476) and its release's `math_dapo.py`, whose normalisation comes from the appendix on MATH of
+Minerva (arXiv 2206.14858). Its quirks are kept, since published numbers depend on them: the words below are removed
+wherever they occur, "a " also at the end of a longer word, and only the text after the last `=` counts.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import re
 
 from megatron_entropy.records import Grade
 
-TAIL = 300  # characters from the end of the response that are read
+TAIL = 300  # only the last characters of a response are read
 INVALID = "[INVALID]"
 ANSWER = re.compile(r"answer\s*:\s*([^\n]+)", re.IGNORECASE)
 
@@ -44,8 +43,8 @@ UNBOXED = re.compile(r"\\boxed\{(.*)\}")
 def dapo(response: str, answer: str) -> Grade:
     r"""Grade the last `Answer: ...` within the last 300 characters of a response.
 
-    `\boxed{}` and `$...$` inside the answer are taken off. `extracted` is the normalised answer, or `[INVALID]`.
-    Of a branched sample only the generated part is the response, so an `Answer:` in its given prefix does not count.
+    `\boxed{}` and `$...$` around the answer are removed. `extracted` is the normalised answer, or `[INVALID]`.
+    The response of a branched sample is its generated text only, so an `Answer:` in its response prefix does not count.
     """
     found = ANSWER.findall(response[-TAIL:])
     extracted = normalise(found[-1] if found else INVALID)
@@ -53,7 +52,7 @@ def dapo(response: str, answer: str) -> Grade:
 
 
 def normalise(text: str) -> str:
-    """The canonical form of a final answer: no units, no LaTeX wrapping, no spaces, no thousands commas."""
+    """Return a final answer in canonical form: no units, LaTeX wrapping, spaces or thousands commas."""
     text = text.split("=")[-1]
     for old, new in REPLACED:
         text = text.replace(old, new)
@@ -70,6 +69,6 @@ def normalise(text: str) -> str:
 
 
 def _first_formula(line: str) -> str:
-    """A line that holds `$...$` becomes that formula alone."""
+    """Reduce a line with a `$...$` to that formula."""
     parts = line.split("$", 2)
     return f"${parts[1]}$" if len(parts) == 3 else line

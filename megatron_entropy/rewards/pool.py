@@ -1,9 +1,11 @@
-"""Grading in worker processes that may be killed, on `pebble.ProcessPool`.
+"""Grading in worker processes, on `pebble.ProcessPool`, so that a verifier may hang or crash.
 
-An answer that hangs, crashes or raises costs itself a `Grade(correct=None, error=...)` and nothing else: the worker is
-replaced and the answers behind it are graded. A worker that is killed costs nothing at all: an answer counts as a crash
-when a second worker has died of it. Workers are fresh interpreters (spawn) that import the verifier and
-nothing of the caller: neither torch nor the script that was started. The first `grade` starts them.
+- A response whose verifier hangs, crashes or raises gets `Grade(correct=None, error=...)`. Its worker is replaced and
+  all other responses are graded.
+- A worker may also be killed from outside (by the out-of-memory killer) while it grades a harmless response. So a
+  response counts as a crash only when a second worker has died on it.
+- Workers are fresh interpreters (spawn). They import the verifier, but neither torch nor the caller's main script.
+  The first `grade` starts them.
 """
 
 from __future__ import annotations
@@ -13,54 +15,44 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
-from concurrent.futures import TimeoutError as AnswerTimeout
+from concurrent.futures import TimeoutError as GradeTimeout
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.context import SpawnContext, SpawnProcess
 from types import TracebackType
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
-from megatron_entropy.errors import ConfigError, Fault
+from megatron_entropy.errors import Fault
 from megatron_entropy.records import Grade
 from megatron_entropy.rewards.registry import INLINE, Verifier, load_verifier
 
-START_SECONDS = 300.0  # a worker that has not imported its verifier by then never will
-BREAKS = 5  # times in a row a pool may break down before its first answer is held to be the cause
+START_SECONDS = 300.0  # limit for a worker to import its verifier
+MAX_BREAKDOWNS = 5  # of the whole pool in a row, without a new grade; then the first response without one is the cause
 ERROR_LENGTH = 120  # characters of an error message kept in a grade
+MEMORY_GIB = 4.0  # memory that grading may add to what a worker uses after its imports
 
 
 class RewardPool:
-    """Grades answers with one verifier, in `workers` processes where the verifier may hang or crash.
+    """Grades responses with one verifier, in worker processes if the verifier may hang or crash.
 
-    The string verifiers (`registry.INLINE`) run in the caller, which is far faster and as safe; `math_verify` and the
-    user's own run in workers. Use as a context manager, or call `close`.
+    The string verifiers (`registry.INLINE`) run in the caller's process, which is much faster. `math_verify` and
+    external verifiers run in workers. Use the pool as a context manager, or call `close`.
 
     Args:
-        verifier: a name of `registry.VERIFIERS`, or `package.module:function`.
+        verifier: see `load_verifier`.
         workers: number of processes.
-        timeout: seconds one answer may take.
-        memory_gib: memory one worker may take on top of what it holds after its imports; more is a crash.
+        timeout: seconds for one response.
 
     Raises:
-        ConfigError: an unknown verifier, or a number out of range.
+        ConfigError: an unknown verifier.
     """
 
-    def __init__(
-        self,
-        *,
-        verifier: str,
-        workers: int = 2,
-        timeout: float = 10.0,
-        memory_gib: float = 4.0,
-    ) -> None:
-        for name, value in (("workers", workers), ("timeout", timeout), ("memory_gib", memory_gib)):
-            if value <= 0:
-                raise ConfigError(f"rewards.{name} must be positive, got {value}")
+    def __init__(self, *, verifier: str, workers: int = 2, timeout: float = 10.0) -> None:
+        assert workers > 0 and timeout > 0, (workers, timeout)
         self.verifier = verifier
         self.workers = workers
         self.timeout = timeout
-        self.memory_gib = memory_gib
-        self._inline = load_verifier(verifier)
+        self._function = load_verifier(verifier)
         self._pool: ProcessPool | None = None
 
     def __enter__(self) -> RewardPool:
@@ -75,64 +67,71 @@ class RewardPool:
         self.close()
 
     def close(self) -> None:
-        """Stop the workers, at once; a later `grade` starts new ones."""
+        """Stop the workers immediately; a later `grade` starts new ones."""
         if self._pool is not None:
             self._pool.stop()
             self._pool.join()
             self._pool = None
 
     def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
-        """Grade (response, ground truth) pairs; the grades come in the order of the pairs.
+        """Grade (response, ground truth) pairs.
 
-        Errors a grade can carry: `timeout`; `crash` (the process died, or ran out of memory); `SomeError: message`.
+        Returns:
+            The grades in the order of the pairs. `error` is `timeout`, `crash` (the process died or ran out of
+            memory), or what the verifier raised (`ValueError: message`).
 
         Raises:
             Fault: the workers cannot be started.
         """
         if self.verifier in INLINE:
-            return [_grade(self._inline, response, answer) for response, answer in pairs]
+            return [_grade(self._function, response, answer) for response, answer in pairs]
         grades: dict[int, Grade] = {}
         suspects: set[int] = set()
-        breaks = 0
+        breakdowns = 0
         while len(grades) < len(pairs):
             before = len(grades)
             self._attempt(pairs, grades, suspects)
-            breaks = breaks + 1 if len(grades) == before else 0
-            if breaks == BREAKS:
+            breakdowns = breakdowns + 1 if len(grades) == before else 0
+            if breakdowns == MAX_BREAKDOWNS:
                 first = next(index for index in range(len(pairs)) if index not in grades)
                 grades[first] = Grade(None, error="crash")
-                breaks = 0
+                breakdowns = 0
         return [grades[index] for index in range(len(pairs))]
 
     def _attempt(self, pairs: Sequence[tuple[str, str]], grades: dict[int, Grade], suspects: set[int]) -> None:
-        """Grade what has no grade yet, until done or until the pool as a whole breaks down.
+        """Grade the pairs that have no grade yet, until all are graded or the whole pool breaks down.
 
-        An answer whose worker died becomes a suspect and is left for the next attempt; a suspect gets its `crash`.
-        pebble gives up on its pool when it cannot tell which answer a dead worker was at; nobody's answer is
-        lost by that, as the ones without a grade are handed to the next pool.
+        A response whose worker dies becomes a suspect and is graded again in the next attempt; if its worker dies
+        again, it gets `crash`. pebble stops its pool when it cannot tell which response a dead worker was grading.
+        The pairs without a grade then go to a new pool.
+
+        Args:
+            pairs: all pairs of the call.
+            grades: by index of the pair; filled here.
+            suspects: indices of pairs whose worker has died once; filled here.
         """
-        pool = self._started()
+        pool = self._running_pool()
         futures = {}
         try:
             for index, pair in enumerate(pairs):
                 if index not in grades:
                     futures[index] = pool.schedule(_work, args=pair, timeout=self.timeout)
-            broken = False
-        except RuntimeError:  # it broke down meanwhile
-            broken = True
+            is_broken = False
+        except RuntimeError:  # the pool broke down while tasks were being scheduled
+            is_broken = True
         for index, future in futures.items():
-            grade = _outcome(future)
+            grade = _result(future)
             if grade is None:
-                broken = True
+                is_broken = True
             elif isinstance(future.exception(), ProcessExpired) and index not in suspects:
                 suspects.add(index)
             else:
                 grades[index] = grade
-        if broken:
+        if is_broken:
             self.close()
 
-    def _started(self) -> ProcessPool:
-        """A pool with a worker that has loaded the verifier; tried twice, as a worker may be killed while it loads."""
+    def _running_pool(self) -> ProcessPool:
+        """A pool whose first worker has loaded the verifier; starts it twice, as a worker may be killed meanwhile."""
         if self._pool is not None and not self._pool.active:  # a worker died between two calls
             self.close()
         for attempt in range(2):
@@ -141,12 +140,12 @@ class RewardPool:
             self._pool = pool = ProcessPool(
                 max_workers=self.workers,
                 initializer=_prepare_worker,
-                initargs=(self.verifier, self.memory_gib),
+                initargs=(self.verifier,),
                 context=_WorkerContext(),
             )
             try:
                 pool.schedule(_ready).result(START_SECONDS)
-            except (AnswerTimeout, BrokenProcessPool, ProcessExpired) as error:
+            except (GradeTimeout, BrokenProcessPool, ProcessExpired) as error:
                 self.close()
                 if attempt:
                     raise Fault(
@@ -157,18 +156,18 @@ class RewardPool:
         return self._pool
 
 
-def _outcome(future: ProcessFuture) -> Grade | None:
-    """The grade of one answer, or None where the whole pool broke down before it had one."""
+def _result(future: ProcessFuture) -> Grade | None:
+    """The grade of one response, or None if the whole pool broke down before it had one."""
     error = future.exception()
     if error is None:
         return future.result()
     if isinstance(error, BrokenProcessPool):
         return None
-    return Grade(None, error="timeout" if isinstance(error, AnswerTimeout) else "crash")
+    return Grade(None, error="timeout" if isinstance(error, GradeTimeout) else "crash")
 
 
 def _grade(verifier: Verifier, response: str, answer: str) -> Grade:
-    """Call a verifier, turning what it raises into a grade."""
+    """Call a verifier; what it raises becomes the error of the grade."""
     try:
         grade = verifier(response, answer)
     except MemoryError:
@@ -186,18 +185,18 @@ def _grade(verifier: Verifier, response: str, answer: str) -> Grade:
 _worker_verifier: Verifier | None = None
 
 
-def _prepare_worker(verifier: str, memory_gib: float) -> None:
-    """Runs first in every worker: import the verifier, bound the memory."""
+def _prepare_worker(verifier: str) -> None:
+    """Import the verifier and limit the memory; every worker starts with this."""
     global _worker_verifier
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pebble's handler would wait for compiled code to end
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pebble's handler would wait until compiled code returns
     _worker_verifier = load_verifier(verifier)
     if verifier == "math_verify":
-        _worker_verifier("$1$", "1")  # its imports and caches count as start, not as the first answer
-    _bound_memory(memory_gib)
+        _worker_verifier("$1$", "1")  # its slow imports are part of the start, not of the first response
+    _limit_memory(MEMORY_GIB)
 
 
-def _bound_memory(gib: float) -> None:
-    """Turn runaway memory into a MemoryError of this worker, before the machine's killer picks a victim."""
+def _limit_memory(gib: float) -> None:
+    """Limit this process to `gib` more memory, so that a runaway verifier raises MemoryError (Linux only)."""
     if not sys.platform.startswith("linux"):
         return
     import resource
@@ -210,15 +209,15 @@ def _bound_memory(gib: float) -> None:
 
 
 def _ready() -> None:
-    """The first task of a pool: done once a worker has been prepared."""
+    """The first task of a pool; it returns when a worker is prepared."""
 
 
 def _work(response: str, answer: str) -> Grade:
-    """One answer, in a worker."""
-    assert _worker_verifier is not None, "a worker takes no answers before it is prepared"
+    """Grade one response, in a worker."""
+    assert _worker_verifier is not None, "_prepare_worker runs first"
     try:
         return _grade(_worker_verifier, response, answer)
-    except BaseException:  # SystemExit and its kin must not reach the caller
+    except BaseException:  # SystemExit and KeyboardInterrupt must not reach the caller
         return Grade(None, error="crash")
 
 
@@ -226,11 +225,12 @@ _starting = threading.Lock()
 
 
 class _WorkerProcess(SpawnProcess):
-    """A spawned process that does not run the caller's main script a second time.
+    """A spawned process that does not import the caller's main script.
 
-    `multiprocessing` imports the parent's `__main__` in every child, which for a trainer means torch and seconds for
-    each worker, and for a script without its guard an endless chain. A main module named `__main__` is left alone
-    (`multiprocessing.spawn._fixup_main_from_name`), so it carries that name while the child is started.
+    `multiprocessing` imports the parent's `__main__` in every child. For a trainer that costs seconds of importing
+    torch in each worker, and a script without a `__main__` guard starts itself again and again. A main module whose
+    spec is named `__main__` is not imported (`multiprocessing.spawn._fixup_main_from_name`), so it gets such a spec
+    while the child starts.
     """
 
     def start(self) -> None:

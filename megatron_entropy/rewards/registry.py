@@ -1,11 +1,16 @@
-"""The verifiers by name. To add one: a function `(response, answer) -> Grade` and a line here."""
+"""The verifiers by name.
+
+A verifier is a function `(response, answer) -> Grade` (or a bool). To use your own, set `reward.verifier` to
+`package.module:NAME`, or register it as an entry point of the group `megatron_entropy.verifiers`.
+"""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
+from typing import cast
 
 from megatron_entropy.errors import ConfigError
+from megatron_entropy.plugins import load_plugin
 from megatron_entropy.records import Grade
 from megatron_entropy.rewards.dapo import dapo
 from megatron_entropy.rewards.strings import boxed, choice, final_marker
@@ -22,25 +27,16 @@ VERIFIERS: dict[str, Verifier] = {
 }
 
 INLINE = frozenset({"boxed", "choice", "dapo", "final_marker"})
-"""Verifiers that can neither hang nor crash: string scans of linear time, a thousand answers in milliseconds."""
+"""Verifiers that can neither hang nor crash (string scans in linear time). They run in the caller's process."""
 
 
 def load_verifier(name: str) -> Verifier:
-    """The verifier of this name, or the user's own one written as `package.module:function`.
+    """Find a verifier: a name of `VERIFIERS`, an entry point of `megatron_entropy.verifiers`, or `package.module:NAME`.
 
     Raises:
-        ConfigError: an unknown name (the known ones are listed), or a module or function that cannot be imported.
+        ConfigError: an unknown name (the known ones are listed), an import that fails, or not a function.
     """
-    if name in VERIFIERS:
-        return VERIFIERS[name]
-    module, colon, function = name.partition(":")
-    if not colon:
-        known = ", ".join(sorted(VERIFIERS))
-        raise ConfigError(f"unknown verifier {name!r}: use one of {known}, or package.module:function")
-    try:
-        found: Verifier = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"verifier {name!r} cannot be imported: {error}") from error
+    found = load_plugin(name, VERIFIERS, key="reward.verifier", group="megatron_entropy.verifiers")
     if not callable(found):
-        raise ConfigError(f"verifier {name!r} is not a function (response, answer) -> Grade")
-    return found
+        raise ConfigError(f"reward.verifier: {name!r} is not a function (response, answer) -> Grade")
+    return cast(Verifier, found)

@@ -1,8 +1,8 @@
 """Verifiers that compare strings: `boxed`, `choice`, `final_marker`.
 
-All take time linear in the length of the response and call nothing that can crash, so they run in the
-caller's process (see `registry.INLINE`). A response without an answer is wrong (`correct=False`,
-`extracted=None`); a ground truth that the verifier cannot read is an error, never a wrong answer.
+They take time linear in the length of the response and cannot crash, so they run in the caller's process (see
+`registry.INLINE`). A response without an answer is wrong (`correct=False`, `extracted=None`). A ground truth that the
+verifier cannot read is an error, never a wrong answer.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ CHOICE_PHRASE = re.compile(
 
 
 def boxed_content(text: str) -> str | None:
-    r"""What stands in the last `\boxed{...}` (or, without one, the last `\fbox{...}`), stripped.
+    r"""Return the content of the last `\boxed{...}` (without one, of the last `\fbox{...}`), stripped.
 
-    Braces are matched; a last box that never closes counts as no answer. Source: CER's accuracy reward.
+    Braces are matched; if the last box is not closed, there is no answer. Source: CER's accuracy reward.
     """
     start = _last_box(text)
     return None if start is None else _until_closing_brace(text, start)
 
 
 def _last_box(text: str) -> int | None:
-    """Where the content of the last box begins."""
+    """Index at which the content of the last box begins."""
     for pattern in (BOX, FRAMED_BOX):
         starts = [match.end() for match in pattern.finditer(text)]
         if starts:
@@ -52,21 +52,21 @@ def _until_closing_brace(text: str, start: int) -> str | None:
 
 
 def boxed(response: str, answer: str) -> Grade:
-    r"""Exact equality of the last `\boxed{...}` and the ground truth, both stripped.
+    r"""Grade by equality of the last `\boxed{...}` and the ground truth, both stripped.
 
-    No mathematics: `\boxed{42.0}` is not `42`. Source: CER's release, `cer_manager.py`.
+    There is no mathematics: `\boxed{42.0}` is not `42`. Source: CER's release, `cer_manager.py`.
     """
     extracted = boxed_content(response)
     return Grade(extracted is not None and extracted == answer.strip(), extracted)
 
 
 def choice(response: str, answer: str) -> Grade:
-    r"""Multiple choice, letters A to J: the last answer stated in the response against the true letter.
+    r"""Grade multiple choice, letters A to J: compare the last answer that the response states with the true letter.
 
-    A statement is a box whose content is a letter (`\boxed{C}`, `\boxed{\text{(C)}}`, `\boxed{C. 12}`), or the
+    A statement is a box that contains a letter (`\boxed{C}`, `\boxed{\text{(C)}}`, `\boxed{C. 12}`), or the
     word "answer" followed by a capital letter ("the answer is (C)", "Answer: **C**"). The later of the two
     counts. After "answer is", a bare `A` or `I` followed by another word is the English word, not a choice. A
-    response that is nothing but a letter counts as well. Letters merely discussed are never taken.
+    response that is only a letter counts as well. Letters that are only discussed do not.
     """
     truth = _single_choice(answer)
     if truth is None:
@@ -96,18 +96,18 @@ def _is_word(match: re.Match[str], text: str) -> bool:
 
 
 def _single_choice(text: str) -> str | None:
-    r"""The letter that a short text consists of or begins with: `C`, `(c)`, `\text{C}`, `C. 12 apples`."""
+    r"""Return the letter that a short text consists of or begins with: `C`, `(c)`, `\text{C}`, `C. 12 apples`."""
     plain = TEXT_COMMAND.sub("", text).translate(BRACKETS).strip(" \t\n*")
     match = CHOICE_ALONE.fullmatch(plain)
     return match[1].upper() if match else None
 
 
 def final_marker(response: str, answer: str) -> Grade:
-    """The text after the last `#` of the response against the ground truth: `#### 1,234`, `#6`.
+    """Compare the text after the last `#` of the response, up to the end of its line, with the ground truth.
 
-    The rest of the line counts. On both sides a number loses its dollar sign, thousands commas, a closing full
-    stop and trailing zeros behind the point; anything else is compared as it stands. A ground truth that
-    itself holds a `#` (a whole GSM8K solution) is cut the same way.
+    Examples are `#### 1,234` and `#6`. In both texts a number loses its dollar sign, thousands commas, final full
+    stop and trailing zeros after the point; other texts are compared unchanged. A ground truth with a `#` (a whole
+    GSM8K solution) is read in the same way.
     """
     truth = _after_marker(answer) if "#" in answer else _plain_number(answer)
     extracted = _after_marker(response)

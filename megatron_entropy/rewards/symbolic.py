@@ -1,4 +1,4 @@
-"""Symbolic equivalence by math-verify. It may hang or exhaust memory: run it through `RewardPool`."""
+"""Symbolic equivalence by math-verify. It may hang or exhaust memory, so `RewardPool` runs it in workers."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ EXTRACTED_LENGTH = 200  # characters of the parsed answer that are kept for the 
 
 
 def math_verify(response: str, answer: str) -> Grade:
-    r"""Whether the answer found in a response equals the ground truth mathematically.
+    r"""Grade whether the answer in a response equals the ground truth mathematically.
 
-    math-verify finds the answer (a `\boxed{}` first, then other LaTeX, then plain expressions), sympy compares it.
-    Its own limits are signal alarms, which neither work outside a main thread nor interrupt compiled code; they are
-    switched off, the pool kills the worker instead. A response without a mathematical answer is wrong.
+    math-verify finds the answer (a `\boxed{}` first, then other LaTeX, then plain expressions), and sympy compares it.
+    Its own time limits are switched off: they use signal alarms, which work only in a main thread and do not
+    interrupt compiled code. The pool kills the worker instead. A response without a mathematical answer is wrong.
 
     Raises:
-        ValueError: the ground truth holds nothing that math-verify can read.
+        ValueError: math-verify finds nothing in the ground truth.
     """
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its limits are off
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns about the missing time limits
     targets = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
     options = {"extraction_config": targets, "parsing_timeout": None, "raise_on_error": True}
     gold = parse(answer if "$" in answer or "\\boxed" in answer else f"${answer}$", **options)

@@ -1,4 +1,4 @@
-"""Verifiers that misbehave for real, each in the way its response names; imported by the reward workers."""
+"""Verifiers that really hang, crash or raise, as the response says; the reward workers import them."""
 
 from __future__ import annotations
 

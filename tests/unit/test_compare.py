@@ -19,9 +19,8 @@ sys.path[:0] = [str(REPOSITORY / "examples"), str(REPOSITORY / "tools")]
 
 import compare  # noqa: E402
 import make_compare as task  # noqa: E402
-from make_arithmetic import evaluate  # noqa: E402
+from make_arithmetic import evaluate, make_tokenizer  # noqa: E402
 
-from megatron_entropy.data.sentencepiece_model import train_sentencepiece  # noqa: E402
 from megatron_entropy.rewards import load_verifier  # noqa: E402
 
 LINE = re.compile(r"(\d)([-+*])(\d)=(\d)((?: [a-z]+)*)")
@@ -55,18 +54,17 @@ def test_only_products_slip_and_only_wait_repeats_a_step(slip):
 
 
 def test_words_are_single_tokens_and_answers_fit(tmp_path):
-    text = task.ALPHABET + 20 * "".join(task.WORDS)
-    tokenizer = train_sentencepiece([text], vocab_size=task.VOCAB_SIZE, path=tmp_path / "tokenizer.model")
+    tokenizer = make_tokenizer([task.ALPHABET + 20 * "".join(task.WORDS)], task.VOCAB_SIZE, tmp_path)
     assert all(len(tokenizer.encode(word)) == 1 for word in task.WORDS)
     lengths = [len(tokenizer.encode(problem.solution)) + 1 for problem in problems(3000, 0.75)]
     assert max(lengths) <= 72 and min(lengths) < 20  # compare.toml's limit
 
 
 def test_files_hold_different_questions():
-    files = task.make_problems({"test": 50, "practice": 50, "train": 200}, seed=1, slip=0.75)
+    files = task.make_problems({"eval": 50, "rl": 50, "sft": 200}, seed=1, slip=0.75)
     questions = [problem.question for file in files.values() for problem in file]
     assert len(set(questions)) == len(questions) == 300
-    assert files == task.make_problems({"test": 50, "practice": 50, "train": 200}, seed=1, slip=0.75)
+    assert files == task.make_problems({"eval": 50, "rl": 50, "sft": 200}, seed=1, slip=0.75)
 
 
 def write_run(folder, accuracies, entropies, tokens):

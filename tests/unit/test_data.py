@@ -1,7 +1,7 @@
-"""Rows of every schema become prompts, in an order that (seed, epoch) fixes; every mistake names its place.
+"""Rows of every schema become prompts in an order that (seed, epoch) determines; errors name file and line.
 
-Shown: the schemas of the published data sets on rows of their shape, from JSONL and parquet; length limits that count
-what they leave out; permutations and exact resumption. Not shown: the published files themselves.
+Shown: rows in the published form of each data set, from JSONL and parquet; external schemas; length limits that count
+the rows they skip; permutations and exact resumption. Not shown: the published files themselves.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sentencepiece_model import train_sentencepiece
 
-from megatron_entropy.data.dataset import PromptStream, load_prompts, order, read_prompts
-from megatron_entropy.data.schemas import SCHEMAS, Message, read_rows
-from megatron_entropy.data.sentencepiece_model import train_sentencepiece
+from megatron_entropy.data.dataset import PromptStream, epoch_order, load_prompts, read_prompts
+from megatron_entropy.data.schemas import SCHEMAS, Message, load_schema, read_rows
+from megatron_entropy.data.tokenizer import load_tokenizer
 from megatron_entropy.errors import ConfigError, DataError
 from megatron_entropy.records import Prompt
 
@@ -27,7 +28,7 @@ CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 
 TURNS = (Message("system", "Be brief."), Message("user", "1+1?"))
 USER = (Message("user", "1+1?"),)
 
-# schema -> a row of its published shape, and what must come out of it: messages, answer, target
+# schema -> a row in its published form, and the expected messages, answer and target
 ROWS = {
     "dapo": (
         {"prompt": CHAT, "reward_model": {"ground_truth": "2", "style": "rule"}, "data_source": "math_dapo"},
@@ -55,10 +56,11 @@ def write_jsonl(path, rows):
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory):
-    """A SentencePiece model over printable ASCII, one character a token or nearly so."""
+    """A SentencePiece model over printable ASCII with hardly any merges."""
     characters = "".join(chr(code) for code in range(33, 127))
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    return train_sentencepiece([f"{characters} \n", "it is so"] * 3, vocab_size=100, path=path)
+    train_sentencepiece([f"{characters} \n", "it is so"] * 3, vocab_size=100, path=path)
+    return load_tokenizer(path)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -97,9 +99,9 @@ def test_question_and_answer_without_marker_is_plain(tmp_path):
         ([ROWS["math"][0], {"problem": "1"}], "auto", r"a.jsonl:2: column 'answer' is missing; found problem"),
         ([ROWS["math"][0], "{broken"], "auto", r"a.jsonl:2: not a line of JSON"),
         (["[1, 2]"], "auto", r"a.jsonl:1: expected one JSON object per line, found a list"),
-        ([], "auto", r"a.jsonl: the file holds no rows"),
-        ([], "math", r"a.jsonl: the file holds no rows"),
-        (["", ""], "auto", r"a.jsonl: the file holds no rows"),
+        ([], "auto", r"a.jsonl: the file has no rows"),
+        ([], "math", r"a.jsonl: the file has no rows"),
+        (["", ""], "auto", r"a.jsonl: the file has no rows"),
         ([{"problem": None, "answer": "2"}], "math", r"a.jsonl:1: column 'problem' must hold a text, found nothing"),
         ([{"problem": ["x"], "answer": "2"}], "math", r"a.jsonl:1: column 'problem' must hold a text, found a list"),
         ([{"prompt": CHAT, "reward_model": {}}], "dapo", r"a.jsonl:1: column 'reward_model' must hold"),
@@ -128,9 +130,46 @@ def test_parquet_mistakes_name_the_row(tmp_path):
         list(read_rows(path))
 
 
-def test_unknown_schema_lists_the_known(tmp_path):
-    with pytest.raises(ConfigError, match="openr1, dapo, gsm8k, plain, math, aime"):
-        list(read_rows(write_jsonl(tmp_path / "a.jsonl", [ROWS["math"][0]]), schema="maths"))
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("maths", "data.format: unknown name 'maths'; use one of openr1, dapo, gsm8k, plain, math, aime"),
+        ("no_such_module:SCHEMA", "data.format: .* cannot be imported .*no_such_module"),
+        ("megatron_entropy.records:SCHEMA", "data.format: .* cannot be imported .*SCHEMA"),
+        ("megatron_entropy.records:Prompt", "data.format: .* must be a Schema, found type"),
+    ],
+)
+def test_unknown_schemas_are_named(tmp_path, name, message):
+    with pytest.raises(ConfigError, match=message):
+        list(read_rows(write_jsonl(tmp_path / "a.jsonl", [ROWS["math"][0]]), schema=name))
+
+
+EXTERNAL_SCHEMA = """
+from megatron_entropy.data.schemas import Message, Row, Schema
+
+def read(row):
+    if row["a"] < 0:
+        raise ValueError("column 'a' must not be negative")
+    return Row((Message("user", row["q"]),), str(row["a"]), None)
+
+SCHEMA = Schema(("q", "a"), read)
+"""
+
+
+def test_a_schema_may_come_from_another_package(tmp_path, monkeypatch):
+    """By its module, and by the entry point of an installed package."""
+    (tmp_path / "their_schema.py").write_text(EXTERNAL_SCHEMA)
+    installed = tmp_path / "theirs-1.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (installed / "entry_points.txt").write_text("[megatron_entropy.schemas]\ntheirs = their_schema:SCHEMA\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    file = write_jsonl(tmp_path / "a.jsonl", [{"q": "1+1?", "a": 2}, {"q": "1-2?", "a": -1}])
+    for name in ("their_schema:SCHEMA", "theirs"):
+        rows = read_rows(file, schema=name)
+        assert next(rows) == load_schema(name).read({"q": "1+1?", "a": 2})
+        with pytest.raises(DataError, match="a.jsonl:2: column 'a' must not be negative"):
+            next(rows)
 
 
 def test_prompts_are_tokens_of_template_question_and_solution(tmp_path, tokenizer):
@@ -142,13 +181,13 @@ def test_prompts_are_tokens_of_template_question_and_solution(tmp_path, tokenize
     assert prompt.answer == "2"
 
 
-def test_without_template_the_chat_template_counts(tmp_path, tokenizer):
+def test_without_a_template_the_chat_template_is_used(tmp_path, tokenizer):
     file = write_jsonl(tmp_path / "a.jsonl", [ROWS["plain"][0]])
     (prompt,) = load_prompts([file], tokenizer, max_prompt_tokens=99, system="Think.").prompts
     assert prompt.text == "Think.\n1+1?\n"
 
 
-def test_rows_over_the_limits_are_counted_and_never_cut(tmp_path, tokenizer):
+def test_rows_over_the_limits_are_counted_and_never_truncated(tmp_path, tokenizer):
     rows = [
         {"question": "1" * length, "solution": "2" * target, "answer": "2"}
         for length, target in ((4, 4), (5, 4), (6, 4), (4, 5), (4, 6), (9, 9))
@@ -157,7 +196,7 @@ def test_rows_over_the_limits_are_counted_and_never_cut(tmp_path, tokenizer):
     loaded = load_prompts([file], tokenizer, max_prompt_tokens=6, max_target_tokens=6)  # a line break, an end token
     assert [prompt.index for prompt in loaded.prompts] == [0, 1, 3]
     assert (loaded.skipped.prompt, loaded.skipped.target) == (2, 1)
-    assert "2 rows with a prompt over the limit, 1 with a target" in str(loaded.skipped)
+    assert str(loaded.skipped) == "skipped 2 rows with too long a prompt, 1 with too long a target"
     assert max(len(prompt.tokens) for prompt in loaded.prompts) == 6
 
 
@@ -168,7 +207,7 @@ def test_indices_count_rows_over_all_files(tmp_path, tokenizer):
 
 def test_a_set_with_nothing_left_is_an_error(tmp_path, tokenizer):
     file = write_jsonl(tmp_path / "a.jsonl", [ROWS["plain"][0]])
-    for files, message in (([file], "a.jsonl: no row is left .skipped 1 rows"), ([], "data.train is an empty list")):
+    for files, message in (([file], "a.jsonl: no row is left: skipped 1 rows"), ([], "data.train is an empty list")):
         with pytest.raises(DataError, match=message):
             load_prompts(files, tokenizer, max_prompt_tokens=2)
 
@@ -194,19 +233,19 @@ def test_prompts_without_tokens_are_the_same_rows(tmp_path, tokenizer):
 
 @given(st.integers(1, 300), st.integers(0, 2**40), st.integers(0, 1000))
 def test_order_is_a_permutation_and_a_function(n, seed, epoch):
-    first = order(n, seed=seed, epoch=epoch)
+    first = epoch_order(n, seed=seed, epoch=epoch)
     assert sorted(first) == list(range(n))
-    assert np.array_equal(first, order(n, seed=seed, epoch=epoch))
+    assert np.array_equal(first, epoch_order(n, seed=seed, epoch=epoch))
 
 
 def test_order_differs_by_seed_and_epoch():
-    orders = {tuple(order(50, seed=seed, epoch=epoch)) for seed in range(5) for epoch in range(5)}
+    orders = {tuple(epoch_order(50, seed=seed, epoch=epoch)) for seed in range(5) for epoch in range(5)}
     assert len(orders) == 25
 
 
-def test_order_is_pinned():
-    """A run of last year can be repeated: the order is part of what we promise."""
-    assert order(6, seed=1, epoch=0).tolist() == [2, 0, 1, 4, 5, 3]
+def test_order_never_changes():
+    """An old run can be repeated with a new version."""
+    assert epoch_order(6, seed=1, epoch=0).tolist() == [2, 0, 1, 4, 5, 3]
 
 
 @given(st.integers(1, 9), st.lists(st.integers(0, 7), max_size=8), st.integers(0, 99))
@@ -231,7 +270,7 @@ def test_stream_shows_each_prompt_once_an_epoch():
 
 def test_loading_data_imports_neither_torch_nor_transformers():
     code = (
-        "import sys, megatron_entropy.data.dataset, megatron_entropy.data.sentencepiece_model;"
+        "import sys, megatron_entropy.data.dataset, megatron_entropy.data.tokenizer;"
         "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

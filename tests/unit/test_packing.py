@@ -1,4 +1,4 @@
-"""Packing loses nothing, keeps to its budget, balances ranks, and shifts targets by one."""
+"""Packing keeps every sequence once, stays within its token limit, balances ranks, and shifts targets by one."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_entropy.data.packing import IGNORED, pack, plan
+from megatron_entropy.data.packing import IGNORE_INDEX, pack, plan_microbatches
 from megatron_entropy.records import Sample
 
 CPU = torch.device("cpu")
@@ -19,8 +19,10 @@ CPU = torch.device("cpu")
     ranks=st.integers(1, 4),
     multiple=st.integers(1, 3),
 )
-def test_every_sequence_once_within_the_budget(lengths, max_tokens_per_microbatch, ranks, multiple):
-    per_rank = plan(lengths, max_tokens_per_microbatch=max_tokens_per_microbatch, ranks=ranks, multiple=multiple)
+def test_every_sequence_is_packed_once_within_the_limit(lengths, max_tokens_per_microbatch, ranks, multiple):
+    per_rank = plan_microbatches(
+        lengths, max_tokens_per_microbatch=max_tokens_per_microbatch, ranks=ranks, multiple=multiple
+    )
     assert len(per_rank) == ranks
     assert len({len(batches) for batches in per_rank}) == 1 and len(per_rank[0]) % multiple == 0
     assert sorted(i for batches in per_rank for batch in batches for i in batch) == list(range(len(lengths)))
@@ -29,8 +31,8 @@ def test_every_sequence_once_within_the_budget(lengths, max_tokens_per_microbatc
 
 
 @given(lengths=st.lists(st.integers(10, 60), min_size=64, max_size=128), ranks=st.integers(2, 4))
-def test_ranks_carry_about_the_same(lengths, ranks):
-    per_rank = plan(lengths, max_tokens_per_microbatch=400, ranks=ranks)
+def test_ranks_have_about_the_same_number_of_tokens(lengths, ranks):
+    per_rank = plan_microbatches(lengths, max_tokens_per_microbatch=400, ranks=ranks)
     loads = [sum(lengths[i] for batch in batches for i in batch) for batches in per_rank]
     assert max(loads) - min(loads) <= 2 * max(lengths)
 
@@ -43,7 +45,7 @@ def sample(prompt: int, response: int, first: int) -> Sample:
 def test_targets_are_the_next_tokens_of_the_response():
     batch = pack([sample(2, 3, 10), sample(1, 1, 50)], [0, 1], device=CPU)
     assert batch.tokens.tolist() == [10, 11, 12, 13, 50]
-    assert batch.targets.tolist() == [IGNORED, 12, 13, 14, 51]
+    assert batch.targets.tolist() == [IGNORE_INDEX, 12, 13, 14, 51]
     assert batch.positions.tolist() == [0, 1, 2, 3, 0]
     assert batch.boundaries.tolist() == [0, 4, 5]
     assert batch.weight.tolist() == [0, 0.5, 0.5, 0.5, 0.5]
@@ -51,12 +53,12 @@ def test_targets_are_the_next_tokens_of_the_response():
     assert batch.advantage is None and batch.order == (0, 1)
 
 
-def test_padding_is_a_sequence_of_its_own_that_counts_nothing():
+def test_padding_is_an_extra_sequence_without_targets_and_weight():
     batch = pack([sample(2, 3, 10)], [0], multiple=8, device=CPU)
     assert batch.boundaries.tolist() == [0, 4, 8] and batch.order == (0, -1)
-    assert set(batch.targets[4:].tolist()) == {IGNORED} and not batch.weight[4:].any()
+    assert set(batch.targets[4:].tolist()) == {IGNORE_INDEX} and not batch.weight[4:].any()
 
 
-def test_a_micro_batch_without_sequences_is_harmless():
+def test_a_micro_batch_without_sequences_is_padding():
     batch = pack([], [], multiple=2, device=CPU)
     assert batch.boundaries.tolist() == [0, 2] and not batch.weight.any() and batch.advantage is not None

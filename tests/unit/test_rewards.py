@@ -1,8 +1,8 @@
-"""Verifiers say right, wrong or why not; one bad answer costs itself and nothing else.
+"""Verifiers grade as published, and a response that breaks its verifier changes no other grade.
 
-Shown: the published test vectors of the DAPO and CER graders, the readings of `choice` and `final_marker`, symbolic
-equivalence through the real math-verify, and the pool against verifiers that really hang, exit, segfault and exhaust
-memory. Not shown: how good any of these graders is on a benchmark.
+Shown: the published test vectors of the DAPO and CER graders, the rules of `choice` and `final_marker`, symbolic
+equivalence through the real math-verify, external verifiers, and the pool against verifiers that really hang, exit,
+segfault and exhaust memory. Not shown: the accuracy of these graders on a benchmark.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_entropy.rewards.dapo import INVALID, normalise
 from megatron_entropy.rewards.registry import INLINE
 
 TESTS = Path(__file__).parent
-REPOSITORY = TESTS.parent
+REPOSITORY = TESTS.parents[1]
 
 
 @pytest.fixture
@@ -208,7 +208,7 @@ def test_math_verify_runs_in_workers():
     assert "ground truth" in (grades[2].error or "")
 
 
-def test_pool_costs_only_the_bad_answers(bad_pool):
+def test_only_the_bad_responses_lose_their_grade(bad_pool):
     bad = {
         "hang": "timeout",
         "hang in compiled code": "timeout",
@@ -226,14 +226,14 @@ def test_pool_costs_only_the_bad_answers(bad_pool):
     assert grades == expected
 
 
-def test_pool_goes_on_after_a_crash_of_every_worker(bad_pool):
+def test_pool_continues_after_a_crash_of_every_worker(bad_pool):
     assert [grade.error for grade in bad_pool.grade([("exit", "")] * 5)] == ["crash"] * 5
     assert bad_pool.grade([("1", "1")]) == [Grade(True, "1")]
 
 
 @pytest.mark.parametrize("moment", ["loading", "idle", "grading"])
 def test_a_killed_worker_changes_no_grade(moment, monkeypatch):
-    """As the machine's out-of-memory killer does it: a signal at a moment that has nothing to do with the answers."""
+    """As by the out-of-memory killer: the signal comes at a moment that does not depend on the responses."""
 
     def worker(seconds):
         deadline = time.monotonic() + seconds
@@ -262,7 +262,7 @@ def test_a_killed_worker_changes_no_grade(moment, monkeypatch):
         assert not killer.is_alive()
 
 
-def test_an_answer_at_which_every_pool_breaks_down_is_given_up(monkeypatch):
+def test_a_response_on_which_every_pool_breaks_down_is_a_crash(monkeypatch):
     pool = RewardPool(verifier="math_verify")
     attempts = []
 
@@ -282,16 +282,16 @@ def test_pool_shortens_exceptions_to_one_line(bad_pool):
     assert grade.error.startswith("ValueError: two lines xxx") and len(grade.error) <= 120
 
 
-def test_pool_takes_verifiers_that_answer_yes_or_no(bad_pool):
+def test_verifiers_may_return_a_bool(bad_pool):
     assert bad_pool.grade([("bool", "")]) == [Grade(True)]
 
 
-def test_pool_keeps_the_order_of_many_answers(bad_pool):
+def test_grades_have_the_order_of_their_responses(bad_pool):
     grades = bad_pool.grade([(str(index), str(index)) for index in range(300)])
     assert [grade.extracted for grade in grades] == [str(index) for index in range(300)]
 
 
-def test_pool_of_nothing_starts_nothing():
+def test_grading_nothing_starts_no_workers():
     pool = RewardPool(verifier="math_verify")
     assert pool.grade([]) == [] and pool._pool is None
 
@@ -316,7 +316,7 @@ def test_workers_import_neither_torch_nor_the_main_script(tmp_path):
     """A script with torch loaded and no `__main__` guard, started as `python -m`, as torchrun does."""
     (tmp_path / "started.py").write_text(
         "import sys\n"
-        "sys.modules['torch'] = sys  # stands for any heavy import of the caller\n"
+        "sys.modules['torch'] = sys  # stands for any slow import of the caller\n"
         "print('main runs')\n"
         "from megatron_entropy.rewards import RewardPool\n"
         "with RewardPool(verifier='bad_verifiers:modules', workers=1) as pool:\n"
@@ -345,7 +345,14 @@ def test_unknown_verifiers_are_named(name, message):
         RewardPool(verifier=name)
 
 
-@pytest.mark.parametrize("key", ["workers", "timeout", "memory_gib"])
-def test_pool_numbers_must_be_positive(key):
-    with pytest.raises(ConfigError, match=f"rewards.{key}"):
-        RewardPool(verifier="dapo", **{key: 0})
+def test_a_verifier_may_come_from_another_package(tmp_path, monkeypatch):
+    """By its module, and by the entry point of an installed package; both run in workers."""
+    (tmp_path / "their_verifier.py").write_text("def verify(response, answer):\n    return response == answer\n")
+    installed = tmp_path / "theirs-1.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (installed / "entry_points.txt").write_text("[megatron_entropy.verifiers]\ntheirs = their_verifier:verify\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("their_verifier:verify", "theirs"):
+        with RewardPool(verifier=name, workers=1) as pool:
+            assert pool.grade([("1", "1"), ("1", "2")]) == [Grade(True), Grade(False)]

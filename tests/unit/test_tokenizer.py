@@ -1,8 +1,8 @@
-"""Both kinds of tokenizer give exact ids and texts, and a converted SentencePiece model reads the same everywhere.
+"""Both kinds of tokenizer give exact ids and texts, and a converted SentencePiece model gives the same everywhere.
 
-Shown: ids and decoded text of a trained model agree between SentencePiece, our reader of tokenizer.json and the
-AutoTokenizer of transformers on any text; chat templates render as transformers renders them; end tokens are found
-wherever a folder declares them; misfits are named. Not shown: published tokenizers, which need a network.
+Shown: ids and decoded text agree between SentencePiece, the tokenizers library and both readers on any text; chat
+templates render as in transformers; end tokens are found wherever a folder declares them; tokenizer.json is read as it
+is, whatever class the folder names; unfit tokenizers are errors. Not shown: published tokenizers, which need a network.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import tokenizers
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from sentencepiece_model import save_for_transformers, train_sentencepiece
 
 from megatron_entropy.data.schemas import Message
-from megatron_entropy.data.sentencepiece_model import save_for_transformers, train_sentencepiece
 from megatron_entropy.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
 from megatron_entropy.errors import ConfigError, TokenizerError
 
@@ -25,6 +25,7 @@ WORDS = "so then and we get gives is aa aab abab ba take".split()
 TEXTS = [f"{left} {right}{sign}{number}{end}" for left in WORDS for right in WORDS
          for number, sign, end in ((13, "=", "\n"), (240, ";", " "), (5678, "+", ","), (99, " ", "\n\n"))]  # fmt: skip
 VOCAB_SIZE = 64
+ADDED_TOKEN = {"__type": "AddedToken", "content": "<|im_end|>", "special": True}
 QWEN_TEMPLATE = """\
 {%- if messages[0].role == 'system' %}
     {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
@@ -49,13 +50,14 @@ QWEN_TEMPLATE = """\
 def folder(tmp_path_factory):
     """A model folder with the SentencePiece model and its conversion."""
     path = tmp_path_factory.mktemp("model")
-    save_for_transformers(train_sentencepiece(TEXTS, vocab_size=VOCAB_SIZE, path=path / "tokenizer.model"), path)
+    train_sentencepiece(TEXTS, vocab_size=VOCAB_SIZE, path=path / "tokenizer.model")
+    save_for_transformers(path / "tokenizer.model", path)
     return path
 
 
 @pytest.fixture(scope="session")
 def three(folder):
-    """The same tokenizer read by SentencePiece, by us from tokenizer.json, and by transformers."""
+    """The same tokenizer by our two readers and by transformers' AutoTokenizer."""
     return (
         load_tokenizer(folder / "tokenizer.model"),
         load_tokenizer(folder),
@@ -88,20 +90,20 @@ texts = st.one_of(
 
 @given(text=texts)
 def test_all_readers_give_the_same_ids(three, text):
-    piece, ours, theirs = three
-    assert piece.encode(text) == ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
+    by_model, by_json, theirs = three
+    assert by_model.encode(text) == by_json.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
 
 
 @given(ids=st.lists(st.integers(0, VOCAB_SIZE + 5), max_size=40))
 def test_all_readers_give_the_same_text(three, ids):
     """Ids beyond the vocabulary are rows of a padded embedding, which a model may sample."""
-    piece, ours, theirs = three
+    by_model, by_json, theirs = three
     known = [index for index in ids if index < VOCAB_SIZE]
-    assert piece.decode(ids) == ours.decode(ids) == theirs.decode(known, skip_special_tokens=True)
+    assert by_model.decode(ids) == by_json.decode(ids) == theirs.decode(known, skip_special_tokens=True)
 
 
 @given(text=st.text(alphabet="abso 0123456789=;+\n", max_size=60))
-def test_text_over_known_characters_comes_back(three, text):
+def test_text_over_known_characters_decodes_to_itself(three, text):
     for tokenizer in three[:2]:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -125,19 +127,19 @@ def test_vocabularies_that_cannot_be_filled_are_refused(tmp_path, vocab_size):
 
 
 def test_special_ids_agree(three):
-    piece, ours, theirs = three
-    assert piece.eos_ids == ours.eos_ids == (theirs.eos_token_id,) == (1,)
-    assert piece.pad_id == ours.pad_id == theirs.pad_token_id == 2
-    assert piece.special_ids == ours.special_ids == set(theirs.all_special_ids) == {0, 1, 2}
-    assert piece.bos_ids == ours.bos_ids == ()
-    assert piece.vocab_size == ours.vocab_size == len(theirs) == VOCAB_SIZE
+    by_model, by_json, theirs = three
+    assert by_model.eos_ids == by_json.eos_ids == (theirs.eos_token_id,) == (1,)
+    assert by_model.pad_id == by_json.pad_id == theirs.pad_token_id == 2
+    assert by_model.bos_ids == by_json.bos_ids == ()
+    assert by_model.vocab_size == by_json.vocab_size == len(theirs) == VOCAB_SIZE
+    assert by_model.decode([0, 1, 2]) == by_json.decode([0, 1, 2]) == ""
 
 
-def test_pieces_agree_and_unknown_ids_have_one(three):
-    piece, ours, theirs = three
+def test_pieces_agree_also_of_unknown_ids(three):
+    by_model, by_json, theirs = three
     for index in range(VOCAB_SIZE):
-        assert piece.piece(index) == ours.piece(index) == theirs.convert_ids_to_tokens(index)
-    assert piece.piece(VOCAB_SIZE) == ours.piece(VOCAB_SIZE) == f"<id {VOCAB_SIZE}>"
+        assert by_model.piece(index) == by_json.piece(index) == theirs.convert_ids_to_tokens(index)
+    assert by_model.piece(VOCAB_SIZE) == by_json.piece(VOCAB_SIZE) == f"<id {VOCAB_SIZE}>"
 
 
 def test_a_plain_tokenizer_renders_the_question_on_a_line(three):
@@ -162,18 +164,18 @@ def test_other_sentencepiece_models_load_but_are_not_converted(tmp_path):
     assert tokenizer.bos_ids == (1,) and tokenizer.eos_ids == (2,) and tokenizer.pad_id == 2
     assert tokenizer.decode([1, *tokenizer.encode("so we get"), 2]) == "so we get"
     with pytest.raises(TokenizerError, match="only byte-pair models"):
-        save_for_transformers(tokenizer, tmp_path)
+        save_for_transformers(prefix.with_suffix(".model"), tmp_path)
 
 
 @pytest.mark.parametrize("options", [{}, {"enable_thinking": False}])
-@pytest.mark.parametrize("place", ["config", "list", "file"])
-def test_chat_templates_render_as_in_transformers(tmp_path, place, options):
-    template = {"list": [{"name": "default", "template": QWEN_TEMPLATE}], "config": QWEN_TEMPLATE}.get(place)
+@pytest.mark.parametrize("source", ["config", "list", "file"])
+def test_chat_templates_render_as_in_transformers(tmp_path, source, options):
+    template = {"list": [{"name": "default", "template": QWEN_TEMPLATE}], "config": QWEN_TEMPLATE}.get(source)
     config = {"eos_token": "<|im_end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
     if template is not None:
         config["chat_template"] = template
     folder = byte_level_folder(tmp_path, tokenizer_config=config)
-    if place == "file":
+    if source == "file":
         (folder / "chat_template.jinja").write_text(QWEN_TEMPLATE)
     turns = [("system", "Be {brief}."), ("user", "1+1?\n"), ("tool", "x"), ("assistant", 'say "2"'), ("user", "é")]
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
@@ -190,19 +192,49 @@ def test_chat_templates_render_as_in_transformers(tmp_path, place, options):
 
 
 @pytest.mark.parametrize(
-    ("template", "message"), [("{{ raise_exception('no system') }}", "no system"), ("{% if %}", "chat template fails")]
+    ("template", "options", "message"),
+    [
+        ("{{ raise_exception('no system') }}", {}, "chat template fails: no system"),
+        ("{% if %}", {}, "chat template fails"),
+        ("{{ messages }}", {"tokenize": True}, "chat template fails: .*tokenize"),
+        ([{"name": "tools", "template": "x"}], {}, "its chat templates are tools, none is named default"),
+    ],
 )
-def test_failing_chat_templates_are_named(tmp_path, template, message):
+def test_failing_chat_templates_are_named(tmp_path, template, options, message):
     config = {"eos_token": "<|im_end|>", "chat_template": template}
     with pytest.raises(ConfigError, match=message):
-        load_tokenizer(byte_level_folder(tmp_path, tokenizer_config=config)).render([Message("user", "x")])
+        load_tokenizer(byte_level_folder(tmp_path, tokenizer_config=config)).render([Message("user", "x")], options)
+
+
+@pytest.mark.parametrize(
+    "named", [{"tokenizer_class": "LlamaTokenizerFast"}, {"tokenizer_class": "Qwen2Tokenizer"}, {}]
+)
+def test_the_file_counts_and_not_the_class_that_the_folder_names(tmp_path, named):
+    """Distilled Qwen models have a byte-level file and the class of Llama; AutoTokenizer splits their text wrongly."""
+    config = {"eos_token": "<|im_end|>", "auto_map": {"AutoTokenizer": ["theirs.Tokenizer", None]}, **named}
+    folder = byte_level_folder(tmp_path, tokenizer_config=config, config={"model_type": "qwen3"})
+    library, ours = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), load_tokenizer(folder)
+    for text in (*TEXTS[:20], " 123 'll don't  x\n\n is", "é漢 <|im_end|> a"):
+        ids = library.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text) == ids and ours.decode(ids) == library.decode(ids)
+    assert ours.vocab_size == library.get_vocab_size() and ours.eos_ids == (2,) and ours.bos_ids == ()
+
+
+def test_truncation_and_padding_of_the_file_do_not_apply(tmp_path):
+    folder = byte_level_folder(tmp_path, config={"eos_token_id": 2})
+    library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    expected = library.encode("so then we get\n", add_special_tokens=False).ids
+    library.enable_truncation(3)
+    library.enable_padding(length=40)
+    library.save(str(folder / "tokenizer.json"))
+    assert load_tokenizer(folder).encode("so then we get\n") == expected
 
 
 @pytest.mark.parametrize(
     ("files", "eos_ids", "pad_id"),
     [
         ({"tokenizer_config": {"eos_token": "<|im_end|>"}}, (2,), 2),
-        ({"tokenizer_config": {"eos_token": {"content": "<|im_end|>"}, "pad_token": "<|endoftext|>"}}, (2,), 0),
+        ({"tokenizer_config": {"eos_token": ADDED_TOKEN, "pad_token": "<|endoftext|>"}}, (2,), 0),
         ({"tokenizer_config": {"eos_token": "<|im_end|>"}, "generation_config": {"eos_token_id": [2, 0]}}, (2, 0), 2),
         ({"tokenizer_config": {"eos_token": "<|im_end|>"}, "generation_config": {"eos_token_id": 0}}, (2, 0), 2),
         ({"generation_config": {"eos_token_id": 0}, "config": {"eos_token_id": 2}}, (0,), 0),
@@ -212,7 +244,6 @@ def test_failing_chat_templates_are_named(tmp_path, template, message):
 def test_end_ids_are_collected_from_the_folder(tmp_path, files, eos_ids, pad_id):
     tokenizer = load_tokenizer(byte_level_folder(tmp_path, **files))
     assert (tokenizer.eos_ids, tokenizer.pad_id) == (eos_ids, pad_id)
-    assert tokenizer.special_ids == {0, 1, 2}
     assert tokenizer.decode([*tokenizer.encode("so é\n"), 2, 0]) == "so é\n"
 
 
