@@ -2,8 +2,8 @@
 """Peak memory of the actor's `score` and `update` against tokens and vocabulary: it must not grow with T x V.
 
 For each vocabulary a small random model is scored and updated on packs of two sizes, each in a fresh process; the
-difference of the peaks over the difference in tokens is the memory a token costs. It should not depend on the
-vocabulary, where keeping fp32 logits would cost 4 * V bytes a token.
+difference of the peaks over the difference in tokens is the memory per token. It should not depend on the vocabulary;
+keeping fp32 logits would cost 4 * V bytes per token.
 
     python tools/benchmark_memory.py [--vocabularies 16384 65536] [--tokens 4096 16384] [--out memory.json]
 
@@ -19,9 +19,9 @@ import json
 import tempfile
 from pathlib import Path
 
-import local_ranks
 import numpy as np
 import torch
+from local_ranks import run_on_ranks
 
 from entropy_kernels import TokenStats
 from megatron_entropy.config.architecture import read_architecture
@@ -36,12 +36,13 @@ LENGTH = 256
 
 
 def peak_mib(folder: str, tokens: int, layout: ParallelConfig) -> dict[str, float]:
-    """Peak process memory in MiB beyond what was held before, for a score and an update of one pack."""
+    """Increase of the peak process memory in MiB during a score and an update of one pack."""
     from megatron_entropy.actor.actor import Actor
+    from megatron_entropy.actor.statistics import policy_statistics
     from megatron_entropy.weights.hf_folder import TensorFolder
     from megatron_entropy.weights.source import load
 
-    # Every large block from the kernel and back to it, so that resident memory is what is alive.
+    # Large blocks are taken from the kernel and returned to it, so that resident memory is live memory.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 64 * 1024)
     process_groups.init_model_parallel(layout, seed=1)
     arch = read_architecture(folder)
@@ -62,13 +63,13 @@ def peak_mib(folder: str, tokens: int, layout: ParallelConfig) -> dict[str, floa
 
     def work(name: str) -> None:
         if name == "score":
-            actor.score(samples, temperature=1.0)
+            actor.score(samples, policy_statistics(temperature=1.0))
         else:
             actor.update(samples, loss, temperature=1.0)
 
     peaks = {}
     for name in ("score", "update"):
-        work(name)  # the first call allocates what stays: optimizer state
+        work(name)  # the first call allocates the optimizer state, which stays
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = _status("VmRSS")
         work(name)
@@ -83,7 +84,7 @@ def _status(field: str) -> int:
 
 
 def measure(vocabulary: int, tokens: list[int], layout: ParallelConfig) -> dict:
-    """Peaks of one vocabulary at every pack size, and what a token costs in bytes."""
+    """Peaks of one vocabulary at every pack size, and bytes per token."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     with tempfile.TemporaryDirectory() as folder:
@@ -92,8 +93,8 @@ def measure(vocabulary: int, tokens: list[int], layout: ParallelConfig) -> dict:
             num_key_value_heads=2, head_dim=32, max_position_embeddings=LENGTH + 1, tie_word_embeddings=True,
         )  # fmt: skip
         Qwen3ForCausalLM(config).float().save_pretrained(folder)
-        # The allocator keeps what it once had, which would blur a second measurement: every size has its own process.
-        peaks = [max(local_ranks.run_on_ranks(peak_mib, layout.world_size, folder, t, layout), key=str) for t in tokens]
+        # The allocator keeps freed memory, which would distort a second measurement: every size has its own process.
+        peaks = [max(run_on_ranks(peak_mib, layout.world_size, folder, t, layout), key=str) for t in tokens]
     span = tokens[-1] - tokens[0]
     row: dict = {"vocabulary": vocabulary, "logits_bytes_per_token": 4 * vocabulary // layout.tp}
     for name in ("score", "update"):
@@ -112,9 +113,7 @@ def main() -> None:
     arguments = parser.parse_args()
     layout = ParallelConfig(tp=arguments.tp)
     rows = [measure(vocabulary, arguments.tokens, layout) for vocabulary in arguments.vocabularies]
-    print(
-        f"peak beyond what was held before, T = {arguments.tokens[0]} and {arguments.tokens[1]}, TP{arguments.tp}, fp32"
-    )
+    print(f"increase of the peak, T = {arguments.tokens[0]} and {arguments.tokens[1]}, TP{arguments.tp}, fp32")
     print(
         f"{'V':>8}{'score MiB':>18}{'update MiB':>18}{'score B/token':>16}{'update B/token':>16}"
         f"{'fp32 logits B/token':>22}"

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""One batch, every layout, the same numbers: the actor's layout invariance, measured.
+"""Measure the actor's layout invariance: every layout computes the same numbers from one batch.
 
 Loads a small random Hugging Face checkpoint, and one with experts, into the real Megatron model under every layout, on
-CPU ranks of this machine, in fp32. Scores one batch of sequences of uneven lengths and takes two optimizer steps on
-it, then a third towards a teacher that has followed half the way; compares log-probabilities, entropies, the teacher's
-log-probabilities and temperatures, losses, gradient norms and the parameters afterwards with the single-rank run. What
-methods select by them (critical tokens, bottom_k_mask entropies, top_k_mask covariances) must be the same tokens.
+CPU ranks of this machine, in fp32. Scores one batch of sequences of uneven lengths and takes two optimizer steps on it,
+then a third with the divergence to an EMA reference of alpha 0.5. Compares log-probabilities, entropies, the
+reference's log-probabilities and guided temperatures, losses, gradient norms and the final parameters with the
+single-rank run. Methods must select the same tokens from them (critical tokens, lowest entropies, highest covariances).
 
     python tools/check_layouts.py [--out layouts.json] [--tolerance 1e-5]
 
@@ -22,21 +22,21 @@ import tempfile
 import time
 from pathlib import Path
 
-import local_ranks
 import numpy as np
 import torch
+from local_ranks import run_on_ranks
 
 from entropy_kernels import TokenStats
 from megatron_entropy.config.architecture import read_architecture
 from megatron_entropy.config.schema import ActorConfig, OptimizerConfig, ParallelConfig
 from megatron_entropy.distributed import process_groups
 from megatron_entropy.methods.objectives import bottom_k_mask, concat_response_tokens, covariance, top_k_mask
-from megatron_entropy.records import Batch, GuidedTemperature, Metric, Sample
+from megatron_entropy.records import Batch, Metric, Sample
 
 TOLERANCE = 1e-5
 """fp32 sums in another order differ by about 1e-7 relative; two optimizer steps stay well below this."""
 
-NUMBERS = ("logprob", "entropy", "teacher", "temperature", "selected", "loss", "grad_norm")
+NUMBERS = ("logprob", "entropy", "reference", "temperature", "selected", "loss", "grad_norm")
 """Fields of `Outcome` that are compared number by number."""
 
 LENGTHS = ((3, 40), (17, 23), (8, 5), (30, 64), (12, 1), (5, 33), (21, 18), (9, 51))
@@ -45,7 +45,7 @@ LENGTHS = ((3, 40), (17, 23), (8, 5), (30, 64), (12, 1), (5, 33), (21, 18), (9, 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A named layout and token budget (the budget decides the micro-batch split)."""
+    """A named layout; `max_tokens_per_microbatch` decides how the batch is split."""
 
     name: str
     parallel: ParallelConfig
@@ -78,11 +78,11 @@ EXPERT_LAYOUTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What one layout computed: arrays over all response tokens, one number per step, parameters by name."""
+    """Results of one layout: arrays over all response tokens, one number per step, parameters by name."""
 
     logprob: np.ndarray
     entropy: np.ndarray
-    teacher: np.ndarray
+    reference: np.ndarray
     temperature: np.ndarray
     selected: np.ndarray
     loss: np.ndarray
@@ -106,15 +106,17 @@ def make_samples(vocab_size: int, seed: int = 0) -> list[Sample]:
 
 
 def measure(folder: str, layout: Layout) -> Outcome | None:
-    """Runs on every rank: score, update twice, collect; rank 0 answers."""
+    """Score, update and collect, on every rank; rank 0 returns the outcome."""
     from megatron_entropy.actor.actor import Actor
+    from megatron_entropy.actor.statistics import policy_statistics
+    from megatron_entropy.methods.curiosft import GuidedTemperature
     from megatron_entropy.weights.hf_folder import TensorFolder
     from megatron_entropy.weights.source import ShardedSource, load
 
     process_groups.init_model_parallel(layout.parallel, seed=1)
     arch = read_architecture(folder)
-    # Adam's first steps are lr * sign(gradient) however small the gradient, which would turn rounding into a
-    # difference of 2 lr; a large eps keeps an update proportional to its gradient.
+    # Adam's first steps are lr * sign(gradient) however small the gradient, so rounding could cause a difference of
+    # 2 lr. A large eps keeps an update proportional to its gradient.
     optimizer = OptimizerConfig(lr=1e-3, eps=1e-3, weight_decay=0.1, clip_grad=0.5)
     config = ActorConfig(
         parallel=layout.parallel,
@@ -125,9 +127,9 @@ def measure(folder: str, layout: Layout) -> Outcome | None:
     actor = Actor(arch, config, total_updates=2)
     load(TensorFolder(folder), arch, actor.config.parallel, actor.named_shards())
     actor.after_load()
-    actor.keep_reference(moving=True)
+    actor.set_reference("ema")
     samples = make_samples(arch.vocab_size)
-    scored = actor.score(samples, temperature=0.8)
+    scored = actor.score(samples, policy_statistics(temperature=0.8))
 
     def loss(stats, batch):
         ratio = (stats.logprob - batch.logprob).exp()
@@ -139,9 +141,9 @@ def measure(folder: str, layout: Layout) -> Outcome | None:
         losses.append(metrics["train/loss"].value)
         norms.append(metrics["train/grad_norm"].value)
     assert actor.reference is not None
-    actor.reference.move(0.5)
-    taught = actor.score_reference(scored, temperature=GuidedTemperature(top=32, pivot=4.0))
-    metrics = actor.update(taught, _distil, temperature=1.0, divergence="reverse")
+    actor.reference.update_ema(0.5)
+    guided = actor.score_reference(scored, GuidedTemperature(top=32, pivot=4.0))
+    metrics = actor.update(guided, _distil, temperature=1.0, divergence="reverse")
     losses.append(metrics["train/loss"].value)
     norms.append(metrics["train/grad_norm"].value)
     source = ShardedSource(arch, actor.config.parallel, actor.named_shards(), torch.float32)
@@ -151,8 +153,8 @@ def measure(folder: str, layout: Layout) -> Outcome | None:
     return Outcome(
         np.concatenate([s.response("logprob") for s in scored]),
         np.concatenate([s.response("entropy") for s in scored]),
-        np.concatenate([s.response("reference_logprob") for s in taught]),
-        np.concatenate([s.response("reference_temperature") for s in taught]),
+        np.concatenate([s.response("reference_logprob") for s in guided]),
+        np.concatenate([s.response("reference_temperature") for s in guided]),
         select(scored),
         np.array(losses),
         np.array(norms),
@@ -166,7 +168,7 @@ def _distil(stats: TokenStats, batch: Batch) -> tuple[torch.Tensor, dict[str, Me
 
 
 def select(samples: list[Sample]) -> np.ndarray:
-    """Which tokens methods would choose: bits of CURE's most uncertain, SENT's least uncertain, top_k_mask covariances."""
+    """Tokens that methods select, as bits: 1 lowest entropies (SENT), 2 highest covariances, 4 critical (CURE)."""
     entropy, logprob, advantage = (
         concat_response_tokens(samples, field) for field in ("entropy", "logprob", "advantage")
     )
@@ -211,7 +213,7 @@ def run(layouts: tuple[Layout, ...] = LAYOUTS, *, experts: bool = False) -> list
         rows = []
         for layout in layouts:
             start = time.perf_counter()
-            outcome = local_ranks.run_on_ranks(measure, layout.parallel.world_size, folder, layout)[0]
+            outcome = run_on_ranks(measure, layout.parallel.world_size, folder, layout)[0]
             assert outcome is not None
             reference = reference or outcome
             rows.append({"layout": layout.name, **compare(outcome, reference), "seconds": time.perf_counter() - start})
@@ -219,7 +221,7 @@ def run(layouts: tuple[Layout, ...] = LAYOUTS, *, experts: bool = False) -> list
 
 
 def main() -> int:
-    """Print the table, write the JSON, tell by the exit code."""
+    """Print the table and write the JSON; exit code 1 if a difference exceeds the tolerance."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("layouts.json"))
     parser.add_argument("--tolerance", type=float, default=TOLERANCE)

@@ -21,15 +21,18 @@ T = TypeVar("T")
 
 
 def run_on_ranks(function: Callable[..., T], ranks: int, *args: object, timeout_s: float = 600.0) -> list[T]:
-    """Call `function(*args)` on so many CPU ranks of this machine, concat_response_tokens over gloo, and return their answers.
+    """Call `function(*args)` on CPU ranks of this machine, connected over gloo, and return the results by rank.
 
-    Ranks fork from one server process that has imported the libraries already, so starting them takes well under a
-    second from the second call on.
+    Ranks fork from one server process that has imported the libraries, so the second and later calls start them in well
+    under a second.
 
     Args:
-        function: a top-level function; it, its arguments and answers must be picklable.
+        function: a top-level function; it, its arguments and its result must be picklable.
+        ranks: number of ranks.
+        timeout_s: seconds until the call fails.
     Raises:
-        RuntimeError: with the traceback of the first rank that failed; all others are stopped.
+        RuntimeError: with the traceback of the first rank that failed, the exit code of one that died, or the ranks
+            that were too slow; all ranks are stopped.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megatron_entropy.actor.actor", "megatron_entropy.weights.source"])
@@ -42,32 +45,34 @@ def run_on_ranks(function: Callable[..., T], ranks: int, *args: object, timeout_
         for process in processes:
             process.start()
         try:
-            answers = _collect(queue, processes, ranks, timeout_s)
+            results = _collect(queue, processes, timeout_s)
             for process in processes:
                 process.join(timeout=30)
-            return answers
+            return results
         finally:
             for process in processes:
                 process.kill()
                 process.join()
 
 
-def _collect(queue: multiprocessing.queues.SimpleQueue, processes: list, ranks: int, timeout_s: float) -> list:
-    answers: dict[int, object] = {}
+def _collect(queue: multiprocessing.queues.SimpleQueue, processes: list, timeout_s: float) -> list:
+    """Results by rank, as they arrive in the queue."""
+    ranks = len(processes)
+    results: dict[int, object] = {}
     deadline = time.monotonic() + timeout_s
-    while len(answers) < ranks:
+    while len(results) < ranks:
         if not queue.empty():
-            rank, failure, answer = queue.get()
+            rank, failure, result = queue.get()
             if failure:
                 raise RuntimeError(f"rank {rank} of {ranks} failed:\n{failure}")
-            answers[rank] = answer
-        elif dead := [p for i, p in enumerate(processes) if i not in answers and p.exitcode not in (None, 0)]:
-            raise RuntimeError(f"a rank died with exit code {dead[0].exitcode}")
+            results[rank] = result
+        elif dead := [i for i, p in enumerate(processes) if i not in results and p.exitcode not in (None, 0)]:
+            raise RuntimeError(f"rank {dead[0]} of {ranks} died with exit code {processes[dead[0]].exitcode}")
         elif time.monotonic() > deadline:
-            raise RuntimeError(f"ranks {sorted(set(range(ranks)) - set(answers))} did not answer in {timeout_s} s")
+            raise RuntimeError(f"ranks {sorted(set(range(ranks)) - set(results))} did not finish in {timeout_s} s")
         else:
             time.sleep(0.01)
-    return [answers[rank] for rank in range(ranks)]
+    return [results[rank] for rank in range(ranks)]
 
 
 def _rank_main(

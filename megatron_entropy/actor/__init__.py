@@ -1,4 +1,4 @@
-"""The model being trained: Megatron-Core modules, schedules and optimizer."""
+"""The model being trained: Megatron-Core modules, pipeline schedules, optimizer and reference."""
 
 from megatron_entropy.distributed import cpu
 

@@ -1,59 +1,54 @@
-"""The model being trained, spread over this world's ranks: `score` samples, `update` on samples.
+"""The model being trained, sharded over all ranks: `score` computes statistics of samples, `update` trains on them.
 
-Both run Megatron's own pipeline schedules over packed micro-batches. The last stage hands hidden states to
-`entropy_kernels.token_stats`, which computes per-token log-probability and full-vocabulary entropy from the head's
-weight shard without ever holding the logits.
+Both run Megatron's pipeline schedules over packed micro-batches. The last stage passes hidden states and the head's
+weight shard to `entropy_kernels`, which computes per-token log-probability and full-vocabulary entropy without ever
+holding the logits.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from entropy_kernels import TokenStats, distillation, guided_teacher, token_stats
-from megatron_entropy.actor import lora
-from megatron_entropy.actor.layers import describe_sequences
-from megatron_entropy.actor.model import build_chunks, head_weight
-from megatron_entropy.actor.offload import HostCopy, memory_of
+from entropy_kernels import TokenStats
+from megatron_entropy.actor import lora, schedules
+from megatron_entropy.actor.divergence import ReferenceStates, compute_divergence, compute_states
+from megatron_entropy.actor.model import build_chunks, global_parameters, head_weight
+from megatron_entropy.actor.offload import HostCopy, actor_memory
 from megatron_entropy.actor.optimizer import build_optimizer, build_schedule
-from megatron_entropy.actor.reference import Reference
+from megatron_entropy.actor.reference import Reference, ReferenceKind, build_reference
+from megatron_entropy.actor.statistics import head_statistics
 from megatron_entropy.config.architecture import ModelArchitecture
 from megatron_entropy.config.schema import ActorConfig
-from megatron_entropy.data.packing import pack, plan
 from megatron_entropy.distributed import cpu
 from megatron_entropy.errors import NonFiniteLossError
-from megatron_entropy.records import Batch, GuidedTemperature, Metric, Sample
+from megatron_entropy.records import Batch, HeadInputs, Metric, Sample, TokenStatistics
 
 LossFunction = Callable[[TokenStats, Batch], tuple[Tensor, dict[str, Metric]]]
 """From token statistics and batch to the per-token loss [T] (before weights) and metrics of the micro-batch."""
 
-_EXPERT_NUMBER = re.compile(r"(\.local_experts\.|\.experts\.linear_fc[12]\.weight)(\d+)")
-"""A rank's own number of an expert in a parameter's name: of the local layers, of Transformer Engine's grouped ones."""
-
 
 class Actor:
-    """One model, its optimizer and its learning-rate schedule on this rank; every method is a collective."""
+    """One model, its optimizer, its learning-rate schedule and its reference on this rank.
+
+    Every method that computes with the model is a collective.
+    """
 
     def __init__(self, arch: ModelArchitecture, config: ActorConfig, *, total_updates: int, seed: int = 0) -> None:
-        """Build the rank's part of the model; weights are not set until `resharding.source.load` or a checkpoint.
+        """Build this rank's shard of the model; `weights.source.load` or a checkpoint sets its weights.
 
         Args:
             total_updates: optimizer steps of the whole stage, the length of the learning-rate schedule.
-            seed: what LoRA's adapters start from.
+            seed: of the initial LoRA adapters.
         """
         self.arch = arch
         self.config = config
@@ -78,104 +73,74 @@ class Actor:
         self._host_copy = HostCopy()
 
     def named_shards(self) -> dict[str, Tensor]:
-        """This rank's parameters but adapters, by global name: layers count over all stages, experts over all ranks."""
-        return {name: shard for name, shard in self._all_shards().items() if not lora.is_adapter(name)}
+        """This rank's parameters by global name, without adapters: layers and experts are numbered over all ranks."""
+        return {name: shard for name, shard in self._parameters().items() if not lora.is_adapter(name)}
 
     def adapter_shards(self) -> dict[str, Tensor]:
-        """This rank's parts of LoRA's adapters, as `named_shards`; empty without LoRA."""
-        return {name: shard for name, shard in self._all_shards().items() if lora.is_adapter(name)}
+        """This rank's LoRA adapters, named as in `named_shards`; empty without LoRA."""
+        return {name: shard for name, shard in self._parameters().items() if lora.is_adapter(name)}
 
     def merged_shards(self) -> Mapping[str, Tensor]:
-        """What `named_shards` has, with adapters folded in when a weight is read."""
+        """The parameters of `named_shards`, with adapters merged into a weight when it is read."""
         if not self.config.lora.rank:
             return self.named_shards()
         return lora.MergedShards(self.named_shards(), self.adapter_shards(), self.config.lora.scale)
 
-    def _all_shards(self) -> dict[str, Tensor]:
-        shards: dict[str, Tensor] = {}
-        first_expert = 0
-        if self.arch.moe:
-            here = self.arch.moe.num_experts // self.config.parallel.ep
-            first_expert = here * parallel_state.get_expert_model_parallel_rank()
-
-        def global_expert(hit: re.Match[str]) -> str:
-            return f"{hit[1]}{int(hit[2]) + first_expert}"
-
-        for chunk in self.chunks:
-            module: Any = chunk.module
-            numbers = {str(i): str(layer.layer_number - 1) for i, layer in enumerate(module.decoder.layers)}
-            for name, parameter in module.named_parameters():
-                parts = name.split(".")
-                if parts[:2] == ["decoder", "layers"]:
-                    parts[2] = numbers[parts[2]]
-                shards[_EXPERT_NUMBER.sub(global_expert, ".".join(parts))] = parameter
-        return shards
+    def _parameters(self) -> dict[str, Tensor]:
+        return global_parameters([chunk.module for chunk in self.chunks], self.arch, self.config.parallel)
 
     def after_load(self) -> None:
-        """Let the optimizer take over weights that were written into the model."""
+        """Copy weights that were loaded into the model to the optimizer's fp32 weights."""
         self.optimizer.reload_model_params()
 
     def offload(self) -> None:
-        """Free the GPU: weights and optimizer state go to host memory, gradients away. Nothing on a CPU."""
+        """Free the GPU: weights and optimizer state move to host memory, gradients are dropped. No effect on a CPU."""
         if cpu.device().type != "cpu":
-            self._host_copy.offload(*memory_of(self))
+            held = self.reference.weights.values() if self.reference else ()
+            self._host_copy.offload(*actor_memory(self.chunks, self.optimizer, held))
 
     def onload(self) -> None:
-        """Undo `offload`, if it was called."""
+        """Move everything back to the GPU; no effect without `offload`."""
         self._host_copy.onload()
 
-    def keep_reference(self, *, moving: bool, own: bool = False) -> None:
-        """Remember the present weights as the reference.
+    def set_reference(self, kind: ReferenceKind, *, own_weights: bool = False) -> None:
+        """Make the present weights the reference.
 
         Args:
-            moving: it will be moved.
-            own: copy them also where that could be spared, because LoRA leaves its base as it is.
+            kind: what becomes of it during training, see `actor.reference`.
+            own_weights: the weights now loaded are the reference's own, and the policy's will replace them. They are
+                copied even where LoRA's base could serve.
         """
-        if moving or own or not self.config.lora.rank:
-            parameters = self.named_shards() | self.adapter_shards()
-            self.reference = Reference(parameters, moving=moving, on_host=self.config.reference_on_host)
+        self.reference = build_reference(
+            kind,
+            self._parameters(),
+            self.chunks,
+            on_host=self.config.reference_on_host,
+            base_is_reference=bool(self.config.lora.rank) and not own_weights,
+        )
 
-    def score(self, samples: Sequence[Sample], *, temperature: float, entropy: bool = True) -> list[Sample]:
-        """Log-probability, and entropy, of every response token under the current weights.
-
-        Args:
-            samples: the same list on every rank.
-            temperature: the distribution is softmax(logits / temperature).
-        Returns:
-            On every rank the samples with `logprob` (nats) and, if asked, `entropy` (nats, full vocabulary) filled.
-        """
-
-        def measure(batch: Batch, chunk: GPTModel, hidden: Tensor) -> list[Tensor]:
-            stats = self._token_stats(batch, chunk, hidden, temperature=temperature, entropy=entropy)
-            return [stats.logprob] + ([stats.entropy] if stats.entropy is not None else [])
-
-        return self._fill(samples, ("logprob", "entropy") if entropy else ("logprob",), measure)
-
-    def score_reference(
-        self, samples: Sequence[Sample], *, temperature: float | GuidedTemperature, by_policy: bool = False
-    ) -> list[Sample]:
-        """Log-probability of every response token under the reference, without entropy and without gradient.
+    def score(self, samples: Sequence[Sample], statistics: TokenStatistics) -> list[Sample]:
+        """Compute statistics of every response token under the current weights, without gradients.
 
         Args:
             samples: the same list on every rank.
-            temperature: one number, or the rule by which each token gets its own.
-            by_policy: the current weights take the reference's place.
+            statistics: computes the fields on the last pipeline stage, such as `policy_statistics(...)`.
         Returns:
-            On every rank the samples with `reference_logprob` (nats) and, guided, `reference_temperature` filled.
+            On every rank the samples with these fields filled.
         """
 
-        def measure(batch: Batch, chunk: GPTModel, hidden: Tensor) -> list[Tensor]:
-            if not isinstance(temperature, GuidedTemperature):
-                return [self._token_stats(batch, chunk, hidden, temperature=temperature, entropy=False).logprob]
-            guided = guided_teacher(
-                hidden.squeeze(0), head_weight(chunk), batch.targets, **dataclasses.asdict(temperature), **self._head()
-            )
-            return [guided.logprob, guided.temperature]
+        def compute(batch: Batch, chunk: GPTModel, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
+            fields = statistics(self._head_inputs(batch, chunk, hidden))
+            return hidden.new_zeros(()), {name: values.float().cpu() for name, values in fields.items()}
 
-        guided = isinstance(temperature, GuidedTemperature)
-        fields = ("reference_logprob", "reference_temperature") if guided else ("reference_logprob",)
-        with self._as_reference(by_policy):
-            return self._fill(samples, fields, measure)
+        batches = schedules.pack_samples(samples, self.config)
+        return schedules.fill_samples(samples, batches, self._run(batches, compute, train=False))
+
+    def score_reference(self, samples: Sequence[Sample], statistics: TokenStatistics) -> list[Sample]:
+        """Compute statistics as `score` does, under the reference."""
+        assert self.reference is not None, "set_reference comes first"
+        with self.reference.active():
+            return self.score(samples, statistics)
 
     def update(
         self,
@@ -184,229 +149,86 @@ class Actor:
         *,
         temperature: float,
         divergence: Literal["none", "forward", "reverse"] = "none",
-        by_policy: bool = False,
     ) -> dict[str, Metric]:
-        """One optimizer step on `sum over tokens of weight * loss`.
+        """Take one optimizer step on `sum over tokens of weight * loss`.
 
         Args:
             samples: the same list on every rank, with `weight` filled.
-            temperature: the distribution is softmax(logits / temperature).
-            divergence: put the full-vocabulary divergence from (`forward`: KL(reference || policy)) or to the reference
-                into the statistics, which costs another pass of the reference.
-            by_policy: the weights before the step take the reference's place in that.
+            temperature: > 0; the distribution is softmax(logits / temperature).
+            divergence: add the full-vocabulary divergence to the statistics, at the cost of another pass of the
+                reference: `forward` is KL(reference || policy), `reverse` is KL(policy || reference).
         Returns:
             On every rank the method's metrics, `train/loss`, `train/grad_norm` and `train/lr` of the whole step.
         Raises:
-            NonFiniteLossError: on every rank, before the optimizer step, naming samples (or the gradient norm).
+            NonFiniteLossError: on every rank, before the optimizer step, naming the samples or the gradient norm.
         """
-        batches = self._pack(samples)
-        teacher = self._reference_states(batches, by_policy) if divergence != "none" else None
+        batches = schedules.pack_samples(samples, self.config)
+        states = None if divergence == "none" else self._reference_states(batches)
 
-        def weigh(batch: Batch, chunk: GPTModel, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
-            stats = self._token_stats(batch, chunk, hidden, temperature=temperature, entropy=True)
-            if teacher is not None and divergence != "none":
-                value = self._divergence(batch, chunk, hidden, teacher, temperature, divergence)
+        def compute(batch: Batch, chunk: GPTModel, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
+            head = self._head_inputs(batch, chunk, hidden)
+            stats = head_statistics(head, temperature=temperature, entropy=True)
+            if divergence != "none" and states is not None:
+                value = compute_divergence(head, batch, states, temperature=temperature, direction=divergence)
                 stats = dataclasses.replace(stats, **{f"kl_{divergence}": value})
             per_token, metrics = loss(stats, batch)
             weighted = batch.weight * per_token
             total = weighted.sum()
-            bad = [] if torch.isfinite(total) else _sequences_with_nonfinite(weighted, batch)
+            bad = [] if torch.isfinite(total) else _nonfinite_samples(weighted, batch)
             return total, {"loss": float(total.detach()), "bad": bad, "metrics": metrics}
 
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        results = self._run(batches, weigh, train=True)
-        gathered = self._gather_results(results)
-        if bad := sorted({index for result in gathered for index in result["bad"]}):
+        results = schedules.gather_results(self._run(batches, compute, train=True))
+        if bad := sorted({index for result in results for index in result["bad"]}):
             raise NonFiniteLossError(f"loss is not finite for sample(s) {', '.join(map(str, bad[:8]))} of the step")
-        self.optimizer.prepare_grads()
-        norm = float(self.optimizer.get_grad_norm())
-        if not np.isfinite(norm):
-            raise NonFiniteLossError(f"gradient norm is {norm} although the loss is finite")
-        metrics = {
-            "train/loss": Metric(sum(result["loss"] for result in gathered)),
-            "train/grad_norm": Metric(norm),
-            "train/lr": Metric(self.optimizer.param_groups[0]["lr"]),
-        }
-        self.optimizer.step()
-        self.schedule.step(increment=1)
-        for result in gathered:
+        metrics = {"train/loss": Metric(sum(result["loss"] for result in results)), **self._optimizer_step()}
+        for result in results:
             for name, metric in result["metrics"].items():
                 metrics[name] = metrics.get(name, Metric(0.0, 0.0)) + metric
         return metrics
 
-    def _head(self) -> dict[str, Any]:
-        """How the head is split, as the kernels want to know it."""
-        return {
-            "group": parallel_state.get_tensor_model_parallel_group(),
-            "sequence_parallel": self.config.parallel.sequence_parallel,
-            "vocab_size": self.arch.vocab_size,
-        }
+    def _optimizer_step(self) -> dict[str, Metric]:
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        if not np.isfinite(norm):
+            raise NonFiniteLossError(f"gradient norm is {norm} although the loss is finite")
+        metrics = {"train/grad_norm": Metric(norm), "train/lr": Metric(self.optimizer.param_groups[0]["lr"])}
+        self.optimizer.step()
+        self.schedule.step(increment=1)
+        return metrics
 
-    def _token_stats(
-        self, batch: Batch, chunk: GPTModel, hidden: Tensor, *, temperature: float, entropy: bool
-    ) -> TokenStats:
-        return token_stats(
-            hidden.squeeze(0),
-            head_weight(chunk),
-            batch.targets,
-            temperature=temperature,
-            entropy=entropy,
-            **self._head(),
-        )
-
-    def _fill(
-        self,
-        samples: Sequence[Sample],
-        fields: Sequence[str],
-        measure: Callable[[Batch, GPTModel, Tensor], list[Tensor]],
-    ) -> list[Sample]:
-        """The samples with per-token fields filled by what `measure` computes of each micro-batch: [T] per field."""
-
-        def collect(batch: Batch, chunk: GPTModel, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
-            columns = torch.stack(measure(batch, chunk, hidden))
-            return columns.new_zeros(()), {"columns": columns.float().cpu()}
-
-        batches = self._pack(samples)
-        results = self._run(batches, collect, train=False)
-        starts = np.cumsum([0, *(len(s.tokens) for s in samples)])
-        table = torch.zeros(len(fields), int(starts[-1]))
-        if self.is_output_rank:
-            for batch, result in zip(batches, results, strict=True):
-                edges = batch.boundaries.tolist()
-                for index, a, b in zip(batch.order, edges, edges[1:], strict=False):
-                    if index >= 0:
-                        table[:, starts[index] + 1 : starts[index + 1]] = result["columns"][:, a:b]
-        # Each entry comes from one rank, the others hold 0: the sum is exact.
-        dist.all_reduce(table)
-        filled = []
-        for index, sample in enumerate(samples):
-            columns = table[:, starts[index] : starts[index + 1]].numpy()
-            values = {field: column.copy() for field, column in zip(fields, columns, strict=True)}
-            filled.append(dataclasses.replace(sample, **values))
-        return filled
-
-    def _as_reference(self, by_policy: bool) -> contextlib.AbstractContextManager[None]:
-        """Inside, the model is the reference."""
-        if by_policy:
-            return contextlib.nullcontext()
-        if self.reference is not None:
-            return self.reference.in_place()
-        assert self.config.lora.rank, "no reference was kept"
-        return lora.disabled(self)
-
-    def _reference_states(self, batches: list[Batch], by_policy: bool) -> _Teacher:
-        """What the reference's head gets and is, on the last stage."""
-        heads: list[Tensor] = []
-
-        def keep(batch: Batch, chunk: GPTModel, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
-            heads.append(head_weight(chunk).detach())
-            return hidden.new_zeros(()), {"hidden": hidden.squeeze(0).detach()}
-
-        with self._as_reference(by_policy):
-            results = self._run(batches, keep, train=False)
-        states = {batch.order: result["hidden"] for batch, result in zip(batches, results, strict=False)}
-        return _Teacher(states, heads[0] if heads else None)
-
-    def _divergence(
-        self,
-        batch: Batch,
-        chunk: GPTModel,
-        hidden: Tensor,
-        teacher: _Teacher,
-        temperature: float,
-        direction: Literal["forward", "reverse"],
-    ) -> Tensor:
-        assert teacher.head is not None, "on the last stage"
-        own = batch.reference_temperature
-        return distillation(
-            hidden.squeeze(0),
-            head_weight(chunk),
-            teacher.hidden[batch.order],
-            teacher.head,
-            batch.targets,
-            temperature=temperature,
-            teacher_temperature=temperature if own is None else own.where(own > 0, 1.0),
-            direction=direction,
-            **self._head(),
-        )
-
-    @property
-    def _reports(self) -> bool:
-        """Whether this rank speaks for its pipeline: the last stage's first tensor-parallel rank."""
-        last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-        return last and parallel_state.get_tensor_model_parallel_rank() == 0
-
-    def _gather_results(self, results: list[dict]) -> list[dict]:
-        everyone: list[list[dict]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, results if self.is_output_rank else [])
-        return [result for rank_results in everyone for result in rank_results]
-
-    def _pack(self, samples: Sequence[Sample]) -> list[Batch]:
-        layout = self.config.parallel
-        micro_batches = plan(
-            [len(s.tokens) - 1 for s in samples],
-            max_tokens_per_microbatch=self.config.max_tokens_per_microbatch,
-            ranks=parallel_state.get_data_parallel_world_size(),
-            multiple=layout.pp if layout.vpp > 1 else 1,
-        )
-        mine = micro_batches[parallel_state.get_data_parallel_rank()]
-        multiple = layout.tp if layout.sequence_parallel else 1
-        return [pack(samples, indices, multiple=multiple, device=cpu.device()) for indices in mine]
+    def _reference_states(self, batches: list[Batch]) -> ReferenceStates:
+        assert self.reference is not None, "set_reference comes first"
+        with self.reference.active():
+            return compute_states(self.chunks, batches, seq_length=self.config.max_tokens_per_microbatch)
 
     def _run(
-        self,
-        batches: list[Batch],
-        measure: Callable[[Batch, GPTModel, Tensor], tuple[Tensor, dict[str, Any]]],
-        *,
-        train: bool,
+        self, batches: list[Batch], function: schedules.MicrobatchFunction, *, train: bool
     ) -> list[dict[str, Any]]:
-        """Drive the pipeline schedule; the last stage gets one result of `measure` per micro-batch."""
+        return schedules.run_schedule(
+            self.chunks, batches, function, train=train, seq_length=self.config.max_tokens_per_microbatch
+        )
 
-        def after_model(batch: Batch, chunk: GPTModel, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-            total, result = measure(batch, chunk, hidden)
-            return total, torch.tensor(0, dtype=torch.int, device=total.device), result
-
-        def forward_step(iterator: Iterator[Batch], chunk: Any) -> tuple[Tensor, Callable]:
-            batch = next(iterator)
-            hidden = chunk(
-                input_ids=batch.tokens[None],
-                position_ids=batch.positions[None],
-                attention_mask=None,
-                packed_seq_params=describe_sequences(batch.boundaries),
-            )
-            return hidden, partial(after_model, batch, chunk.module)
-
-        for chunk in self.chunks:
-            chunk.train(train)
-        iterators = [iter(batches) for _ in self.chunks]
-        chunks: Any = self.chunks
-        with torch.set_grad_enabled(train):
-            return get_forward_backward_func()(
-                forward_step_func=forward_step,
-                data_iterator=iterators if len(iterators) > 1 else iterators[0],
-                model=chunks if len(chunks) > 1 else chunks[0],
-                num_microbatches=len(batches),
-                seq_length=self.config.max_tokens_per_microbatch,
-                micro_batch_size=1,
-                forward_only=not train,
-            )
-
-
-class _Teacher(NamedTuple):
-    """Of the reference: hidden states [T, H] by `Batch.order`, and its head's weight shard, where there is one."""
-
-    hidden: dict[tuple[int, ...], Tensor]
-    head: Tensor | None
+    def _head_inputs(self, batch: Batch, chunk: GPTModel, hidden: Tensor) -> HeadInputs:
+        return HeadInputs(
+            hidden=hidden.squeeze(0),
+            weight=head_weight(chunk),
+            targets=batch.targets,
+            group=parallel_state.get_tensor_model_parallel_group(),
+            sequence_parallel=self.config.parallel.sequence_parallel,
+            vocab_size=self.arch.vocab_size,
+        )
 
 
 def _sum_gradients(model: list, num_tokens: Tensor | None = None, **kwargs: Any) -> None:
-    """Megatron's gradient reduction without its division by a token count: the weights hold it already."""
+    """Megatron's gradient reduction without its division by a token count: the weights contain it already."""
     finalize_model_grads(model, None, **kwargs)
 
 
-def _sequences_with_nonfinite(values: Tensor, batch: Batch) -> list[int]:
+def _nonfinite_samples(values: Tensor, batch: Batch) -> list[int]:
+    """Indices of the samples with a value that is not finite."""
     edges = batch.boundaries.tolist()
-    parts = zip(batch.order, edges, edges[1:], strict=False)
-    return [index for index, a, b in parts if not bool(torch.isfinite(values[a:b]).all())]
+    spans = zip(batch.order, edges, edges[1:], strict=False)
+    return [index for index, a, b in spans if not bool(torch.isfinite(values[a:b]).all())]

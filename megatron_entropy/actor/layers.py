@@ -1,6 +1,6 @@
-"""Layers of our own for Megatron-Core's local spec: what it lacks for packed sequences and sequence parallelism.
+"""Layers that Megatron-Core's local spec lacks, for packed sequences and sequence parallelism.
 
-Used wherever Transformer Engine is not (always on a CPU). Plain PyTorch, correct on any device.
+They are used wherever Transformer Engine is not (always on a CPU). Plain PyTorch, correct on any device.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 
-class Norm(torch.nn.Module):
-    """RMSNorm whose weight tells Megatron that its gradient is partial under sequence parallelism."""
+class RMSNorm(torch.nn.Module):
+    """RMSNorm whose weight is marked for Megatron: its gradient is partial under sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **unused: Any) -> None:
         super().__init__()
@@ -34,11 +34,11 @@ class Norm(torch.nn.Module):
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's description of packed sequences, plus where `PackedAttention` finds each of them.
+    """Megatron's description of packed sequences, plus the positions of each sequence for `PackedAttention`.
 
-    `buckets`: one `(padded, kept, places)` per group of sequences of similar length: `padded` [S, L] places in the
-    pack of each sequence's tokens (repeating a valid place as padding), `kept` [m] flat entries of `padded` that are
-    tokens, `places` [m] where they lie in the pack.
+    `buckets`: one `(padded, kept, positions)` per group of sequences of similar length: `padded` [S, L] positions in
+    the pack of each sequence's tokens (a valid position is repeated as padding), `kept` [m] flat indices of `padded`
+    that are tokens, `positions` [m] of these tokens in the pack.
     """
 
     buckets: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
@@ -48,7 +48,7 @@ def describe_sequences(boundaries: Tensor) -> PackedSequences:
     """Describe a pack to Megatron's layers.
 
     Args:
-        boundaries: [S + 1] int32, where sequences start and end.
+        boundaries: [S + 1] int32, the start of each sequence and the end of the last.
     """
     starts = boundaries.tolist()
     lengths = [b - a for a, b in zip(starts, starts[1:], strict=False)]
@@ -85,7 +85,7 @@ class PackedAttention(torch.nn.Module):
     """Causal attention within each sequence of a pack; sequences of similar length share one SDPA call.
 
     Lengths within a call differ by less than a factor of two, so at most half of a call is padding. Padding follows
-    each sequence, where causality keeps tokens from seeing it.
+    each sequence, so the causal mask hides it from all tokens.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class PackedAttention(torch.nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSequences | None = None,
     ) -> Tensor:
-        """Attend.
+        """Compute causal attention within each sequence.
 
         Args:
             query: [T, heads, head_dim]; `key`, `value`: [T, query groups, head_dim].
@@ -124,12 +124,12 @@ class PackedAttention(torch.nn.Module):
         assert packed_seq_params is not None, "the actor packs every batch"
         total, heads, dim = query.shape
         out = query.new_zeros(total, heads * dim)
-        for padded, kept, places in packed_seq_params.buckets:
+        for padded, kept, positions in packed_seq_params.buckets:
             rows = [x.reshape(total, -1).index_select(0, padded.flatten()) for x in (query, key, value)]
             q, k, v = (x.view(*padded.shape, -1, dim).transpose(1, 2) for x in rows)
             attended = functional.scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
             )
             tokens = attended.transpose(1, 2).reshape(-1, heads * dim).index_select(0, kept)
-            out = out.index_copy(0, places, tokens)
+            out = out.index_copy(0, positions, tokens)
         return out.unsqueeze(1)

@@ -1,14 +1,15 @@
-"""A Megatron-Core `GPTModel` from a model's shape and a layout.
+"""Build a Megatron-Core `GPTModel` from a model's architecture and a layout.
 
-The output layer is replaced by `HiddenStateHead`, which keeps the head's weight shard and passes the hidden states
-on: logits never exist as a whole, the loss computes what it needs from hidden states and weight shard.
+`HiddenStateHead` replaces the output layer: it keeps the head's weight shard and returns the hidden states. The logits
+never exist as a whole; the loss is computed from hidden states and weight shard.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import logging
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,14 +31,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from megatron_entropy.actor.layers import Norm, PackedAttention
+from megatron_entropy.actor.layers import PackedAttention, RMSNorm
 from megatron_entropy.actor.rotary import rotary_frequencies
 from megatron_entropy.config.architecture import ModelArchitecture, split_layers
 from megatron_entropy.config.schema import ActorConfig, ParallelConfig
 from megatron_entropy.distributed import cpu
 from megatron_entropy.errors import MissingPackageError
 
-log = logging.getLogger(__name__)
+_EXPERT_NUMBER = re.compile(r"(\.local_experts\.|\.experts\.linear_fc[12]\.weight)(\d+)")
+"""The local number of an expert in a parameter's name: of local layers, of Transformer Engine's grouped ones."""
 
 
 def has_transformer_engine() -> bool:
@@ -53,7 +55,7 @@ def resolve_dtype(name: str) -> torch.dtype:
 
 
 class HiddenStateHead(torch.nn.Module):
-    """Takes the place of the output layer: holds its weight shard, hands hidden states on.
+    """Replaces the output layer: keeps its weight shard and returns the hidden states.
 
     `weight`: [V / tp, H], or None where the embedding on the same stage is tied to it.
     """
@@ -63,11 +65,11 @@ class HiddenStateHead(torch.nn.Module):
         self.weight = output_layer.weight
 
     def forward(self, hidden: Tensor, **unused: Any) -> tuple[Tensor, None]:
-        """Return `hidden` unchanged, in the shape of `ColumnParallelLinear`'s answer."""
+        """Return `hidden` unchanged, as a pair like `ColumnParallelLinear`."""
         return hidden, None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
-        """The weight as a tensor sharded along the vocabulary, for `dist_checkpointing`."""
+        """Describe the weight as a tensor sharded along the vocabulary, for `dist_checkpointing`."""
         if self.weight is None:
             return {}
         state = {"weight": self.weight}
@@ -75,15 +77,17 @@ class HiddenStateHead(torch.nn.Module):
 
 
 def transformer_config(arch: ModelArchitecture, config: ActorConfig) -> TransformerConfig:
-    """Megatron's settings for a model and a layout.
+    """Build Megatron's settings for a model and a layout.
 
     Raises:
         MissingPackageError: for FP8 or context parallelism without Transformer Engine.
     """
     layout, dtype, fused = config.parallel, resolve_dtype(config.dtype), has_transformer_engine()
-    for wish, key in ((config.fp8, "actor.fp8"), (layout.cp > 1, "actor.parallel.cp")):
-        if wish and not fused:
-            raise MissingPackageError(f"{key}={wish} needs Transformer Engine and a GPU; see `megatron-entropy doctor`")
+    for key, value, is_needed in (("fp8", config.fp8, config.fp8), ("parallel.cp", layout.cp, layout.cp > 1)):
+        if is_needed and not fused:
+            raise MissingPackageError(
+                f"actor.{key}={value} needs Transformer Engine and a GPU; see `megatron-entropy doctor`"
+            )
     _, attention_factor = rotary_frequencies(arch)
     fp8: dict[str, Any] = {"fp8": "hybrid", "fp8_recipe": config.fp8} if config.fp8 else {}
     recompute: dict[str, Any] = {}
@@ -115,9 +119,9 @@ def transformer_config(arch: ModelArchitecture, config: ActorConfig) -> Transfor
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # asked for by variable_seq_lengths, also without experts
+        moe_token_dispatcher_type="alltoall",  # required by variable_seq_lengths, also without experts
         pipeline_model_parallel_layout=_uneven_stages(arch, layout),
-        calculate_per_token_loss=True,  # gradients are summed: weights already hold the normalisation
+        calculate_per_token_loss=True,  # gradients are summed: weights already contain the normalisation
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,  # every weight comes from a checkpoint
         bias_activation_fusion=fused,
@@ -127,7 +131,7 @@ def transformer_config(arch: ModelArchitecture, config: ActorConfig) -> Transfor
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         deallocate_pipeline_outputs=True,
-        # With two stages a chunk's previous and next rank are the same; only the overlapped exchange tells them apart.
+        # With two stages a chunk's previous and next rank are the same; only overlapped communication separates them.
         overlap_p2p_comm=layout.vpp > 1,
         batch_p2p_comm=layout.vpp == 1,
         **_expert_settings(arch, layout, fused),
@@ -165,17 +169,17 @@ def _uneven_stages(arch: ModelArchitecture, layout: ParallelConfig) -> list[list
 
 
 def build_chunks(arch: ModelArchitecture, config: ActorConfig) -> list[GPTModel]:
-    """This rank's part of the model: one chunk, or `vpp` of them. Weights are not set."""
+    """Build this rank's model chunks: one, or `vpp` of them. Weights are not set."""
     settings = transformer_config(arch, config)
     layout = config.parallel
     chunks = []
-    for stage in range(layout.vpp):
-        vp_stage = stage if layout.vpp > 1 else None
+    for index in range(layout.vpp):
+        vp_stage = index if layout.vpp > 1 else None
         first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         chunk: Any = GPTModel(
             config=settings,
-            transformer_layer_spec=_layer_spec(arch, config, stage),
+            transformer_layer_spec=_layer_spec(arch, config, index),
             vocab_size=arch.padded_vocab_size,
             max_sequence_length=arch.max_positions,
             pre_process=first,
@@ -194,8 +198,28 @@ def build_chunks(arch: ModelArchitecture, config: ActorConfig) -> list[GPTModel]
     return chunks
 
 
+def global_parameters(chunks: Sequence[Any], arch: ModelArchitecture, layout: ParallelConfig) -> dict[str, Tensor]:
+    """This rank's parameters by global name: layers are numbered over all pipeline stages, experts over all ranks."""
+    parameters: dict[str, Tensor] = {}
+    first_expert = 0
+    if arch.moe:
+        first_expert = arch.moe.num_experts // layout.ep * parallel_state.get_expert_model_parallel_rank()
+
+    def global_expert(match: re.Match[str]) -> str:
+        return f"{match[1]}{int(match[2]) + first_expert}"
+
+    for chunk in chunks:
+        numbers = {str(index): str(layer.layer_number - 1) for index, layer in enumerate(chunk.decoder.layers)}
+        for name, parameter in chunk.named_parameters():
+            path = name.split(".")
+            if path[:2] == ["decoder", "layers"]:
+                path[2] = numbers[path[2]]
+            parameters[_EXPERT_NUMBER.sub(global_expert, ".".join(path))] = parameter
+    return parameters
+
+
 def head_weight(chunk: GPTModel) -> Tensor:
-    """The weight shard [V / tp, H] that turns hidden states of the last stage into logits."""
+    """The head's weight shard [V / tp, H], which turns hidden states of the last stage into logits."""
     tied = chunk.share_embeddings_and_output_weights
     weight = chunk.shared_embedding_or_output_weight() if tied else chunk.output_layer.weight
     assert isinstance(weight, Tensor)
@@ -203,7 +227,7 @@ def head_weight(chunk: GPTModel) -> Tensor:
 
 
 def _mark_sharded_weights(chunk: GPTModel) -> None:
-    """Tell the gradient norm which weights are shards; Megatron does this only while it initialises them."""
+    """Mark which weights are shards, for the gradient norm; Megatron does this only while it initialises them."""
     for module in chunk.modules():
         if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
             sharded: list[tuple[Any, int]] = [(module.weight, 0), (getattr(module, "bias", None), 0)]
@@ -215,7 +239,7 @@ def _mark_sharded_weights(chunk: GPTModel) -> None:
             if parameter is not None and not hasattr(parameter, "tensor_model_parallel"):
                 set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
             if parameter is not None and getattr(module, "is_expert", False):
-                # Megatron says so for ep > 1 only, but with etp < tp experts have replicas of their own too.
+                # Megatron sets this for ep > 1 only, but with etp < tp experts have their own replicas too.
                 parameter.allreduce = False
 
 
@@ -226,30 +250,30 @@ def _layer_spec(arch: ModelArchitecture, config: ActorConfig, chunk: int) -> Any
         fused: ModuleSpec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=experts, moe_grouped_gemm=experts is not None, qk_layernorm=arch.qk_norm
         )
-        return _with_norms_apart(fused) if config.lora.rank else fused
+        return _separate_norms(fused) if config.lora.rank else fused
     layer: Any = get_gpt_layer_local_spec(num_experts=experts, qk_layernorm=arch.qk_norm, normalization="RMSNorm")
-    if experts:  # no layer of Transformer Engine fuses the norm before experts: its checkpoint name is its own
+    if experts:  # Transformer Engine never fuses the norm before experts, so its checkpoint name stays
         layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
-    layer.submodules.input_layernorm = Norm
-    layer.submodules.pre_mlp_layernorm = Norm
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PackedAttention
     if arch.qk_norm:
-        attention.q_layernorm = Norm
-        attention.k_layernorm = Norm
+        attention.q_layernorm = RMSNorm
+        attention.k_layernorm = RMSNorm
     stage = chunk * layout.pp + parallel_state.get_pipeline_model_parallel_rank()
-    layers_here = len(split_layers(arch.num_layers, layout.pp * layout.vpp)[stage])
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers_here, layer_norm=Norm)  # type: ignore[arg-type]
+    num_layers = len(split_layers(arch.num_layers, layout.pp * layout.vpp)[stage])
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)  # type: ignore[arg-type]
 
 
-def _with_norms_apart(layer: ModuleSpec) -> ModuleSpec:
-    """Transformer Engine's layer without norms fused into linear layers, whose input LoRA needs. Not run on a GPU."""
+def _separate_norms(layer: ModuleSpec) -> ModuleSpec:
+    """Undo the fusion of norms into Transformer Engine's linear layers: LoRA needs their input. Not run on a GPU."""
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
 
-    parts: Any = layer.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = TENorm  # the second is that already where there are experts
-    parts.self_attention.submodules.linear_qkv = TEColumnParallelLinear
-    mlp: Any = parts.mlp  # megatron-core 0.17 and later describe it by a `partial` of its class
+    submodules: Any = layer.submodules
+    submodules.input_layernorm = submodules.pre_mlp_layernorm = TENorm  # with experts the second is one already
+    submodules.self_attention.submodules.linear_qkv = TEColumnParallelLinear
+    mlp: Any = submodules.mlp  # megatron-core 0.17 and later describe it by a `partial` of its class
     inner = mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
     if hasattr(inner, "linear_fc1"):
         inner.linear_fc1 = TEColumnParallelLinear

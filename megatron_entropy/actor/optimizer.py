@@ -12,7 +12,7 @@ from megatron_entropy.config.schema import ActorConfig, OptimizerConfig
 
 
 def build_optimizer(config: ActorConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
-    """The optimizer over this rank's model chunks; fp32 master weights where the model is bfloat16."""
+    """Build the optimizer over this rank's model chunks, with fp32 main weights where the model is bfloat16."""
     settings, dtype = config.optimizer, resolve_dtype(config.dtype)
     megatron_config = MegatronOptimizerConfig(
         optimizer="adam",
@@ -33,7 +33,7 @@ def build_optimizer(config: ActorConfig, chunks: list[DistributedDataParallel]) 
 def build_schedule(
     config: OptimizerConfig, optimizer: MegatronOptimizer, total_updates: int
 ) -> OptimizerParamScheduler:
-    """Linear warm-up, then constant, or decay to `min_lr` over `decay_steps` or the stage's updates."""
+    """Build the schedule: linear warm-up, then constant, or decay to `min_lr` over `decay_steps` or all updates."""
     return OptimizerParamScheduler(
         optimizer,
         init_lr=config.warmup_lr,

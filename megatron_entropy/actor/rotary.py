@@ -10,10 +10,10 @@ from megatron_entropy.config.architecture import ModelArchitecture
 
 
 def rotary_frequencies(arch: ModelArchitecture) -> tuple[torch.Tensor, float]:
-    """Inverse frequencies of the rotary embedding and the factor its sines and cosines are scaled by.
+    """Compute the inverse frequencies of the rotary embedding and the scale of its sines and cosines.
 
     Args:
-        shape: `rope_kind` and `rope_scaling` choose and parametrise the scaling.
+        arch: `rope_kind` and `rope_scaling` choose and parametrise the scaling.
     Returns:
         `[head_dim / 2]` float32 inverse frequencies (radians per position), and the attention factor: scores are
         multiplied by its square.
@@ -34,7 +34,7 @@ def rotary_frequencies(arch: ModelArchitecture) -> tuple[torch.Tensor, float]:
 
 
 def _llama3(frequencies: torch.Tensor, scaling: dict[str, float]) -> torch.Tensor:
-    """Long waves are stretched by `factor`, short ones kept, those between interpolated."""
+    """Stretch long waves by `factor`, keep short ones, interpolate between."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -42,14 +42,15 @@ def _llama3(frequencies: torch.Tensor, scaling: dict[str, float]) -> torch.Tenso
 
 
 def _yarn(frequencies: torch.Tensor, arch: ModelArchitecture) -> tuple[torch.Tensor, float]:
+    """Stretch by `factor`, less for dimensions that turn more often within the original context."""
     scaling = arch.rope_scaling
     original = scaling.get("original_max_position_embeddings") or arch.max_positions
     factor = scaling["factor"]
 
-    def dimension(turns: float) -> float:
+    def dimension_of(turns: float) -> float:
         return arch.head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(arch.rope_theta))
 
-    low, high = dimension(scaling.get("beta_fast") or 32), dimension(scaling.get("beta_slow") or 1)
+    low, high = dimension_of(scaling.get("beta_fast") or 32), dimension_of(scaling.get("beta_slow") or 1)
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, arch.head_dim - 1)

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Checkpoints: what a stage resumes from, written in the background, readable under any layout."""

@@ -1,15 +1,14 @@
-"""What a run resumes from: sharded weights and optimizer state, and where the stage stood.
+"""Save and load checkpoints: sharded weights, optimizer state, and the progress of the stage.
 
 A checkpoint is a folder `step_000010` with `shards/` (the format of `megatron.core.dist_checkpointing`, readable under
-any layout) and `state.json` (`manifest.py`). `Saver` writes it beside training: the ranks plan and copy their tensors
-at once, which training waits for, and each writes its copy in a thread. When all bytes of all ranks are on disk, rank 0
-writes `state.json` and renames the folder from `step_000010.partial`, so that one with a final name is whole unless it
-was damaged later. `newest` compares every byte with its checksum and says why it passes over a damaged one.
+any layout) and `state.json` (`weights/manifest.py`). `Saver` writes it in the background: training waits while the
+ranks plan and copy their tensors, then each rank writes its copy in a thread. When all bytes of all ranks are on disk,
+rank 0 writes `state.json` and renames the folder from `step_000010.partial`: a folder with a final name is complete
+unless it was damaged later. `newest` compares every byte with its checksum and reports why it skips a damaged one.
 
-Random numbers need no place in it. What is drawn is drawn from seeds that depend on the run's seed and the place alone:
-prompts on epoch and position, samples on stage, step, prompt and number (on the engines, which keep no state between
-requests), and every step seeds the generators of `random`, `numpy`, torch and Megatron anew on each rank
-(`seeds.seed_generators`), for methods and layers that use them.
+A checkpoint contains no random state. Every draw has a seed that depends only on the run's seed and on what is drawn:
+prompts on epoch and position, samples on stage, step, prompt and number (the engines keep no state between requests).
+Every step seeds the generators of `random`, `numpy`, torch and Megatron on each rank (`seeds.seed_generators`).
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from megatron_entropy.checkpoint.sharded_state import global_shapes, restore, sh
 from megatron_entropy.checkpoint.snapshot import Snapshot, Written
 from megatron_entropy.distributed import process_groups
 from megatron_entropy.errors import CheckpointError, Fault
+from megatron_entropy.files import fsync_path
 from megatron_entropy.weights import manifest
 from megatron_entropy.weights.manifest import FileRecord
 
@@ -42,11 +41,11 @@ SHARDS = "shards"
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Where a stage stands.
+class StageProgress:
+    """The progress of a stage.
 
-    `step`: steps done. `updates`: optimizer steps taken, which is also where the learning-rate schedule stands.
-    `position`: prompts drawn. `fingerprint`: of the stage's settings. `method`: `Method.state()`.
+    `step`: steps done. `updates`: optimizer steps taken, also the position of the learning-rate schedule. `position`:
+    prompts drawn. `fingerprint`: of the stage's settings. `method`: `Method.state()`.
     """
 
     step: int
@@ -57,33 +56,31 @@ class Progress:
 
 
 class Saver:
-    """Writes the checkpoints of one stage, each while training goes on.
+    """Writes the checkpoints of one stage while training continues.
 
-    It takes a copy of the rank's share of the tensors in host memory until they are written. One checkpoint is written
-    at a time. A checkpoint that cannot be written stops the run: going on would be training that a crash loses.
+    It holds a copy of the rank's tensors in host memory until they are written, one checkpoint at a time. A checkpoint
+    that cannot be written stops the run, because a crash would lose all later training.
 
     Args:
-        folder: of the stage's checkpoints; made by the first save.
-        keep: complete checkpoints that stay.
+        folder: of the stage's checkpoints; the first save creates it.
+        keep: number of complete checkpoints to keep.
         asynchronous: False: `save` returns when the checkpoint is complete, and nothing is copied.
     """
 
     def __init__(self, folder: Path, *, keep: int, asynchronous: bool) -> None:
-        """Connect the ranks' writers; a collective."""
+        """Create the process group of the writer threads; a collective."""
         self._folder = folder
         self._keep = keep
         self._asynchronous = asynchronous
-        self._group: Any = dist.new_group(
-            backend="gloo"
-        )  # of their own, so that they need not wait for training's turn
+        self._group: Any = dist.new_group(backend="gloo")  # the threads do not wait for training's collectives
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
-    def save(self, actor: Actor, progress: Progress) -> None:
-        """Start a checkpoint, once the one before is complete; a collective.
+    def save(self, actor: Actor, progress: StageProgress) -> None:
+        """Start a checkpoint after the previous one is complete; a collective.
 
         Raises:
-            Fault: on every rank, when this one or the one before could not be written.
+            Fault: on every rank, when this checkpoint or the previous one could not be written.
         """
         self.wait()
         final = self._folder / f"step_{progress.step:06d}"
@@ -103,17 +100,17 @@ class Saver:
             self.wait()
 
     def check(self) -> None:
-        """Raise what went wrong with a save, without waiting for one that goes on; a collective, on rank 0's word."""
+        """Raise the error of a finished save that rank 0 knows of, without waiting for a running one; a collective."""
         failure = process_groups.broadcast_object(self._failure)
         if failure is not None:
             self._failure = None
             raise failure
 
     def wait(self) -> None:
-        """Return when the last save is complete; no collective.
+        """Wait until the last save is complete; no collective.
 
         Raises:
-            Fault: it could not be written.
+            Fault: the checkpoint could not be written.
         """
         if self._thread is not None:
             self._thread.join()
@@ -123,7 +120,7 @@ class Saver:
             raise failure
 
     def close(self) -> None:
-        """Let the last save end, whatever else has failed meanwhile."""
+        """Wait for the last save and log its error: another one may be on its way."""
         try:
             self.wait()
         except Exception as error:
@@ -132,20 +129,20 @@ class Saver:
         dist.destroy_process_group(self._group)
 
     def _prepare(self, final: Path, partial: Path) -> None:
-        """Rank 0: an empty folder for the new checkpoint, on a disk that takes files."""
+        """Create an empty folder for the new checkpoint and check that the disk accepts files; on rank 0."""
         try:
             for leftover in self._folder.glob("*.partial"):
                 shutil.rmtree(leftover)
             (partial / SHARDS).mkdir(parents=True)
             probe = partial / "probe"
-            probe.write_bytes(bytes(2**20))  # a full disk shows here, before Megatron writes with others waiting
+            probe.write_bytes(bytes(2**20))  # a full disk fails here, before Megatron writes and other ranks wait
             probe.unlink()
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise self._fault(final, error) from None
 
     def _complete(self, snapshot: Snapshot, final: Path, partial: Path, content: dict[str, Any]) -> None:
-        """What the thread does: write, hear of the others, and on rank 0 publish."""
+        """Write this rank's files, gather all outcomes and publish the checkpoint on rank 0; in the thread."""
         try:
             try:
                 outcome: Written | BaseException = snapshot.write()
@@ -153,17 +150,18 @@ class Saver:
                 outcome = self._fault(final, error)
             outcomes: list[Any] = [None] * dist.get_world_size() if process_groups.rank() == 0 else []
             dist.gather_object(outcome, outcomes or None, dst=0, group=self._group)
-            verdict: list[BaseException | None] = [None]
+            failures: list[BaseException | None] = [None]
             if process_groups.rank() == 0:
-                verdict[0] = self._conclude(snapshot, outcomes, final, partial, content)
-            dist.broadcast_object_list(verdict, src=0, group=self._group)
-            self._failure = verdict[0]
+                failures[0] = self._finish(snapshot, outcomes, final, partial, content)
+            dist.broadcast_object_list(failures, src=0, group=self._group)
+            self._failure = failures[0]
         except Exception as error:  # another rank has gone
             self._failure = error
 
-    def _conclude(
+    def _finish(
         self, snapshot: Snapshot, outcomes: list[Any], final: Path, partial: Path, content: dict[str, Any]
     ) -> BaseException | None:
+        """Complete and publish the checkpoint on rank 0, or delete it; returns the first error."""
         failure = next((outcome for outcome in outcomes if isinstance(outcome, BaseException)), None)
         if failure is None:
             try:
@@ -172,7 +170,7 @@ class Saver:
                 for path in (partial / SHARDS).iterdir():
                     name = f"{SHARDS}/{path.name}"
                     files[name] = files.get(name) or FileRecord.of(path)
-                manifest.verify(partial, files, checksums=False)  # do all nodes write into the same folder?
+                manifest.verify(partial, files, checksums=False)  # fails unless all nodes write into the same folder
                 manifest.write(partial, content, files)
                 self._publish(final, partial)
                 return None
@@ -182,18 +180,18 @@ class Saver:
         return failure
 
     def _publish(self, final: Path, partial: Path) -> None:
-        """Give the checkpoint its name; drop those of a future that was not resumed, and all but the newest."""
+        """Rename the checkpoint to its final name; delete later ones, which were not resumed, and old ones."""
         if final.exists():
             _discard(final)
         os.replace(partial, final)
-        manifest.sync(self._folder)
+        fsync_path(self._folder)
         steps = _steps(self._folder)
         past = steps[: steps.index(final) + 1]
-        for unwanted in set(steps) - set(past[-self._keep :]):
-            _discard(unwanted)
+        for obsolete in set(steps) - set(past[-self._keep :]):
+            _discard(obsolete)
 
     def _fault(self, final: Path, error: Exception) -> Exception:
-        """A line for the user where the operating system has refused, the error itself otherwise."""
+        """Turn an error of the operating system or of a missing file into a `Fault` for the user."""
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, OSError):
             cause = cause.__cause__ or cause.__context__
@@ -203,85 +201,82 @@ class Saver:
             reason = f"{error}; checkpoints need a folder that all nodes share"
         else:
             return RuntimeError(f"checkpoint {final}: {type(error).__name__}: {error}")
-        kept = [step.name for step in _steps(self._folder)]
-        stays = f"{kept[-1]} is the last good one" if kept else "there is none before it"
-        return Fault(f"checkpoint {final} could not be written ({reason}); {stays}; mend that and go on with --resume")
+        complete = [step.name for step in _steps(self._folder)]
+        last = f"{complete[-1]} is the last good one" if complete else "there is no earlier one"
+        return Fault(f"checkpoint {final} could not be written ({reason}); {last}; fix this and continue with --resume")
 
 
-def newest(folder: Path) -> tuple[Path, Progress] | None:
-    """The newest whole checkpoint of a stage, or None before the first; warns of every one it passes over.
+def newest(folder: Path) -> tuple[Path, StageProgress] | None:
+    """Return the newest complete checkpoint of a stage, or None before the first; warn about every skipped one.
 
     Raises:
-        CheckpointError: there are checkpoints and every one is damaged.
+        CheckpointError: every checkpoint is damaged.
     """
     for partial in sorted(folder.glob("*.partial")):
-        log.warning("checkpoint %s was never completed and is passed over", partial)
+        log.warning("checkpoint %s was never completed and is skipped", partial)
     damaged = []
     for candidate in reversed(_steps(folder)):
         try:
             content, files = manifest.read(candidate)
             manifest.verify(candidate, files)
-            return candidate, Progress(**content["progress"])
+            return candidate, StageProgress(**content["progress"])
         except (CheckpointError, KeyError, TypeError) as error:
-            reason = str(error) if isinstance(error, CheckpointError) else f"{manifest.NAME} holds no progress"
-            log.warning("checkpoint %s is damaged and passed over: %s", candidate, reason)
+            reason = str(error) if isinstance(error, CheckpointError) else f"{manifest.NAME} contains no progress"
+            log.warning("checkpoint %s is damaged and skipped: %s", candidate, reason)
             damaged.append(f"{candidate.name}: {reason}")
     if damaged:
         raise CheckpointError(
-            f"{folder}: every checkpoint is damaged ({'; '.join(damaged)}); put a copy back, or start over with "
-            "--overwrite"
+            f"{folder}: every checkpoint is damaged ({'; '.join(damaged)}); restore one from a copy, or start over "
+            "with --overwrite"
         )
     return None
 
 
-def load(path: Path, actor: Actor, progress: Progress) -> None:
-    """Read a checkpoint into an actor of any layout; a collective.
+def load(path: Path, actor: Actor, progress: StageProgress) -> None:
+    """Load a checkpoint into an actor of any layout; a collective.
 
     Raises:
-        CheckpointError: on every rank, when it is of another model.
+        CheckpointError: on every rank, when the checkpoint belongs to another model.
     """
     from megatron.core import dist_checkpointing
 
     state = sharded_state(actor, is_loading=True)
-    wanted: list[dict[str, tuple[int, ...]]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(wanted, global_shapes(state))
-    merged = {name: shape for rank in wanted for name, shape in rank.items()}
+    expected: list[dict[str, tuple[int, ...]]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(expected, global_shapes(state))
+    merged = {name: shape for rank in expected for name, shape in rank.items()}
     process_groups.run_on_rank_zero(lambda: _check_model(path, merged, actor.arch.vocab_size))
     loaded: Any = dist_checkpointing.load(state, str(path / SHARDS))
     restore(actor, loaded, updates=progress.updates)
 
 
-def _check_model(path: Path, wanted: dict[str, tuple[int, ...]], vocab_size: int) -> None:
-    """Compare the model's tensors with the checkpoint's, by their global shapes."""
+def _check_model(path: Path, expected: dict[str, tuple[int, ...]], vocab_size: int) -> None:
+    """Compare the global shapes of the model's and the checkpoint's tensors."""
     found = {name: tensor.shape for name, tensor in manifest.tensors(path / SHARDS).items()}
-    names = sorted(wanted.keys() | found.keys(), key=lambda n: (n.startswith("optimizer."), not is_adapter(n), n))
-    same = "model and actor.lora" if any(is_adapter(name) for name in names) else "model"
+    names = sorted(expected.keys() | found.keys(), key=lambda n: (n.startswith("optimizer."), not is_adapter(n), n))
+    settings = "model and actor.lora" if any(is_adapter(name) for name in names) else "model"
     for name in names:
-        here, there = wanted.get(name), found.get(name)
-        if here != there:
+        ours, theirs = expected.get(name), found.get(name)
+        if ours != theirs:
             raise CheckpointError(
-                f"{path} is of another model: tensor {name} is {there or 'missing'} in it and {here or 'missing'} in "
-                f"the model of model.path; resume with the {same} the run was started with, or choose another --output"
+                f"{path} belongs to another model: tensor {name} is {theirs or 'missing'} in it and "
+                f"{ours or 'missing'} in the model of model.path; resume with the {settings} that started the run, or "
+                "choose another output"
             )
     rows = manifest.read(path)[0]["model"]["vocab_size"]
     if rows != vocab_size:  # hidden by the padding
         raise CheckpointError(
-            f"{path} is of another model: tensor embedding.word_embeddings.weight has {rows} rows without padding in "
-            f"it and {vocab_size} in the model of model.path; resume with the model the run was started with"
+            f"{path} belongs to another model: tensor embedding.word_embeddings.weight has {rows} rows without padding "
+            f"in it and {vocab_size} in the model of model.path; resume with the model that started the run"
         )
 
 
 def _steps(folder: Path) -> list[Path]:
     """Checkpoints with a final name, oldest first."""
-    return sorted(path for path in _listed(folder) if re.fullmatch(r"step_\d{6,}", path.name))
-
-
-def _listed(folder: Path) -> Iterator[Path]:
-    return folder.iterdir() if folder.is_dir() else iter(())
+    return sorted(path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{6,}", path.name))
 
 
 def _discard(path: Path) -> None:
-    """Delete a checkpoint, which loses its name first: a folder with a final name is whole."""
-    doomed = path.with_name(f"{path.name}.partial")
-    os.replace(path, doomed)
-    shutil.rmtree(doomed)
+    """Rename a checkpoint to `.partial`, then delete it: a folder with a final name is always complete."""
+    partial = path.with_name(f"{path.name}.partial")
+    os.replace(path, partial)
+    shutil.rmtree(partial)

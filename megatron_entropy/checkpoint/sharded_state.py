@@ -1,11 +1,11 @@
-"""The actor's weights and optimizer state as sharded tensors, independent of the layout they are held in.
+"""The actor's weights and optimizer state as sharded tensors, independent of the layout.
 
 `megatron.core.dist_checkpointing` stores every tensor by its global name, shape and offset, so a checkpoint written
-under one layout is read under any other. For the distributed optimizer that needs its `fully_reshardable` form; for
-the plain ones the state is described here parameter by parameter, because Megatron would store their parameter groups
-as data common to all ranks, which differ between pipeline stages.
+under one layout is read under any other. The distributed optimizer uses its `fully_reshardable` form. The state of the
+plain optimizers is described here parameter by parameter: Megatron would store their parameter groups as data common
+to all ranks, but they differ between pipeline stages.
 
-With LoRA only the adapters and their optimizer state are described: the weights below them come from the model folder.
+With LoRA only the adapters and their optimizer state are described: the base weights come from the model folder.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from megatron_entropy.actor.actor import Actor
 from megatron_entropy.actor.lora import is_adapter
 
 MASTER = "param"
-"""Name of the fp32 weights the optimizer updates; written for fp32 models too, so that every optimizer finds it."""
+"""Name of the fp32 weights that the optimizer updates; fp32 models have it too, so that every optimizer finds it."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def sharded_state(actor: Actor, *, is_loading: bool) -> dict[str, Any]:
-    """Everything of the actor that a checkpoint holds, as sharded tensors: weights, optimizer, a teacher that moves.
+    """Describe the checkpoint's content as sharded tensors: weights, optimizer state and a changing reference.
 
     Optimizer state that does not exist yet is created.
 
@@ -40,42 +40,31 @@ def sharded_state(actor: Actor, *, is_loading: bool) -> dict[str, Any]:
     """
     chunks: list[Any] = actor.chunks
     model = {f"model{i}": _trained(actor, chunk.module.sharded_state_dict()) for i, chunk in enumerate(chunks)}
-    if actor.reference is not None and actor.reference.moving:
-        described = _described(actor, model)
-        reference = {
-            name: make_sharded_optimizer_tensor(described[name], weight, prefix="reference")
+    if actor.config.parallel.distributed_optimizer:
+        state = {**model, "optimizer": _distributed_state(actor, model, is_loading=is_loading)}
+    else:
+        state = {**model, "optimizer": _plain_state(actor, model)}
+    if actor.reference is not None and actor.reference.in_checkpoint:
+        sharded = _sharded_parameters(actor, model)
+        state["reference"] = {
+            name: make_sharded_optimizer_tensor(sharded[name], weight, prefix="reference")
             for name, weight in actor.reference.weights.items()
-            if name in described
+            if name in sharded
         }
-        return {**_trained_state(actor, model, is_loading=is_loading), "reference": reference}
-    return _trained_state(actor, model, is_loading=is_loading)
-
-
-def _trained_state(actor: Actor, model: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
-    """Weights and optimizer state."""
-    if not actor.config.parallel.distributed_optimizer:
-        return {**model, "optimizer": _plain_state(actor, model)}
-    state = []
-    for optimizer in _single_optimizers(actor):
-        _create_state(optimizer.optimizer)
-        # Only the tensors: its parameter groups hold what the schedule sets anyway.
-        full = optimizer.sharded_state_dict(dict(model), is_loading=is_loading, metadata=_RESHARDABLE)
-        state.append(full["param_state"])
-    return {**model, "optimizer": state}
+    return state
 
 
 def restore(actor: Actor, loaded: dict[str, Any], *, updates: int) -> None:
-    """Put what `dist_checkpointing.load` returned for `sharded_state` back into the actor.
-
-    With LoRA the weights below the adapters stay as they are.
+    """Copy a loaded state into the actor; LoRA's base weights do not change.
 
     Args:
+        loaded: from `dist_checkpointing.load(sharded_state(...))`.
         updates: optimizer steps taken when it was saved.
     """
     for i, chunk in enumerate(actor.chunks):
         found = chunk.module.load_state_dict(loaded[f"model{i}"], strict=not actor.config.lora.rank)
-        left_out = [name for name in found.missing_keys if is_adapter(name)]
-        assert not (left_out or found.unexpected_keys), f"{left_out} missing, {found.unexpected_keys} unexpected"
+        missing = [name for name in found.missing_keys if is_adapter(name)]
+        assert not (missing or found.unexpected_keys), f"{missing} missing, {found.unexpected_keys} unexpected"
     if actor.config.parallel.distributed_optimizer:
         for optimizer, tensors in zip(_single_optimizers(actor), loaded["optimizer"], strict=True):
             for moments in optimizer.optimizer.state.values():
@@ -95,44 +84,54 @@ def restore(actor: Actor, loaded: dict[str, Any], *, updates: int) -> None:
 
 
 def global_shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name and global shape of every tensor that this rank's `sharded_state` asks a checkpoint for."""
+    """Return name and global shape of every tensor of a rank's `sharded_state`."""
     prepared, _, _ = load_preprocess(state)
     return {t.key: tuple(t.global_shape) for t in nested_values(prepared) if isinstance(t, ShardedTensor)}
 
 
 def _trained(actor: Actor, state: dict[str, Any]) -> dict[str, Any]:
-    return {name: part for name, part in state.items() if is_adapter(name)} if actor.config.lora.rank else state
+    return {name: value for name, value in state.items() if is_adapter(name)} if actor.config.lora.rank else state
 
 
 def _single_optimizers(actor: Actor) -> list[Any]:
     return getattr(actor.optimizer, "chained_optimizers", [actor.optimizer])
 
 
-def _described(actor: Actor, model: dict[str, Any]) -> dict[str, Any]:
-    """Each parameter's place in its global tensor, by the parameter's name."""
-    described = {
+def _sharded_parameters(actor: Actor, model: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a model's sharded state, by global name."""
+    by_identity = {
         id(tensor.data): tensor
         for tensor in nested_values(model)
         if isinstance(tensor, (ShardedTensor, ShardedTensorFactory))
     }
     names = _names(actor)
-    return {names[key]: tensor for key, tensor in described.items() if key in names}
+    return {names[key]: tensor for key, tensor in by_identity.items() if key in names}
+
+
+def _distributed_state(actor: Actor, model: dict[str, Any], *, is_loading: bool) -> list[Any]:
+    state = []
+    for optimizer in _single_optimizers(actor):
+        _create_state(optimizer.optimizer)
+        # Only the tensors: the schedule sets the values of its parameter groups anyway.
+        full = optimizer.sharded_state_dict(dict(model), is_loading=is_loading, metadata=_RESHARDABLE)
+        state.append(full["param_state"])
+    return state
 
 
 def _plain_state(actor: Actor, model: dict[str, Any]) -> dict[str, Any]:
-    by_name = _described(actor, model)
+    sharded = _sharded_parameters(actor, model)
     state: dict[str, Any] = {}
     for name, (main, moments) in _plain_parameters(actor).items():
         tensors = {MASTER: main, **moments}
         state[name] = {
-            key: make_sharded_optimizer_tensor(by_name[name], tensor, prefix=f"optimizer.state.{key}")
+            key: make_sharded_optimizer_tensor(sharded[name], tensor, prefix=f"optimizer.state.{key}")
             for key, tensor in tensors.items()
         }
     return state
 
 
 def _plain_parameters(actor: Actor) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
-    """Name -> (the parameter the optimizer updates, its moments), creating moments that do not exist yet."""
+    """Name -> (the parameter that the optimizer updates, its moments); moments that do not exist yet are created."""
     names = _names(actor)
     result = {}
     for optimizer in _single_optimizers(actor):
@@ -145,12 +144,12 @@ def _plain_parameters(actor: Actor) -> dict[str, tuple[Tensor, dict[str, Tensor]
 
 
 def _names(actor: Actor) -> dict[int, str]:
-    """Name of each parameter, by its identity."""
+    """Global name of each parameter, by its identity."""
     return {id(parameter): name for name, parameter in (actor.named_shards() | actor.adapter_shards()).items()}
 
 
 def _pairs(optimizer: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """Model parameters with what the optimizer updates in their place (fp32 copies of low-precision ones)."""
+    """Pairs of a model parameter and what the optimizer updates: an fp32 copy of a low-precision one, or itself."""
     if hasattr(optimizer, "float16_groups"):
         for low, high in zip(optimizer.float16_groups, optimizer.fp32_from_float16_groups, strict=True):
             yield from zip(low, high, strict=True)

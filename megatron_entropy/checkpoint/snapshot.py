@@ -1,9 +1,9 @@
-"""One rank's share of a sharded checkpoint: planned with the other ranks, copied, then written without them.
+"""One rank's files of a sharded checkpoint: planned with the other ranks, copied, then written without them.
 
 Megatron's `dist_checkpointing` decides which rank writes which tensor into which file. Its own asynchronous writers
 are processes, which cost a start or 280 MB each and outlive a rank that is killed (or, forked, keep its connections
-open, so that the other ranks wait for it for ever). Here the plan is Megatron's and the writing is a plain function,
-for a thread to call: it ends with its rank, and it leaves the interpreter to training while it writes.
+open, so that the other ranks wait for it forever). Here the plan is Megatron's and the writing is a plain function
+for a thread: it ends with its rank, and it releases the interpreter to training while it writes.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-from megatron_entropy.weights import manifest
+from megatron_entropy.files import fsync_path
 from megatron_entropy.weights.manifest import FileRecord
 
 
 @dataclass(frozen=True)
 class Written:
-    """What a rank has written: files by name, and where in them its tensors lie, for Megatron's index."""
+    """Files of one rank by name, and the locations of its tensors in them, for Megatron's index."""
 
     files: dict[str, FileRecord]
     results: list[Any]
 
 
 class Snapshot:
-    """A rank's tensors as they are now.
+    """A rank's tensors at the time of construction.
 
     Args:
         tensors: `sharded_state` of the actor.
-        folder: where Megatron's files go; exists and is empty.
-        copy: keep the tensors in memory of their own, so that training can go on before they are written.
+        folder: of Megatron's files; exists and is empty.
+        copy: copy the tensors to separate memory, so that training can continue before they are written.
     """
 
     def __init__(self, tensors: dict[str, Any], folder: Path, *, copy: bool) -> None:
@@ -52,42 +52,42 @@ class Snapshot:
         self._writer.write_buckets = None
 
     def write(self) -> Written:
-        """Write this rank's files, force them to disk and read them back for their checksums; no collective.
+        """Write this rank's files, fsync them and read them back for their checksums; no collective.
 
         Raises:
-            OSError: the disk is full, for instance. What torch makes of one has it as context.
+            OSError: the disk is full, for instance. An error of torch may have it as context instead.
         """
         written = Written({}, [])
         transforms = [self._writer.transforms] if hasattr(self._writer, "transforms") else []
         for number, bucket in enumerate(self._buckets):
-            answers: Any = queue.SimpleQueue()
+            outcomes: Any = queue.SimpleQueue()
             pending: Any = queue.Queue()
             pending.put(number)
-            FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, answers, pending, use_fsync=False)
-            _, outcome = answers.get()
+            FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, outcomes, pending, use_fsync=False)
+            _, outcome = outcomes.get()
             if isinstance(outcome, Exception):
                 raise outcome
             path = Path(bucket[0])
-            manifest.sync(path)  # Megatron's fsync comes before the last buffer is flushed
+            fsync_path(path)  # Megatron's fsync comes before the last buffer is flushed
             written.files[bucket[1]] = FileRecord.of(path)
             written.results.extend(outcome)
         self._buckets = []
         return written
 
     def write_index(self, written: list[Written]) -> None:
-        """Write Megatron's index of all ranks' tensors; on rank 0, when all have written."""
+        """Write Megatron's index of all ranks' tensors; on rank 0, after all ranks have written."""
         self._writer.finish(self._index, [rank.results for rank in written])
 
 
 class _Plan(TorchDistSaveShardedStrategy):
-    """Megatron's strategy, stopped when all is planned and nothing written: one file per rank, no queue, no process."""
+    """Megatron's strategy, stopped after planning: one file per rank, nothing written, no queue, no process."""
 
     def __init__(self) -> None:
         super().__init__("torch_dist", 1, thread_count=1)
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
         """Plan; a collective."""
-        filesystem_async._results_queue = queue.SimpleQueue()  # or Megatron starts a process to hold one
+        filesystem_async._results_queue = queue.SimpleQueue()  # or Megatron starts a process for one
         newer = "async_strategy" in inspect.signature(self.async_save).parameters  # megatron-core 0.17 and later
         self.async_save(sharded_state_dict, checkpoint_dir, **({"async_strategy": "mcore"} if newer else {}))
 

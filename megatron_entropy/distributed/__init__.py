@@ -1,1 +1,1 @@
-"""TODO."""
+"""Ranks: process groups, seeds, and Megatron-Core on machines without CUDA."""

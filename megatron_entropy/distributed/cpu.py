@@ -1,8 +1,8 @@
 """Megatron-Core on machines without CUDA.
 
-Megatron-Core asks for the current CUDA device in about 175 places, writes `device="cuda"` literally, and keeps CUDA
-random states and streams. `activate()` redirects those few entry points of `torch.cuda` to the CPU, once per process
-and before anything of `megatron.core` is imported. Where CUDA is present it does nothing at all.
+Megatron-Core reads the current CUDA device at about 175 call sites, writes `device="cuda"` literally, and keeps CUDA
+random states and streams. `activate()` redirects these entry points of `torch.cuda` to the CPU, once per process and
+before anything of `megatron.core` is imported. Where CUDA is present it does nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def activate() -> bool:
     """Make Megatron-Core run on the CPU if there is no CUDA device.
 
     Returns:
-        True when the redirection is in force, False where CUDA is present.
+        Whether the redirection is active; False where CUDA is present.
     """
     global _active
     if torch.cuda.is_available():
@@ -42,8 +42,8 @@ def activate() -> bool:
         _redirect_random_state()
         _redirect_streams()
         _redirect_types()
-        _mend_experts()
-        log.info("no CUDA device: Megatron-Core runs on the CPU (megatron_entropy/cpu.py)")
+        _redirect_experts()
+        log.info("no CUDA device: Megatron-Core runs on the CPU (megatron_entropy/distributed/cpu.py)")
     return True
 
 
@@ -58,8 +58,8 @@ def _redirect_devices() -> None:
     cuda.current_device = lambda: cpu
     cuda.synchronize = lambda *args, **kwargs: None
     cuda.set_device = lambda *args, **kwargs: None
-    # `with torch.device(...)` (transformers loads under it) recognises factories by a list it makes on first use; it
-    # must hold the originals, or tensors made under it stay uninitialised on the wrong device.
+    # `with torch.device(...)` (transformers loads under it) recognises factories by a list it builds on first use; the
+    # list must contain the originals, or tensors created under it stay uninitialised on the wrong device.
     _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
@@ -138,7 +138,7 @@ def _redirect_streams() -> None:
 
 
 def _redirect_types() -> None:
-    """Megatron's optimizers accept only parameters whose `type()` names a CUDA tensor."""
+    """Let `type()` name a CUDA tensor: Megatron's optimizers accept no other parameters."""
     original = torch.Tensor.type
 
     def type_of(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -151,8 +151,8 @@ def _redirect_types() -> None:
     cuda.FloatTensor, cuda.HalfTensor, cuda.BFloat16Tensor = torch.FloatTensor, torch.HalfTensor, torch.BFloat16Tensor
 
 
-def _mend_experts() -> None:
-    """What Megatron-Core's expert layers take for granted: a name of Transformer Engine's, a copy to the host."""
+def _redirect_experts() -> None:
+    """Supply what Megatron-Core's expert layers assume: a name of Transformer Engine's, split sizes on the host."""
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as dispatcher
 
@@ -161,7 +161,7 @@ def _mend_experts() -> None:
     exchange = dispatcher.all_to_all
 
     def all_to_all(group: Any, tensor: torch.Tensor, *split_sizes: Any, **options: Any) -> torch.Tensor:
-        """The split sizes are lists only after a copy from the GPU, which does not happen here."""
+        """Convert the split sizes to lists, which Megatron does only in its copy from the GPU."""
         lists = [s.tolist() if isinstance(s, torch.Tensor) else s for s in split_sizes]
         return exchange(group, tensor, *lists, **options)
 

@@ -1,4 +1,4 @@
-"""Process groups: join the ranks, lay them out, share what rank 0 decides."""
+"""Process groups: initialise the ranks, arrange them for model parallelism, and broadcast decisions of rank 0."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ T = TypeVar("T")
 
 
 def init_process_group(timeout_minutes: float = 60.0) -> None:
-    """Join the ranks torchrun started: NCCL and gloo where there are GPUs, gloo alone otherwise.
+    """Connect the ranks that torchrun started: NCCL and gloo on GPUs, gloo alone otherwise.
 
-    Outside torchrun the process becomes a world of its own.
+    Outside torchrun the process becomes the only rank.
     """
     if not torch.cuda.is_available():
         backend = "gloo"
@@ -35,9 +35,9 @@ def init_process_group(timeout_minutes: float = 60.0) -> None:
 
 
 def init_model_parallel(layout: ParallelConfig, seed: int) -> None:
-    """Arrange the ranks as tensor x context x data x pipeline parallel groups and experts' own, seed all generators.
+    """Create Megatron's tensor, context, data, pipeline and expert parallel groups, and seed all generators.
 
-    May be called again with another layout of the same number of ranks.
+    It may be called again with another layout of the same number of ranks.
     """
     cpu.activate()
     from megatron.core import parallel_state
@@ -56,12 +56,12 @@ def init_model_parallel(layout: ParallelConfig, seed: int) -> None:
 
 
 def rank() -> int:
-    """This process's rank, 0 outside torch.distributed."""
+    """Return this process's rank; 0 outside torch.distributed."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def broadcast_object(value: T | None) -> T:
-    """The value of rank 0 on every rank; what other ranks pass is ignored."""
+    """Broadcast an object from rank 0; the values of other ranks are ignored."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value  # type: ignore[return-value]
     box = [value]
@@ -70,36 +70,40 @@ def broadcast_object(value: T | None) -> T:
 
 
 def run_on_rank_zero(function: Callable[[], T]) -> T:
-    """Call `function` on rank 0 and return its answer on every rank; an error it raises is raised on every rank."""
+    """Call a function on rank 0 and return its result on every rank.
+
+    Raises:
+        UserError, Fault: on every rank, when the function raised one.
+    """
     outcome: tuple[T | None, BaseException | None] | None = None
     if rank() == 0:
         try:
             outcome = (function(), None)
         except (UserError, Fault) as error:
             outcome = (None, error)
-    answer, error = broadcast_object(outcome)
+    result, error = broadcast_object(outcome)
     if error is not None:
         raise error
-    return answer  # type: ignore[return-value]
+    return result  # type: ignore[return-value]
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank has called this."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def is_single_machine() -> bool:
-    """Whether all ranks can map one another's memory: the same kernel, the same container."""
-    here = (Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid"))
+    """Whether all ranks can map one another's memory: the same kernel, the same container; a collective."""
     if not dist.is_initialized():
         return True
-    everywhere = [here] * dist.get_world_size()
-    dist.all_gather_object(everywhere, here)
-    return len(set(everywhere)) == 1
+    machine = (Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid"))
+    machines = [machine] * dist.get_world_size()
+    dist.all_gather_object(machines, machine)
+    return len(set(machines)) == 1
 
 
 def destroy_process_group() -> None:
-    """Dissolve all groups."""
+    """Destroy all process groups."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,7 +1,7 @@
-"""The actor agrees with transformers on real checkpoints of every family, and does what its docstrings say.
+"""The actor agrees with transformers on checkpoints of every family, and its docstrings are true.
 
-Tiny random checkpoints are written by transformers and read by the actor. Tolerance 1e-4 in fp32: two
-implementations of 2-4 layers in different operation orders differ by about 1e-6. Runs on CPU ranks.
+transformers writes tiny random checkpoints and the actor reads them. Tolerance 1e-4 in fp32: two implementations of 2-4
+layers in different operation orders differ by about 1e-6. Runs on CPU ranks.
 """
 
 import dataclasses
@@ -10,10 +10,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import local_ranks
 import numpy as np
 import pytest
 import torch
+from local_ranks import run_on_ranks
 
 from megatron_entropy.config.architecture import read_architecture
 from megatron_entropy.config.schema import ActorConfig, OptimizerConfig, ParallelConfig
@@ -61,7 +61,7 @@ def write_checkpoint(folder: Path, family: str, tied: bool, rope: str = "default
     return folder
 
 
-TP2_PP2 = ParallelConfig(tp=2, pp=2, sequence_parallel=True)  # Megatron asks for it where there are experts
+TP2_PP2 = ParallelConfig(tp=2, pp=2, sequence_parallel=True)  # Megatron requires it with experts
 
 
 def make_samples(seed: int = 0) -> list[Sample]:
@@ -89,6 +89,7 @@ def reference(folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
 
 def score(folder: str, layout: ParallelConfig):
     from megatron_entropy.actor.actor import Actor
+    from megatron_entropy.actor.statistics import policy_statistics
     from megatron_entropy.weights.hf_folder import TensorFolder
     from megatron_entropy.weights.source import load
 
@@ -97,7 +98,7 @@ def score(folder: str, layout: ParallelConfig):
     actor = Actor(arch, ActorConfig(parallel=layout, dtype="float32", max_tokens_per_microbatch=128), total_updates=1)
     load(TensorFolder(folder), arch, actor.config.parallel, actor.named_shards())
     actor.after_load()
-    scored = actor.score(make_samples(), temperature=TEMPERATURE)
+    scored = actor.score(make_samples(), policy_statistics(temperature=TEMPERATURE))
     return [(s.response("logprob"), s.response("entropy")) for s in scored]
 
 
@@ -106,7 +107,7 @@ def score(folder: str, layout: ParallelConfig):
 @pytest.mark.parametrize("layout", [ParallelConfig(), TP2_PP2], ids=["1x1", "TP2xPP2"])
 def test_scores_equal_transformers(tmp_path, family, tied, layout):
     folder = write_checkpoint(tmp_path, family, tied)
-    for answers in local_ranks.run_on_ranks(score, layout.world_size, str(folder), layout):
+    for answers in run_on_ranks(score, layout.world_size, str(folder), layout):
         for (logprob, entropy), (expected_logprob, expected_entropy) in zip(answers, reference(folder), strict=True):
             np.testing.assert_allclose(logprob, expected_logprob, atol=TOLERANCE)
             np.testing.assert_allclose(entropy, expected_entropy, atol=TOLERANCE)
@@ -118,9 +119,7 @@ def test_rotary_scaling_equals_transformers(tmp_path, rope):
     plain = write_checkpoint(tmp_path / "plain", "llama", False)
     expected, unscaled = reference(folder), reference(plain)
     assert max(np.abs(a[0] - b[0]).max() for a, b in zip(expected, unscaled, strict=True)) > 0.01
-    for (logprob, _), (want, _) in zip(
-        local_ranks.run_on_ranks(score, 1, str(folder), ParallelConfig())[0], expected, strict=True
-    ):
+    for (logprob, _), (want, _) in zip(run_on_ranks(score, 1, str(folder), ParallelConfig())[0], expected, strict=True):
         np.testing.assert_allclose(logprob, want, atol=TOLERANCE)
 
 
@@ -158,11 +157,11 @@ EXPERTS = (
     ]
     + [("qwen3_moe", index % 2 == 0, layout) for index, layout in enumerate(EXPERTS)],
 )
-def test_a_checkpoint_survives_the_actor_bit_for_bit(tmp_path, family, tied, layout):
+def test_loading_and_exporting_keeps_every_bit(tmp_path, family, tied, layout):
     from megatron_entropy.weights.hf_folder import TensorFolder
 
     source, target = write_checkpoint(tmp_path / "a", family, tied), tmp_path / "b"
-    local_ranks.run_on_ranks(round_trip, layout.world_size, str(source), str(target), layout)
+    run_on_ranks(round_trip, layout.world_size, str(source), str(target), layout)
     before, after = TensorFolder(source), TensorFolder(target)
     assert set(before.names()) - {"lm_head.weight"} <= set(after.names())
     assert len(list(target.glob("*.safetensors"))) > 1, "small shards: the index is exercised"
@@ -179,19 +178,19 @@ def every_layout(family: str) -> Iterator[ParallelConfig]:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe", "llama"])
-def test_every_layout_keeps_every_bit_and_scores_like_transformers(tmp_path, family, tied):
+def test_every_layout_keeps_every_bit_and_equals_transformers(tmp_path, family, tied):
     from megatron_entropy.weights.hf_folder import TensorFolder
 
     source = write_checkpoint(tmp_path / "source", family, tied)
     before, expected = TensorFolder(source), reference(source)
     for number, layout in enumerate(every_layout(family)):
         target = tmp_path / str(number)
-        local_ranks.run_on_ranks(round_trip, layout.world_size, str(source), str(target), layout)
+        run_on_ranks(round_trip, layout.world_size, str(source), str(target), layout)
         after = TensorFolder(target)
         for name in after.names():
             assert torch.equal(after.read(name), before.read(name)), (layout, name)
         assert set(before.names()) - {"lm_head.weight"} <= set(after.names()), layout
-        answers = local_ranks.run_on_ranks(score, layout.world_size, str(source), layout)[0]
+        answers = run_on_ranks(score, layout.world_size, str(source), layout)[0]
         for got, want in zip(answers, expected, strict=True):
             np.testing.assert_allclose(got, want, atol=TOLERANCE, err_msg=str(layout))
 
@@ -221,7 +220,7 @@ def update_with(folder: str, layout: ParallelConfig, poison: int) -> str:
 
 def test_a_nan_stops_every_rank_before_the_step_and_names_the_sample(tmp_path):
     folder = write_checkpoint(tmp_path, "qwen3", True)
-    answers = local_ranks.run_on_ranks(update_with, 2, str(folder), ParallelConfig(dp=2), 2)
+    answers = run_on_ranks(update_with, 2, str(folder), ParallelConfig(dp=2), 2)
     assert answers == ["loss is not finite for sample(s) 2 of the step"] * 2
 
 
@@ -246,7 +245,7 @@ def learning_rates(folder: str, optimizer: OptimizerConfig) -> list[float]:
 def test_the_learning_rate_warms_up_and_decays(tmp_path):
     folder = write_checkpoint(tmp_path, "qwen3", True, num_hidden_layers=1)
     optimizer = OptimizerConfig(lr=1.0e-3, min_lr=1.0e-4, warmup_steps=4, schedule="linear")
-    rates = local_ranks.run_on_ranks(learning_rates, 1, str(folder), optimizer)[0]
+    rates = run_on_ranks(learning_rates, 1, str(folder), optimizer)[0]
     np.testing.assert_allclose(rates[:5], [0, 2.5e-4, 5e-4, 7.5e-4, 1e-3], rtol=1e-6)
     np.testing.assert_allclose(np.diff(rates[4:]), -2.25e-4, rtol=1e-6)
 
@@ -266,34 +265,34 @@ def load_error(folder: str) -> str:
     return "no error"
 
 
-def test_broken_model_folders_give_one_line(tmp_path):
+def test_broken_model_folders_give_a_one_line_error(tmp_path):
     folder = write_checkpoint(tmp_path / "m", "qwen3", True)
     weights = folder / "model.safetensors"
     config = json.loads((folder / "config.json").read_text())
 
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 128}))
-    answer = local_ranks.run_on_ranks(load_error, 1, str(folder))[0]
+    answer = run_on_ranks(load_error, 1, str(folder))[0]
     assert "mlp.gate_proj.weight" in answer and "(96, 64)" in answer and "(128, 64)" in answer
 
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
-    assert "layers.2." in local_ranks.run_on_ranks(load_error, 1, str(folder))[0]
+    assert "layers.2." in run_on_ranks(load_error, 1, str(folder))[0]
 
     (folder / "config.json").write_text(json.dumps({**config, "architectures": ["GPT2LMHeadModel"]}))
-    assert "GPT2LMHeadModel" in local_ranks.run_on_ranks(load_error, 1, str(folder))[0]
+    assert "GPT2LMHeadModel" in run_on_ranks(load_error, 1, str(folder))[0]
 
     (folder / "config.json").write_text(json.dumps(config))
     weights.write_bytes(weights.read_bytes()[:1000])
-    answer = local_ranks.run_on_ranks(load_error, 1, str(folder))[0]
+    answer = run_on_ranks(load_error, 1, str(folder))[0]
     assert "model.safetensors" in answer and "\n" not in answer
 
     weights.unlink()
-    assert "safetensors" in local_ranks.run_on_ranks(load_error, 1, str(folder))[0]
+    assert "safetensors" in run_on_ranks(load_error, 1, str(folder))[0]
 
 
-def update_around_an_offload(folder: str, layout: ParallelConfig, away: bool) -> tuple[float, list[float]]:
-    """The gradient norms of two updates, the second after the actor's memory has been away."""
+def update_around_an_offload(folder: str, layout: ParallelConfig, offload: bool) -> tuple[float, list[float]]:
+    """Bytes left by an offload, and the gradient norms of two updates, each with an offload after it."""
     from megatron_entropy.actor.actor import Actor
-    from megatron_entropy.actor.offload import HostCopy, memory_of
+    from megatron_entropy.actor.offload import HostCopy, actor_memory
     from megatron_entropy.weights.hf_folder import TensorFolder
     from megatron_entropy.weights.source import load
 
@@ -307,19 +306,20 @@ def update_around_an_offload(folder: str, layout: ParallelConfig, away: bool) ->
     for _ in range(2):
         metrics = actor.update(samples, lambda stats, batch: (-stats.logprob, {}), temperature=1.0)
         norms.append(metrics["train/grad_norm"].value)
-        if away:
-            host = HostCopy()
-            host.offload(*memory_of(actor))  # Actor.offload does nothing on a CPU
-            host.offload(*memory_of(actor))
-            left = sum(t.untyped_storage().nbytes() for tensors in memory_of(actor) for t in tensors)
+        if offload:
+            host = HostCopy()  # Actor.offload does nothing on a CPU
+            for _ in range(2):
+                host.offload(*actor_memory(actor.chunks, actor.optimizer, ()))
+            memory = actor_memory(actor.chunks, actor.optimizer, ())
+            left = sum(tensor.untyped_storage().nbytes() for tensors in memory for tensor in tensors)
             host.onload()
     return left, norms
 
 
 @pytest.mark.parametrize("layout", [ParallelConfig(), ParallelConfig(dp=2, ep=2, distributed_optimizer=True)])
-def test_memory_that_was_away_comes_back_as_it_was(tmp_path, layout):
+def test_offloaded_memory_comes_back_unchanged(tmp_path, layout):
     folder = str(write_checkpoint(tmp_path, "qwen3_moe", False))
-    stayed = local_ranks.run_on_ranks(update_around_an_offload, layout.world_size, folder, layout, False)
-    away = local_ranks.run_on_ranks(update_around_an_offload, layout.world_size, folder, layout, True)
-    for (_, expected), (left, norms) in zip(stayed, away, strict=True):
+    stayed = run_on_ranks(update_around_an_offload, layout.world_size, folder, layout, False)
+    moved = run_on_ranks(update_around_an_offload, layout.world_size, folder, layout, True)
+    for (_, expected), (left, norms) in zip(stayed, moved, strict=True):
         assert left == 0 and norms == expected and norms[0] != norms[1]

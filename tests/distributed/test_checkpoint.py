@@ -1,9 +1,9 @@
-"""Checkpoints: complete or not there, written beside training, readable by any layout, distrusted when damaged.
+"""Checkpoints: complete or absent, written in the background, readable under any layout, skipped when damaged.
 
-Runs the real Megatron model on CPU ranks. A checkpoint written under one layout continues under any other as if
-nothing had happened: two updates, a save, two more updates while it is written; the losses and gradient norms of the
-last two must come out the same when they are computed after a load, by another layout, with or without the distributed
-optimizer. Tolerance 1e-5: other layouts sum in another order (about 1e-7 relative in fp32).
+Runs the real Megatron model on CPU ranks. A checkpoint written under one layout continues under any other: two updates,
+a save, two more updates while it is written. The losses and gradient norms of the last two must be the same after a
+load, under another layout, with or without the distributed optimizer. Tolerance 1e-5: other layouts sum in another
+order (about 1e-7 relative in fp32).
 """
 
 import io
@@ -17,9 +17,9 @@ from pathlib import Path
 
 import check_layouts
 import inspect_checkpoint
-import local_ranks
 import numpy as np
 import pytest
+from local_ranks import run_on_ranks
 from rich.console import Console
 
 from megatron_entropy.config.architecture import read_architecture
@@ -58,12 +58,12 @@ def load_folder(actor, folder: str) -> None:
 
 
 def updates(folder: str, checkpoints: str, layout: ParallelConfig, saves: bool) -> list[tuple[float, float, float]]:
-    """Loss, gradient norm and learning rate of updates 3 and 4; saves after 2, or starts from what was saved."""
+    """Loss, gradient norm and learning rate of updates 3 and 4, after saving or loading the state of update 2."""
     from megatron_entropy.checkpoint import saver as checkpoint
 
     actor = build(folder, layout)
     samples = check_layouts.make_samples(actor.arch.vocab_size)
-    expected = checkpoint.Progress(2, 2, 7, "settings", {"mean": 0.1, "seen": [1, 2]})
+    expected = checkpoint.StageProgress(2, 2, 7, "settings", {"mean": 0.1, "seen": [1, 2]})
 
     def update() -> tuple[float, float, float]:
         metrics = actor.update(samples, lambda s, b: (-b.advantage * s.logprob - 0.01 * s.entropy, {}), temperature=1.0)
@@ -85,68 +85,76 @@ def updates(folder: str, checkpoints: str, layout: ParallelConfig, saves: bool) 
 
 
 @pytest.mark.parametrize("source", [TP2, DP2_SHARDED], ids=["from TP2", "from sharded DP2"])
-def test_training_goes_on_under_another_layout(tmp_path, source):
+def test_training_continues_under_another_layout(tmp_path, source):
     folder = str(tmp_path / "model")
     check_layouts.make_checkpoint(Path(folder), experts=False)
     checkpoints = str(tmp_path / "checkpoints")
-    expected = local_ranks.run_on_ranks(updates, 2, folder, checkpoints, source, True)[0]
-    assert expected[1][0] < expected[0][0] and expected[1][2] > expected[0][2] > 0, "it does learn, and warm up"
+    expected = run_on_ranks(updates, 2, folder, checkpoints, source, True)[0]
+    assert expected[1][0] < expected[0][0] and expected[1][2] > expected[0][2] > 0, (
+        "the loss falls and the learning rate warms up"
+    )
     for target in (source, TP2, PP2, PP2_VPP2, DP2_SHARDED):
-        found = local_ranks.run_on_ranks(updates, 2, folder, checkpoints, target, False)[0]
+        found = run_on_ranks(updates, 2, folder, checkpoints, target, False)[0]
         np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=str(target))
         if target is source:
             assert found == expected, "under the layout that saved, to the bit"
 
 
-def life_of_a_saver(folder: str, checkpoints: str) -> None:
+def check_saver(folder: str, checkpoints: str) -> None:
     """Every promise of `Saver`, on two ranks that share one model."""
     import psutil
 
     from megatron_entropy.checkpoint import saver as checkpoint
     from megatron_entropy.checkpoint.snapshot import Snapshot
 
-    place = Path(checkpoints)
+    root = Path(checkpoints)
     actor = build(folder, TP2)
     load_folder(actor, folder)
 
-    def progress(step: int) -> checkpoint.Progress:
-        return checkpoint.Progress(step, step, 0, "settings")
+    def progress(step: int) -> checkpoint.StageProgress:
+        return checkpoint.StageProgress(step, step, 0, "settings")
 
     def names() -> list[str]:
-        process_groups.broadcast_object(None)  # a barrier: rank 0 has listed what it listed
-        found = sorted(path.name for path in place.iterdir())
-        process_groups.broadcast_object(None)
+        process_groups.barrier()  # no rank changes the folder while another lists it
+        found = sorted(path.name for path in root.iterdir())
+        process_groups.barrier()
         return found
 
-    # It returns before the bytes are there; training may ask how it goes; the next save waits for it.
-    saver = checkpoint.Saver(place, keep=2, asynchronous=True)
-    write, gate, order = Snapshot.write, threading.Event(), []
+    # `save` returns before the bytes are written, `check` does not wait, the next save does.
+    saver = checkpoint.Saver(root, keep=2, asynchronous=True)
+    write, wait, gate, order = Snapshot.write, saver.wait, threading.Event(), []
 
-    def slow(snapshot):
+    def write_at_the_gate(snapshot):
         gate.wait()
         order.append("written")
         return write(snapshot)
 
-    Snapshot.write = slow
+    def open_the_gate_and_wait():
+        order.append("waiting")
+        gate.set()
+        wait()
+
+    Snapshot.write = write_at_the_gate
     saver.save(actor, progress(1))
     saver.check()
     assert names() == ["step_000001.partial"]
-    threading.Timer(0.3, gate.set).start()
+    saver.wait = open_the_gate_and_wait
     saver.save(actor, progress(2))
-    assert order[0] == "written" and (place / "step_000001").is_dir()
+    saver.wait = wait
+    assert order[:2] == ["waiting", "written"] and (root / "step_000001").is_dir()
     Snapshot.write = write
     saver.wait()
     assert not psutil.Process().children(), "no helper process that could outlive a killed rank"
 
-    # Of the complete ones the newest `keep` stay, and none of a future that was given up; leftovers go.
+    # The newest `keep` complete checkpoints stay; later ones, which were not resumed, and partial ones are deleted.
     if process_groups.rank() == 0:
-        (place / "step_000009").mkdir()
-        (place / "step_000008.partial").mkdir()
+        (root / "step_000009").mkdir()
+        (root / "step_000008.partial").mkdir()
     saver.save(actor, progress(3))
     saver.wait()
     assert names() == ["step_000002", "step_000003"]
 
-    # A rank that cannot write stops all with one line; nothing half-written stays. Then it works again.
+    # A rank that cannot write stops all ranks with one line and leaves no partial checkpoint. The next save works.
     def limit(bytes_: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, resource.RLIM_INFINITY))
 
@@ -161,7 +169,7 @@ def life_of_a_saver(folder: str, checkpoints: str) -> None:
         assert names() == ["step_000002", "step_000003"]
     saver.close()
 
-    saver = checkpoint.Saver(place, keep=1, asynchronous=False)
+    saver = checkpoint.Saver(root, keep=1, asynchronous=False)
     saver.save(actor, progress(4))
     assert names() == ["step_000004"]
     saver.close()
@@ -173,35 +181,35 @@ def save_once(folder: str, checkpoints: str) -> None:
     actor = build(folder, ONE)
     load_folder(actor, folder)
     saver = checkpoint.Saver(Path(checkpoints), keep=1, asynchronous=False)
-    saver.save(actor, checkpoint.Progress(1, 2, 3, "settings"))
+    saver.save(actor, checkpoint.StageProgress(1, 2, 3, "settings"))
     saver.close()
 
 
 def refusals(checkpoints: str, others: list[str]) -> list[str]:
-    """What `load` says when the checkpoint is loaded into other models."""
+    """The errors of `load` for other models."""
     from megatron_entropy.checkpoint import saver as checkpoint
 
-    said = []
+    messages = []
     for other in others:
         path, progress = checkpoint.newest(Path(checkpoints))
         with pytest.raises(CheckpointError) as refusal:
             checkpoint.load(path, build(other, ONE), progress)
-        said.append(str(refusal.value))
-    return said
+        messages.append(str(refusal.value))
+    return messages
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A run folder as far as checkpoints go, with its model in `model`; not to be changed."""
+    """A run folder with checkpoints, and its model in `model`; tests must not change it."""
     folder = tmp_path_factory.mktemp("run")
     check_layouts.make_checkpoint(folder / "model", experts=False)
-    local_ranks.run_on_ranks(save_once, 1, str(folder / "model"), str(folder / "checkpoints" / "rl"))
+    run_on_ranks(save_once, 1, str(folder / "model"), str(folder / "checkpoints" / "rl"))
     return folder
 
 
-def test_a_saver_keeps_its_promises(tmp_path):
+def test_the_docstrings_of_the_saver_are_true(tmp_path):
     check_layouts.make_checkpoint(tmp_path / "model", experts=False)
-    local_ranks.run_on_ranks(life_of_a_saver, 2, str(tmp_path / "model"), str(tmp_path / "checkpoints"))
+    run_on_ranks(check_saver, 2, str(tmp_path / "model"), str(tmp_path / "checkpoints"))
 
 
 def test_a_checkpoint_of_another_model_is_refused_naming_tensor_and_shapes(run, tmp_path):
@@ -216,17 +224,17 @@ def test_a_checkpoint_of_another_model_is_refused_naming_tensor_and_shapes(run, 
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps({**config, **changes}))
     folders = [str(tmp_path / name) for name in others]
-    said = local_ranks.run_on_ranks(refusals, 1, str(run / "checkpoints" / "rl"), folders)[0]
-    wider, deeper, family, words = said
+    messages = run_on_ranks(refusals, 1, str(run / "checkpoints" / "rl"), folders)[0]
+    wider, deeper, family, words = messages
     assert "decoder.layers.mlp.linear_fc1.weight is (4, 192, 64) in it and (4, 224, 64)" in wider
     assert "(4, 64) in it and (6, 64) in the model" in deeper
-    assert "missing" in family and "of another model: tensor decoder.layers." in family
+    assert "missing" in family and "belongs to another model: tensor decoder.layers." in family
     assert "301 rows" in words and "305" in words
-    assert not any("\n" in line for line in said)
+    assert not any("\n" in line for line in messages)
 
 
 def make_files(folder: Path, step: int) -> Path:
-    """A checkpoint as far as `newest` looks at it."""
+    """A checkpoint with the files that `newest` reads."""
     checkpoint = folder / f"step_{step:06d}"
     (checkpoint / "shards").mkdir(parents=True)
     data = checkpoint / "shards" / "data"
@@ -236,9 +244,9 @@ def make_files(folder: Path, step: int) -> Path:
     return checkpoint
 
 
-def flip(path: Path, place: int) -> None:
+def flip(path: Path, position: int) -> None:
     data = bytearray(path.read_bytes())
-    data[place] ^= 1
+    data[position] ^= 1
     path.write_bytes(data)
 
 
@@ -260,7 +268,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, caplog, damage):
+def test_a_damaged_checkpoint_is_skipped_and_reported(tmp_path, caplog, damage):
     from megatron_entropy.checkpoint import saver as checkpoint
 
     for step in (2, 4):
@@ -273,7 +281,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, caplog, damage)
     spoil(path)
     path, progress = checkpoint.newest(tmp_path)
     assert path.name == "step_000002" and progress.step == 2
-    assert f"step_000004 is damaged and passed over: {reason}" in caplog.text
+    assert f"step_000004 is damaged and skipped: {reason}" in caplog.text
     spoil(path)
     with pytest.raises(CheckpointError, match="every checkpoint is damaged.*step_000004.*step_000002") as refusal:
         checkpoint.newest(tmp_path)
@@ -294,9 +302,9 @@ def inspect(folder: Path, checksums: bool | None = None) -> tuple[int, str]:
     return code, console.file.getvalue()
 
 
-@pytest.mark.parametrize("place", [".", "checkpoints/rl", "checkpoints/rl/step_000001"])
-def test_inspection_shows_what_is_in_a_checkpoint(run, place):
-    code, shown = inspect(run / place)
+@pytest.mark.parametrize("path", [".", "checkpoints/rl", "checkpoints/rl/step_000001"])
+def test_inspection_shows_the_content_of_a_checkpoint(run, path):
+    code, shown = inspect(run / path)
     assert code == 0
     for expected in (
         "decoder.layers.mlp.linear_fc1.weight",
@@ -321,8 +329,8 @@ def test_inspection_finds_damage(run, tmp_path):
     step = copy / "checkpoints" / "rl" / "step_000001"
     flip(step / "shards" / "__0_0.distcp", 100_000)
     assert inspect(step, checksums=False)[0] == 0, "sizes alone do not show it"
-    for place in (step, copy):
-        code, shown = inspect(place)
+    for damaged in (step, copy):
+        code, shown = inspect(damaged)
         assert code == 1 and "damaged: shards/__0_0.distcp was changed" in " ".join(shown.split())
     (step / "shards" / ".metadata").unlink()
     assert inspect(step)[0] == 1

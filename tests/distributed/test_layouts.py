@@ -1,4 +1,4 @@
-"""The actor computes the same whatever the layout: log-probabilities, entropies, losses, gradients, updates.
+"""The actor computes the same under every layout: log-probabilities, entropies, losses, gradients, updates.
 
 Runs `tools/check_layouts.py` on the real Megatron model over gloo ranks. Does not cover context parallelism, which
 needs Transformer Engine, nor bfloat16.
@@ -31,7 +31,7 @@ def test_every_layout_of_experts_agrees_with_one_rank():
 
 @pytest.mark.actor
 def test_the_comparison_sees_a_difference():
-    """An outcome that differs in one parameter by twice the tolerance does not pass for equal."""
+    """An outcome that differs in one parameter by twice the tolerance is reported."""
     one = np.zeros(1)
     numbers = dict.fromkeys(check_layouts.NUMBERS, one)
     reference = check_layouts.Outcome(**numbers, parameters={"w": np.zeros(3)})

@@ -1,9 +1,9 @@
-"""LoRA on Megatron: the adapters are trained, nothing else, and every layout does the same.
+"""LoRA on Megatron: only the adapters are trained, and every layout computes the same.
 
 A tiny random Qwen3 on CPU ranks over gloo. The definition is PyTorch's: transformers' model with weights
 `W + scale * up @ down` and their gradients by autograd, one sequence after the other. Layouts are compared with a
 single rank after three updates. Tolerance 1e-5: other layouts sum in another order, about 1e-7 relative in fp32. Not
-proved here: Transformer Engine's layers, which need a GPU.
+tested here: Transformer Engine's layers, which need a GPU.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ from pathlib import Path
 
 import check_layouts
 import inspect_checkpoint
-import local_ranks
 import make_arithmetic
 import merge_lora
 import numpy as np
 import pytest
 import torch
+from local_ranks import run_on_ranks
 from rich.console import Console
 from safetensors.numpy import load_file
 
@@ -49,7 +49,7 @@ DP2_SHARDED = ParallelConfig(dp=2, distributed_optimizer=True)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A layout, and what else changes how the same numbers are computed."""
+    """A layout and a recomputation setting."""
 
     parallel: ParallelConfig
     recompute: str = "none"
@@ -69,7 +69,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
-    """Tied embeddings: of a pipeline's ends both hold them, neither trains them."""
+    """A model with tied embeddings: both ends of a pipeline hold them, neither trains them."""
     return str(write_model(tmp_path_factory.mktemp("model"), "Qwen3", tied=True))
 
 
@@ -131,29 +131,40 @@ def adapters(actor, local=None) -> dict[str, np.ndarray]:
 
 
 def scores(actor) -> np.ndarray:
+    from megatron_entropy.actor.statistics import policy_statistics
+
     samples = check_layouts.make_samples(actor.arch.vocab_size)
-    return np.concatenate([s.response("logprob") for s in actor.score(samples, temperature=TEMPERATURE)])
+    return np.concatenate(
+        [s.response("logprob") for s in actor.score(samples, policy_statistics(temperature=TEMPERATURE, entropy=False))]
+    )
 
 
-def life(folder: str, case: Case) -> dict[str, object] | None:
-    """Every promise of an actor with adapters, on all ranks; what rank 0 saw."""
+def train_adapters(folder: str, case: Case) -> dict[str, object] | None:
+    """Check an actor with adapters on all ranks; rank 0 returns its numbers."""
     from megatron_entropy.actor import lora
+    from megatron_entropy.actor.reference import LoraBase
+    from megatron_entropy.actor.statistics import reference_statistics
 
     plain = build(folder, case.parallel, lora=LoraConfig())
     for parameter in plain.named_shards().values():
-        parameter.requires_grad_(False)  # torch.matmul multiplies in another order where a weight wants a gradient
+        parameter.requires_grad_(False)  # torch.matmul multiplies in another order if a weight requires a gradient
     base = scores(plain)
     actor = build(folder, case.parallel, recompute=case.recompute)
     before = {name: shard.detach().clone() for name, shard in actor.named_shards().items()}
-    assert np.array_equal(scores(actor), base), "adapters that have not been trained change no bit"
+    assert np.array_equal(scores(actor), base), "untrained adapters change no bit"
     start = adapters(actor)
     steps = [update(actor) for _ in range(3)]
     for name, shard in actor.named_shards().items():
         assert torch.equal(shard, before[name]) and not shard.requires_grad, name
     trained = scores(actor)
     assert np.abs(trained - base).max() > 1e-2
-    with lora.disabled(actor):
+    with lora.disabled(actor.chunks):
         assert np.array_equal(scores(actor), base)
+    actor.set_reference("initial")
+    assert isinstance(actor.reference, LoraBase)
+    samples = check_layouts.make_samples(actor.arch.vocab_size)
+    scored = actor.score_reference(samples, reference_statistics(temperature=TEMPERATURE))
+    assert np.array_equal(np.concatenate([sample.response("reference_logprob") for sample in scored]), base)
     assert np.array_equal(scores(actor), trained)
     found = {"steps": steps, "start": start, "adapters": adapters(actor), "scores": trained}
     found["merged"] = whole(actor, actor.merged_shards())
@@ -163,7 +174,7 @@ def life(folder: str, case: Case) -> dict[str, object] | None:
 
 @pytest.fixture(scope="module")
 def single(folder) -> dict:
-    return local_ranks.run_on_ranks(life, 1, folder, Case(ONE))[0]
+    return run_on_ranks(train_adapters, 1, folder, Case(ONE))[0]
 
 
 def assert_close(found: dict, expected: dict) -> None:
@@ -175,17 +186,17 @@ def assert_close(found: dict, expected: dict) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_every_layout_trains_the_same_adapters(folder, single, name):
     case = CASES[name]
-    found = local_ranks.run_on_ranks(life, case.parallel.world_size, folder, case)[0]
+    found = run_on_ranks(train_adapters, case.parallel.world_size, folder, case)[0]
     for array, other in zip(found["start"].values(), single["start"].values(), strict=True):
-        assert np.array_equal(array, other), "drawn the same, to the bit"
+        assert np.array_equal(array, other), "the same initial adapters, to the bit"
     np.testing.assert_allclose(found["steps"], single["steps"], atol=TOLERANCE, rtol=TOLERANCE)
     np.testing.assert_allclose(found["scores"], single["scores"], atol=TOLERANCE)
     assert_close(found["adapters"], single["adapters"])
     assert_close(found["merged"], single["merged"])
 
 
-def folded(base: dict[str, np.ndarray], updates: dict[str, np.ndarray], scale: float) -> dict[str, np.ndarray]:
-    """The model that base and PEFT's tensors make, in fp64."""
+def merge_in_fp64(base: dict[str, np.ndarray], updates: dict[str, np.ndarray], scale: float) -> dict[str, np.ndarray]:
+    """The base with PEFT's tensors merged in, in fp64."""
     result = {}
     for name, array in base.items():
         module = "base_model.model." + name.removesuffix(".weight")
@@ -196,14 +207,14 @@ def folded(base: dict[str, np.ndarray], updates: dict[str, np.ndarray], scale: f
     return result
 
 
-def test_the_stream_is_the_base_with_the_adapters_folded_in(folder, single):
+def test_the_stream_is_the_base_with_the_adapters_merged_in(folder, single):
     base = load_file(Path(folder) / "model.safetensors")
-    assert_close(single["merged"], folded(base, single["adapters"], 6.0 / 4))
+    assert_close(single["merged"], merge_in_fp64(base, single["adapters"], 6.0 / 4))
     changed = [name for name, array in base.items() if not np.array_equal(array, single["merged"][name])]
     assert len(changed) == 4 * 7 and all(name.endswith("_proj.weight") for name in changed)
     downs = [single["start"][f"base_model.model.model.layers.0.self_attn.{p}_proj.lora_A.weight"] for p in "qkv"]
     assert np.array_equal(downs[0], downs[1]) and np.array_equal(downs[0], downs[2])
-    # PEFT's start: uniform within 1/sqrt(in), which has a deviation of that over sqrt(3).
+    # PEFT's initialisation: uniform within 1/sqrt(in), so the standard deviation is 1/sqrt(3 in).
     for name, down in single["start"].items():
         if "lora_A" in name:
             bound = down.shape[1] ** -0.5
@@ -213,7 +224,7 @@ def test_the_stream_is_the_base_with_the_adapters_folded_in(folder, single):
 
 
 def gradients(folder: str, case: Case) -> dict[str, object] | None:
-    """Loss, gradient norm and gradients of one update, with adapters of which no part is zero."""
+    """Loss, gradient norm and gradients of one update, with adapters without zeros."""
     updates = random_adapters(folder)
     actor = build(folder, case.parallel, recompute=case.recompute, clip=0.0)
     layout, shards = case.parallel, actor.adapter_shards()
@@ -231,7 +242,7 @@ def gradients(folder: str, case: Case) -> dict[str, object] | None:
 
 @pytest.fixture(scope="module")
 def reference_gradients(folder) -> dict[str, object]:
-    """The same by transformers and autograd, from the definition."""
+    """The same with transformers and autograd, from the definition."""
     import transformers
 
     updates = random_adapters(folder)
@@ -263,7 +274,7 @@ def reference_gradients(folder) -> dict[str, object]:
 
 
 def random_adapters(folder: str) -> dict[str, torch.Tensor]:
-    """PEFT's tensors, of which none is zero; those of fused modules have one `lora_A`."""
+    """PEFT's tensors without zeros; fused modules share one `lora_A`."""
     generator = torch.Generator().manual_seed(3)
     updates: dict[str, torch.Tensor] = {}
     for entry in names.adapter_entries(read_architecture(folder), LORA):
@@ -281,14 +292,14 @@ def _shared(name: str) -> str:
 
 
 @pytest.mark.parametrize("case", [Case(ONE, "full"), Case(TP2_SP), Case(ParallelConfig(tp=2, pp=2), "full")], ids=str)
-def test_gradients_are_those_of_the_definition(folder, reference_gradients, case):
-    found = local_ranks.run_on_ranks(gradients, case.parallel.world_size, folder, case)[0]
+def test_gradients_equal_the_definition(folder, reference_gradients, case):
+    found = run_on_ranks(gradients, case.parallel.world_size, folder, case)[0]
     assert min(np.abs(array).max() for array in reference_gradients.values()) > 1e-4
     assert_close(found, reference_gradients)
 
 
 def continued(folder: str, checkpoints: str, layout: ParallelConfig, saves: bool) -> list[tuple[float, float]]:
-    """Loss and gradient norm of updates 3 and 4; saves after 2, or starts from what was saved."""
+    """Loss and gradient norm of updates 3 and 4, after saving or loading the state of update 2."""
     from megatron_entropy.checkpoint import saver as checkpoint
 
     actor = build(folder, layout, seed=7 if saves else 8)
@@ -296,7 +307,7 @@ def continued(folder: str, checkpoints: str, layout: ParallelConfig, saves: bool
         update(actor)
         update(actor)
         saver = checkpoint.Saver(Path(checkpoints), keep=1, asynchronous=False)
-        saver.save(actor, checkpoint.Progress(2, 2, 0, "settings"))
+        saver.save(actor, checkpoint.StageProgress(2, 2, 0, "settings"))
     else:
         path, progress = checkpoint.newest(Path(checkpoints))
         checkpoint.load(path, actor, progress)
@@ -304,17 +315,17 @@ def continued(folder: str, checkpoints: str, layout: ParallelConfig, saves: bool
 
 
 @pytest.mark.parametrize("source", [TP2_SP, DP2_SHARDED], ids=["from TP2+SP", "from sharded DP2"])
-def test_training_goes_on_under_another_layout(folder, tmp_path, source):
-    place = str(tmp_path)
-    expected = local_ranks.run_on_ranks(continued, 2, folder, place, source, True)[0]
+def test_training_continues_under_another_layout(folder, tmp_path, source):
+    checkpoints = str(tmp_path)
+    expected = run_on_ranks(continued, 2, folder, checkpoints, source, True)[0]
     assert expected[1][0] < expected[0][0]
     for target in (source, TP2, ParallelConfig(pp=2, vpp=2), DP2_SHARDED):
-        found = local_ranks.run_on_ranks(continued, 2, folder, place, target, False)[0]
+        found = run_on_ranks(continued, 2, folder, checkpoints, target, False)[0]
         np.testing.assert_allclose(found, expected, atol=TOLERANCE, err_msg=str(target))
         if target is source:
             assert found == expected, "under the layout that saved, to the bit"
 
-    # Adapters and their optimizer state are in it, and nothing of the weights below them.
+    # The checkpoint contains the adapters and their optimizer state, and no base weights.
     stored = manifest.tensors(tmp_path / "step_000002" / "shards")
     assert all("_lora." in name for name in stored)
     assert sum(not name.startswith("optimizer.") for name in stored) == 8
@@ -323,7 +334,7 @@ def test_training_goes_on_under_another_layout(folder, tmp_path, source):
 
 
 def refusals(folder: str, checkpoints: str) -> list[str]:
-    """What is said of a checkpoint whose adapters the configuration has not."""
+    """The errors for a checkpoint with other adapters than the configuration."""
     from megatron_entropy.checkpoint import saver as checkpoint
 
     found = []
@@ -339,20 +350,20 @@ def refusals(folder: str, checkpoints: str) -> list[str]:
 
 
 def test_a_checkpoint_of_other_adapters_is_refused(folder, tmp_path):
-    local_ranks.run_on_ranks(continued, 2, folder, str(tmp_path), TP2, True)
-    without, rank, targets, converted = local_ranks.run_on_ranks(refusals, 2, folder, str(tmp_path))[0]
+    run_on_ranks(continued, 2, folder, str(tmp_path), TP2, True)
+    without, rank, targets, converted = run_on_ranks(refusals, 2, folder, str(tmp_path))[0]
     down = "decoder.layers.mlp.linear_fc1_lora.down"
     assert f"tensor {down} is (4, 4, 64) in it and missing in the model" in without
     assert f"tensor {down} is (4, 4, 64) in it and (4, 8, 64) in the model" in rank
     assert f"tensor {down} is (4, 4, 64) in it and missing in the model" in targets
     for message in (without, rank, targets):
-        assert "model and actor.lora the run was started with" in message and "\n" not in message
+        assert "model and actor.lora that started the run" in message and "\n" not in message
     assert "is missing" in converted and "\n" not in converted
 
 
 @contextmanager
-def told(messages: list[str]) -> Iterator[None]:
-    """What the package logs inside."""
+def captured_log(messages: list[str]) -> Iterator[None]:
+    """Append the package's log lines to a list."""
     logger = logging.getLogger("megatron_entropy")
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
@@ -363,19 +374,20 @@ def told(messages: list[str]) -> Iterator[None]:
 
 
 def run(config: str, overrides: list[str], resume: bool) -> list[str]:
-    """Train; what was logged on this rank."""
-    from megatron_entropy.methods import METHOD_CONFIGS
+    """Train and return this rank's log lines."""
+    from megatron_entropy.config.load import load as load_configs
+    from megatron_entropy.methods import load_method_config
     from megatron_entropy.trainer.loop import train
 
     messages: list[str] = []
-    with told(messages):
-        train(load.load(config, overrides, METHOD_CONFIGS), resume=resume)
+    with captured_log(messages):
+        train(load_configs(config, overrides, load_method_config), resume=resume)
     return messages
 
 
 def test_a_run_exports_the_merged_model_and_the_adapter(tmp_path, monkeypatch):
     pytest.importorskip("google.protobuf", reason="the tokenizer of the example is made with it")
-    monkeypatch.setattr("sys.argv", ["", "--out", str(tmp_path / "in"), "--train", "32", "--test", "4"])
+    monkeypatch.setattr("sys.argv", ["", "--out", str(tmp_path / "in"), "--train", "32", "--eval", "4"])
     make_arithmetic.main()
     config = tmp_path / "run.toml"
     config.write_text(f"""
@@ -392,9 +404,9 @@ def test_a_run_exports_the_merged_model_and_the_adapter(tmp_path, monkeypatch):
         lora = {{rank = 4, alpha = 8}}
     """)  # fmt: skip
     (tmp_path / "run").mkdir()
-    first = local_ranks.run_on_ranks(run, 2, str(config), ["--actor.parallel.tp=2"], False)[0]
-    (tmp_path / "run" / "summary.json").unlink()  # which says that the stage is finished
-    second = local_ranks.run_on_ranks(run, 2, str(config), ["--steps=3", "--actor.parallel.pp=2"], True)[0]
+    first = run_on_ranks(run, 2, str(config), ["--actor.parallel.tp=2"], False)[0]
+    (tmp_path / "run" / "summary.json").unlink()  # it marks the stage as finished
+    second = run_on_ranks(run, 2, str(config), ["--steps=3", "--actor.parallel.pp=2"], True)[0]
     assert any("resuming stage train after step 2" in message for message in second)
     counts = [[message for message in messages if "parameters trained" in message] for messages in (first, second)]
     assert len(counts[0]) == 1 and counts[0] == counts[1]
@@ -405,16 +417,18 @@ def test_a_run_exports_the_merged_model_and_the_adapter(tmp_path, monkeypatch):
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-6, err_msg=name)
-    assert_close(expected, folded(load_file(base / "model.safetensors"), load_file(adapter / ADAPTER_FILE), 8 / 4))
-    said = json.loads((adapter / "adapter_config.json").read_text())
-    assert (said["r"], said["lora_alpha"], said["base_model_name_or_path"]) == (4, 8, str(base))
-    assert said["target_modules"] == [f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")]
+    assert_close(
+        expected, merge_in_fp64(load_file(base / "model.safetensors"), load_file(adapter / ADAPTER_FILE), 8 / 4)
+    )
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"], settings["base_model_name_or_path"]) == (4, 8, str(base))
+    assert settings["target_modules"] == [f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")]
 
 
-def experts(folder: str, layout: ParallelConfig) -> tuple[list, dict, list[str], list[str]]:
+def update_experts(folder: str, layout: ParallelConfig) -> tuple[list, dict, list[str], list[str]]:
     """Two updates of a model with experts."""
     messages: list[str] = []
-    with told(messages):
+    with captured_log(messages):
         actor = build(folder, layout)
     before = {name: shard.detach().clone() for name, shard in actor.named_shards().items()}
     steps = [update(actor), update(actor)]
@@ -422,27 +436,27 @@ def experts(folder: str, layout: ParallelConfig) -> tuple[list, dict, list[str],
     return steps, whole(actor, actor.merged_shards()), list(adapters(actor)), messages
 
 
-def test_of_a_model_with_experts_the_attention_is_adapted(tmp_path):
+def test_experts_get_no_adapters(tmp_path):
     folder = str(write_model(tmp_path, "Qwen3Moe"))
-    steps, merged, modules, messages = local_ranks.run_on_ranks(experts, 1, folder, ONE)[0]
+    steps, merged, modules, messages = run_on_ranks(update_experts, 1, folder, ONE)[0]
     base = load_file(tmp_path / "model.safetensors")
     changed = {name.split(".")[4] for name, array in base.items() if not np.array_equal(array, merged[name])}
     assert changed == {"q_proj", "k_proj", "v_proj", "o_proj"} and len(modules) == 4 * 4 * 2
     total = sum(array.size for array in base.values()) + 2 * (256 - 151) * 64  # with padding
     adapted = 4 * 4 * (64 + 256 + 128 + 64)
     assert messages == [
-        "LoRA: experts take no adapters, all-linear means the attention's layers",
+        "LoRA: experts get no adapters, all-linear means the attention's layers",
         f"LoRA: {adapted:,} of {total + adapted:,} parameters trained",
     ]
     for layout in (ParallelConfig(tp=2, ep=2, sequence_parallel=True), ParallelConfig(dp=2, pp=2, ep=2)):
-        other = local_ranks.run_on_ranks(experts, layout.world_size, folder, layout)
+        other = run_on_ranks(update_experts, layout.world_size, folder, layout)
         np.testing.assert_allclose(other[0][0], steps, atol=TOLERANCE)
         assert_close(other[0][1], merged)
-        assert [told for *_, told in other] == [messages] + [[]] * (layout.world_size - 1), "once, whatever the layout"
+        assert [lines for *_, lines in other] == [messages] + [[]] * (layout.world_size - 1), "once under every layout"
 
 
-def folds_in_bf16(folder: str) -> tuple[float, bool]:
-    """Largest error of folded weights against fp64 in units of bf16's precision; whether the base is as it was."""
+def merge_in_bf16(folder: str) -> tuple[float, bool]:
+    """Largest error of merged weights against fp64 in units of bf16's precision; whether the base is unchanged."""
     actor = build(folder, ONE, dtype="bfloat16")
     update(actor)
     before = {name: shard.detach().clone() for name, shard in actor.named_shards().items()}
@@ -451,7 +465,7 @@ def folds_in_bf16(folder: str) -> tuple[float, bool]:
         assert merged[name].dtype is torch.bfloat16
         layer = name.removesuffix(".weight")
         if f"{layer}_lora.up" not in parts:
-            assert merged[name] is actor.named_shards()[name], "no copy of what has no adapter"
+            assert merged[name] is actor.named_shards()[name], "weights without an adapter are not copied"
             continue
         up, down = parts[f"{layer}_lora.up"].double(), parts[f"{layer}_lora.down"].double()
         exact = weight.double() + 6.0 / 4 * (up @ down)
@@ -459,28 +473,28 @@ def folds_in_bf16(folder: str) -> tuple[float, bool]:
     return worst, all(torch.equal(shard, before[name]) for name, shard in actor.named_shards().items())
 
 
-def test_weights_are_folded_in_fp32_and_rounded_once(folder):
-    worst, unchanged = local_ranks.run_on_ranks(folds_in_bf16, 1, folder)[0]
+def test_weights_are_merged_in_fp32_and_rounded_once(folder):
+    worst, unchanged = run_on_ranks(merge_in_bf16, 1, folder)[0]
     assert worst <= 1.01 and unchanged  # half a unit in the last place of 8 bits is 2**-9, relative at most 2**-8
 
 
-def test_slabs_of_a_weight_are_folded_once(folder):
-    assert local_ranks.run_on_ranks(reads_in_slabs, 1, folder)[0] == 4 * 4
+def test_slabs_of_a_weight_are_merged_once(folder):
+    assert run_on_ranks(read_in_slabs, 1, folder)[0] == 4 * 4
 
 
-def reads_in_slabs(folder: str) -> int:
-    """How often weights are folded while the model is streamed in slabs of 10 rows."""
+def read_in_slabs(folder: str) -> int:
+    """Count the merges while the model is streamed in slabs of 10 rows."""
     from megatron_entropy.actor import lora
 
-    calls, fold = [], lora.fold
-    lora.fold = lambda *arguments: calls.append(1) or fold(*arguments)
+    calls, merge = [], lora.merge_adapter
+    lora.merge_adapter = lambda *arguments: calls.append(1) or merge(*arguments)
     actor = build(folder, ONE)
     source = ShardedSource(actor.arch, ONE, actor.merged_shards(), torch.float32)
     for number, (_, dtype, size) in enumerate(source.metadata()):
         for first in range(0, size[0], 10):
             count = min(10, size[0] - first)
             source.read(number, first, count, torch.empty((count, *size[1:]), dtype=dtype), in_place=False)
-    assert source._part is None, "nothing stays in memory"
+    assert source._part is None, "no slab stays in memory"
     return len(calls)
 
 
@@ -488,7 +502,7 @@ FUSED = "share an adapter, because Megatron fuses them; add"
 
 
 @pytest.mark.parametrize(
-    "targets,expert,said",
+    "targets,experts,message",
     [
         (["q_proj"], False, f": q_proj, k_proj, v_proj {FUSED} k_proj and v_proj"),
         (["o_proj", "up_proj"], False, f": gate_proj, up_proj {FUSED} gate_proj"),
@@ -498,17 +512,17 @@ FUSED = "share an adapter, because Megatron fuses them; add"
         ([], False, " is empty; all-linear is every layer"),
     ],
 )
-def test_targets_that_cannot_be_are_told(folder, tmp_path, targets, expert, said):
-    arch = read_architecture(write_model(tmp_path, "Qwen3Moe") if expert else folder)
+def test_wrong_targets_are_reported(folder, tmp_path, targets, experts, message):
+    arch = read_architecture(write_model(tmp_path, "Qwen3Moe") if experts else folder)
     with pytest.raises(ConfigError) as caught:
-        LoraConfig(rank=4, targets=targets).linears(arch)
-    assert str(caught.value).startswith("actor.lora.targets" + said)
+        names.lora_linears(LoraConfig(rank=4, targets=targets), arch)
+    assert str(caught.value).startswith("actor.lora.targets" + message)
     assert "\n" not in str(caught.value)
-    assert LoraConfig(targets=targets).linears(arch) == [], "without a rank they do not matter"
+    assert names.lora_linears(LoraConfig(targets=targets), arch) == [], "rank 0 ignores them"
 
 
 def test_targets_choose_the_layers(folder):
     arch = read_architecture(folder)
     lora = LoraConfig(rank=2, targets=["v_proj", "down_proj", "q_proj", "k_proj"])
-    assert lora.linears(arch) == ["linear_qkv", "linear_fc2"]
+    assert names.lora_linears(lora, arch) == ["linear_qkv", "linear_fc2"]
     assert len(names.adapter_entries(arch, lora)) == 4 * (3 + 1 + 1 + 1)

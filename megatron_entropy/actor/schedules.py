@@ -1,0 +1,147 @@
+"""Megatron's pipeline schedules over packed micro-batches: pack samples, run the model, collect the results.
+
+Every rank runs the schedule; only the last pipeline stage gets hidden states and computes something from them. Its
+first tensor-parallel rank speaks for the pipeline (`is_output_rank`), once per data-parallel rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_entropy.actor.layers import describe_sequences
+from megatron_entropy.config.schema import ActorConfig
+from megatron_entropy.data.packing import pack, plan_microbatches
+from megatron_entropy.distributed import cpu
+from megatron_entropy.records import Batch, Sample
+
+MicrobatchFunction = Callable[[Batch, GPTModel, Tensor], tuple[Tensor, dict[str, Any]]]
+"""From a micro-batch, the last model chunk and hidden states [1, T, H] to the loss (scalar) and a result to collect."""
+
+
+def pack_samples(samples: Sequence[Sample], config: ActorConfig) -> list[Batch]:
+    """Pack this data-parallel rank's samples into micro-batches.
+
+    Args:
+        samples: the same list on every rank.
+    Returns:
+        As many micro-batches on every rank; at least one.
+    """
+    layout = config.parallel
+    microbatches = plan_microbatches(
+        [len(sample.tokens) - 1 for sample in samples],
+        max_tokens_per_microbatch=config.max_tokens_per_microbatch,
+        ranks=parallel_state.get_data_parallel_world_size(),
+        multiple=layout.pp if layout.vpp > 1 else 1,
+    )
+    local = microbatches[parallel_state.get_data_parallel_rank()]
+    multiple = layout.tp if layout.sequence_parallel else 1
+    return [pack(samples, indices, multiple=multiple, device=cpu.device()) for indices in local]
+
+
+def run_schedule(
+    chunks: Sequence[DistributedDataParallel],
+    batches: Sequence[Batch],
+    function: MicrobatchFunction,
+    *,
+    train: bool,
+    seq_length: int,
+) -> list[dict[str, Any]]:
+    """Run the model over micro-batches with Megatron's pipeline schedule; a collective.
+
+    Args:
+        chunks: this rank's model chunks, one per virtual pipeline stage.
+        function: called on the last pipeline stage after each micro-batch's forward pass.
+        train: also run the backward pass of the sum of the losses.
+        seq_length: tokens of a full micro-batch.
+    Returns:
+        On the last pipeline stage one result of `function` per micro-batch, in their order; elsewhere nothing.
+    """
+
+    def loss_function(batch: Batch, chunk: GPTModel, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        loss, result = function(batch, chunk, hidden)
+        return loss, torch.tensor(0, dtype=torch.int, device=loss.device), result
+
+    def forward_step(iterator: Iterator[Batch], chunk: Any) -> tuple[Tensor, Callable]:
+        batch = next(iterator)
+        hidden = chunk(
+            input_ids=batch.tokens[None],
+            position_ids=batch.positions[None],
+            attention_mask=None,
+            packed_seq_params=describe_sequences(batch.boundaries),
+        )
+        return hidden, partial(loss_function, batch, chunk.module)
+
+    for chunk in chunks:
+        chunk.train(train)
+    iterators = [iter(batches) for _ in chunks]
+    models: Any = list(chunks)
+    with torch.set_grad_enabled(train):
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=models if len(models) > 1 else models[0],
+            num_microbatches=len(batches),
+            seq_length=seq_length,
+            micro_batch_size=1,
+            forward_only=not train,
+        )
+
+
+def is_output_rank() -> bool:
+    """Whether this rank reports for its pipeline: the last stage's first tensor-parallel rank."""
+    is_last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    return is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0
+
+
+def gather_results(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The results of all data-parallel ranks' micro-batches, on every rank; a collective."""
+    per_rank: list[list[dict]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(per_rank, results if is_output_rank() else [])
+    return [result for rank_results in per_rank for result in rank_results]
+
+
+def fill_samples(
+    samples: Sequence[Sample], batches: Sequence[Batch], results: Sequence[Mapping[str, Tensor]]
+) -> list[Sample]:
+    """Copy per-token results of all ranks into the samples; a collective.
+
+    Args:
+        samples: the same list on every rank.
+        batches: this rank's micro-batches of them.
+        results: on the last pipeline stage, for each micro-batch [T] per field, on the CPU; all with the same fields.
+    Returns:
+        On every rank the samples with these fields filled; positions that predict no response token hold 0.
+    """
+    # Only the last stage knows the fields.
+    names: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(names, list(results[0]) if results else [])
+    fields = next(found for found in names if found)
+    starts = np.cumsum([0, *(len(sample.tokens) for sample in samples)])
+    table = torch.zeros(len(fields), int(starts[-1]))
+    if is_output_rank():
+        for batch, result in zip(batches, results, strict=True):
+            columns = torch.stack([result[field] for field in fields])
+            edges = batch.boundaries.tolist()
+            for index, a, b in zip(batch.order, edges, edges[1:], strict=False):
+                if index >= 0:
+                    table[:, starts[index] + 1 : starts[index + 1]] = columns[:, a:b]
+    # Each entry comes from one rank, the others hold 0: the sum is exact.
+    dist.all_reduce(table)
+    filled = []
+    for index, sample in enumerate(samples):
+        columns = table[:, starts[index] : starts[index + 1]].numpy()
+        values = {field: column.copy() for field, column in zip(fields, columns, strict=True)}
+        filled.append(dataclasses.replace(sample, **values))
+    return filled
