@@ -1,1 +1,1 @@
-"""TODO."""
+"""Measuring the policy on the eval questions."""

@@ -1,1 +1,1 @@
-"""Rollout engines: vLLM under Ray, seen through a small protocol."""
+"""Rollout engines: vLLM in Ray actors, behind a small protocol."""

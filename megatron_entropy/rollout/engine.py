@@ -1,8 +1,8 @@
-"""What a rollout engine is asked and what it answers; no torch and no vLLM here.
+"""The interface of a rollout engine: requests, completions, weights. Imports neither torch nor vLLM.
 
-An engine holds one copy of the model and samples from it. Whatever it answers is a function of the request and of the
-weights alone: each request carries its seed, so neither the other requests of its batch, nor the engine that serves
-it, nor a restart in between changes a token.
+An engine is one copy of the model that generates. A completion is a function of the request and the weights alone: each
+request has its own seed, so neither the other requests of its batch, nor the choice of the engine, nor a restart
+changes a token.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 class Request:
     """One sequence to be continued.
 
-    `key`: the caller's name for it, unlike every other of the same call. `tokens`: what is given. `max_tokens`: most
-    tokens to generate, the end token included. `temperature` > 0, `top_p` in (0, 1].
+    `key`: the caller's identifier, unique within a call. `tokens`: the prompt. `max_tokens`: maximal number of
+    generated tokens, the end token included. `temperature` > 0, `top_p` in (0, 1].
     """
 
     key: tuple[int, ...]
@@ -32,11 +32,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a request was continued with.
+    """The generated continuation of a request.
 
     `tokens`: int32 [r], the end token included. `logprobs`: float32 [r] nats, of each token under
     softmax(logits / temperature); with `top_p` below 1 that distribution is cut to the nucleus and renormalised.
-    `finish`: `stop` after an end token, `length` when `max_tokens` ended it.
+    `finish_reason`: `stop` after an end token, `length` after `max_tokens` tokens.
     """
 
     key: tuple[int, ...]
@@ -46,20 +46,20 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """What an engine reports while it generates: at least one report a second, so that silence means it hangs."""
+class GenerationUpdate:
+    """Completions that finished since the last update; an engine that sends none for a long time hangs."""
 
     completions: list[Completion] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """What an engine is built from, beside `RolloutConfig`.
+    """What an engine is built from, besides `RolloutConfig`.
 
-    `model_folder`: Hugging Face folder with a `config.json`; its weights are not read, they come by a push.
-    `max_model_len`: most tokens of a sequence, given and generated. `eos_ids`: tokens that end a response.
-    `dtype`: `float32` or `bfloat16`. `device`: `cpu` or `cuda`. `threads`: of an engine on a CPU; 0: half of this
-    machine's cores, shared out among the engines.
+    `model_folder`: Hugging Face folder with a `config.json`; its weights are not read, the trainer sends them.
+    `max_model_len`: maximal length of a sequence, prompt and response. `eos_ids`: tokens that end a response.
+    `dtype`: `float32` or `bfloat16`. `device`: `cpu` or `cuda`. `threads`: per engine on a CPU; 0: half of this
+    machine's cores, divided by the number of engines.
     """
 
     model_folder: str
@@ -71,17 +71,17 @@ class EngineSpec:
 
 
 class Engine(Protocol):
-    """One model that samples, and takes new weights through vLLM's weight-transfer methods."""
+    """One copy of the model that generates, and receives weights through vLLM's weight-transfer methods."""
 
     def ready(self) -> int:
         """Return the process id once the engine can be used."""
         ...
 
-    def generate_stream(self, requests: Sequence[Request]) -> Iterator[Progress]:
-        """Answer all requests, each as soon as it is finished.
+    def generate_stream(self, requests: Sequence[Request]) -> Iterator[GenerationUpdate]:
+        """Answer all requests, each as soon as it is finished; yields an update at least once a second.
 
         Raises:
-            RuntimeError: when no weights have been pushed since the engine was made.
+            RuntimeError: when the engine has received no weights.
         """
         ...
 
@@ -90,21 +90,21 @@ class Engine(Protocol):
         ...
 
     def start_weight_update(self) -> None:
-        """Make the model ready to take weights."""
+        """Prepare the model for new weights."""
         ...
 
     def update_weights(self, update_info: dict[str, Any]) -> float:
-        """Receive the weights; blocks until they are all there. Returns the seconds spent loading them."""
+        """Receive all weights; returns the seconds spent loading them into the model."""
         ...
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Put the received weights to use."""
+        """Use the received weights from now on."""
         ...
 
     def sleep(self) -> None:
-        """Free the GPU, weights included; nothing on a CPU."""
+        """Free the GPU memory, weights included; nothing on a CPU."""
         ...
 
-    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
-        """Take memory for a part back; after the weights a push must follow. Nothing on a CPU."""
+    def wake(self, tag: Literal["weights", "kv_cache"]) -> None:
+        """Allocate memory of one kind again; the weights must then be synced. Nothing on a CPU."""
         ...

@@ -1,22 +1,21 @@
-"""The rollout engines as Ray actors, seen from trainer rank 0, the only rank that knows of them.
+"""The rollout engines as Ray actors. Only rank 0 of the trainer has a pool.
 
-    pool = EnginePool(config.rollout, spec)      # returns at once; engines load while the trainer builds its model
+    pool = EnginePool(config.rollout, spec)            # returns at once; the engines load in the background
     pool.wait_ready()
-    push.push(version, pool.clients())           # other ranks: push.push(version, None)
-    done, dead = pool.generate(requests, "step 3")
+    weight_sync.sync(version, pool.clients())          # other ranks: weight_sync.sync(version, None)
+    completions, dead = pool.generate(requests, "step 3")
 
-Engines die: killed, out of memory, by an error of their own, by hanging. Nothing that was finished before is lost, and
-a request answered by another engine or a second time gets the same tokens, so the caller's loop is
+An engine can be killed, run out of memory, fail or hang. Its finished completions are kept, and another engine answers
+the remaining requests with the same tokens. The caller repeats (as `trainer.rollout_service.RolloutService` does):
 
     while missing:
-        done, dead = pool.generate(missing, ...)
+        completions, dead = pool.generate(missing, ...)
         if dead:
-            pool.restart(dead)                   # EngineFault when one has died too often
-            push.push(version, pool.clients())   # new engines have no weights; all are pushed to
+            pool.restart(dead)                         # EngineFault when one has died too often
+            weight_sync.sync(version, pool.clients())  # new engines have no weights; every engine gets them
 
-and the same around a push: `WeightSync.push` raises `EngineLost` on rank 0, whose `indices` are for `restart`, and
-then all ranks push again. Ray's own head processes are another matter: nothing works without them, and their death ends
-the run in a `Fault` (`RayCluster`).
+`WeightSync.sync` raises `EngineLost` on rank 0 when an engine dies: restart its `indices` and sync again. The death of
+one of Ray's head processes ends the run in a `Fault` (see `RayCluster`).
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from megatron_entropy.config.schema import RolloutConfig
 from megatron_entropy.errors import ConfigError, EngineFault, EngineLost, Fault, UserError
 from megatron_entropy.monitor.progress import GenerationProgress
-from megatron_entropy.rollout.engine import Completion, EngineSpec, Progress, Request
+from megatron_entropy.rollout.engine import Completion, EngineSpec, GenerationUpdate, Request
 from megatron_entropy.rollout.ray_cluster import RayCluster, kill_processes, one_line, process_family, start_ray
 from megatron_entropy.rollout.vllm_engine import VllmEngine
 
 logger = logging.getLogger(__name__)
 
-Actor = ActorProxy[VllmEngine]
+EngineActor = ActorProxy[VllmEngine]
 
 _SOURCE_ROOT = str(Path(__file__).resolve().parents[2])
 
@@ -53,9 +52,9 @@ START_TIMEOUT = 600.0
 
 @dataclass
 class _Slot:
-    """One engine and its history; a restart puts a new actor into the slot."""
+    """One engine and its history; a restart puts a new engine into the slot."""
 
-    actor: Actor
+    actor: EngineActor
     client: EngineClient
     pid: int | None = None
     restarts: int = 0
@@ -63,14 +62,14 @@ class _Slot:
 
 
 class EngineClient:
-    """vLLM's weight-sync methods of one engine; each blocks until the engine has answered.
+    """vLLM's weight-transfer methods of one engine; each blocks until the engine is done.
 
     Raises:
-        EngineLost: when the engine is gone.
-        Fault: when it is alive and could not do as told.
+        EngineLost: when the engine is dead.
+        Fault: when the engine is alive and failed.
     """
 
-    def __init__(self, index: int, actor: Actor, num_workers: int, ray_: RayCluster) -> None:
+    def __init__(self, index: int, actor: EngineActor, num_workers: int, ray_: RayCluster) -> None:
         self.index = index
         self.num_workers = num_workers
         self.has_weights = False
@@ -82,34 +81,34 @@ class EngineClient:
         self._call("init_weight_transfer_engine", init_info)
 
     def start_weight_update(self) -> None:
-        """Make the model ready to take weights."""
+        """Prepare the model for new weights."""
         self.has_weights = False
         self._call("start_weight_update")
 
     def update_weights(self, update_info: dict[str, Any]) -> float:
-        """Receive the weights; returns the seconds spent loading them."""
+        """Receive all weights; returns the seconds spent loading them into the model."""
         return self._call("update_weights", update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Put the received weights to use."""
+        """Use the received weights from now on."""
         self._call("finish_weight_update", weight_version)
         self.has_weights = True
 
     def sleep(self) -> None:
-        """Free the GPU; the engine has no weights then."""
+        """Free the GPU memory; the engine has no weights then."""
         self._call("sleep")
 
-    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
-        """Take memory for a part back."""
-        self._call("wake", part)
+    def wake(self, tag: Literal["weights", "kv_cache"]) -> None:
+        """Allocate memory of one kind again."""
+        self._call("wake", tag)
 
     def weight_checksums(self) -> list[dict[str, int]]:
-        """Checksum of every tensor that each of the engine's workers computes with, by vLLM's name for it; slow."""
+        """Compute the checksum of every tensor that each worker uses, by vLLM's name of it; slow."""
         return self._call("weight_checksums")
 
     def _call(self, method: str, *arguments: Any) -> Any:
         try:
-            return self._ray.run(_ask, getattr(self._actor, method), *arguments)
+            return self._ray.run(_call, getattr(self._actor, method), *arguments)
         except RayTaskError as error:
             raise _cause(error) from error
         except RayError as error:
@@ -117,12 +116,12 @@ class EngineClient:
 
 
 class EnginePool:
-    """`config.num_engines` engines, their restarts, and the spreading of requests over them.
+    """`config.num_engines` engines: starts them, distributes requests among them, restarts them.
 
     Args:
         config: the `rollout` table.
         spec: what every engine is built from.
-        timeout: seconds an engine may stay silent while it generates before it counts as dead.
+        timeout: seconds without an update of a generating engine after which it counts as dead.
     """
 
     def __init__(self, config: RolloutConfig, spec: EngineSpec, *, timeout: float = 300.0) -> None:
@@ -135,11 +134,11 @@ class EnginePool:
 
     @property
     def address(self) -> str:
-        """This machine's address as the engines reach it."""
+        """Address of this machine for the engines."""
         return "127.0.0.1" if self._ray.is_ours else ray.util.get_node_ip_address()
 
     def backend(self, *, trainer_on_one_machine: bool) -> str:
-        """What carries weights to the engines: `nccl`, `shared_memory` or `gloo`.
+        """Choose the backend of the weight sync: `nccl`, `shared_memory` or `gloo`.
 
         Raises:
             ConfigError: for NCCL without GPUs, and for shared memory between machines.
@@ -157,16 +156,16 @@ class EnginePool:
         return setting
 
     def wait_ready(self) -> None:
-        """Block until every engine has loaded; one whose process dies meanwhile is restarted.
+        """Block until every engine has loaded; an engine that dies meanwhile is restarted.
 
         Raises:
-            EngineFault: when one could not be made, with the reason.
-            UserError: when the reason is a mistake of the user's.
+            EngineFault: when an engine could not start, with the reason.
+            UserError: when the reason is a mistake of the user.
         """
         for index in range(len(self._slots)):
             while (slot := self._slots[index]).pid is None:
                 try:
-                    slot.pid = self._ray.run(_ask, slot.actor.ready, timeout=START_TIMEOUT)
+                    slot.pid = self._ray.run(_call, slot.actor.ready, timeout=START_TIMEOUT)
                 except RayError as error:
                     cause = _cause(error)
                     if isinstance(cause, UserError):
@@ -178,51 +177,52 @@ class EnginePool:
 
     @property
     def pids(self) -> list[int]:
-        """Process of each engine, on the machine it runs on; waits until all are there."""
+        """Process id of each engine, on the machine it runs on; waits until all have loaded."""
         self.wait_ready()
         return [slot.pid for slot in self._slots if slot.pid is not None]
 
     def clients(self) -> list[EngineClient]:
-        """The weight-sync client of each engine; a restarted engine has a new one."""
+        """Return the client of each engine; a restarted engine has a new one."""
         return [slot.client for slot in self._slots]
 
     def generate(self, requests: Sequence[Request], description: str) -> tuple[list[Completion], list[int]]:
-        """Continue sequences; the engines must have had a push since they were made.
+        """Continue sequences; every engine must have received weights.
 
         Returns:
-            The completions, in the order of `requests`, and the engines that died meanwhile. When none died there is
-            a completion for every request, otherwise those of the dead engines may be missing.
+            The completions, in the order of `requests`, and the indices of engines that died. If none died there is a
+            completion for every request, otherwise those of the dead engines may be missing.
         """
         self.wait_ready()
         for client in self.clients():
-            assert client.has_weights, f"rollout engine {client.index} has had no weights pushed"
+            assert client.has_weights, f"rollout engine {client.index} has received no weights"
         order = {request.key: position for position, request in enumerate(requests)}
         assert len(order) == len(requests), "two requests have the same key"
         completions: list[Completion] = []
         dead: list[int] = []
         with GenerationProgress(description, len(requests)) as progress:
-            for index, report in self._reports(_spread(requests, len(self._slots))):
-                if isinstance(report, str):
+            for index, update in self._updates(_distribute(requests, len(self._slots))):
+                if isinstance(update, str):
                     dead.append(index)
-                    self._slots[index].reason = report
-                    logger.warning("rollout engine %d died: %s", index, report)
+                    self._slots[index].reason = update
+                    logger.warning("rollout engine %d died: %s", index, update)
                 else:
-                    completions += report
-                    progress.advance(len(report), sum(len(completion.tokens) for completion in report))
+                    completions += update
+                    progress.advance(len(update), sum(len(completion.tokens) for completion in update))
         return sorted(completions, key=lambda completion: order[completion.key]), sorted(dead)
 
     def restart(self, indices: Iterable[int]) -> None:
         """Replace engines by new ones, which have no weights.
 
         Raises:
-            EngineFault: when one has been restarted `rollout.max_restarts` times already.
+            EngineFault: when one was already restarted `rollout.max_restarts` times.
         """
         for index in sorted(set(indices)):
             slot = self._slots[index]
             self._kill(slot)
             if slot.restarts >= self._config.max_restarts:
                 raise EngineFault(
-                    f"rollout engine {index} died {slot.restarts + 1} times ({slot.reason or 'lost in a push'}); "
+                    f"rollout engine {index} died {slot.restarts + 1} times "
+                    f"({slot.reason or 'lost in a weight sync'}); "
                     f"rollout.max_restarts={self._config.max_restarts} allows no more"
                 )
             actor, client = self._create(index)
@@ -231,20 +231,20 @@ class EnginePool:
             logger.warning("rollout engine %d is restarted (%d of %d times)", index, slot.restarts + 1, allowed)
 
     def shutdown(self) -> None:
-        """Stop the engines, and Ray where this pool started it."""
+        """Stop the engines, and Ray if this pool started it."""
         for slot in self._slots:
             self._kill(slot)
         self._slots = []
         self._ray.stop()
 
-    def _create(self, index: int) -> tuple[Actor, EngineClient]:
+    def _create(self, index: int) -> tuple[EngineActor, EngineClient]:
         on_gpu = self._spec.device == "cuda"
         engine = ray.remote(VllmEngine).options(  # type: ignore[attr-defined]
             num_cpus=1,
             num_gpus=self._config.tensor_parallel if on_gpu else 0,
             max_restarts=0,
             max_task_retries=0,
-            # Ray does not hand the driver's sys.path on; this lets a checkout work that is not installed.
+            # Ray does not pass the driver's sys.path on; with this a checkout works without installation.
             runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join([_SOURCE_ROOT, os.environ.get("PYTHONPATH", "")])}},
         )
         actor = self._ray.run(engine.remote, self._spec, self._config, self._threads)
@@ -253,60 +253,60 @@ class EnginePool:
     def _kill(self, slot: _Slot) -> None:
         here = slot.pid is not None and self._ray.is_ours
         processes = process_family(slot.pid) if here else []
-        with contextlib.suppress(Fault):  # without Ray's head there is nobody to ask; engines end with the raylet
+        with contextlib.suppress(Fault):  # without Ray's head nobody can be called; engines end with the raylet
             self._ray.run(ray.kill, cast(Any, slot.actor))
-        kill_processes(processes)  # a stopped process does not hear Ray, nor that its parent is gone
+        kill_processes(processes)  # a suspended process does not react to Ray, nor to the end of its parent
 
-    def _reports(self, shares: list[list[Request]]) -> Iterator[tuple[int, list[Completion] | str]]:
-        """What the engines answer, as it comes: completions, or why an engine is taken for dead."""
+    def _updates(self, shards: list[list[Request]]) -> Iterator[tuple[int, list[Completion] | str]]:
+        """Yield completions of an engine as they finish, or the reason why it counts as dead."""
         streams: dict[Any, int] = {
-            self._ray.run(self._slots[index].actor.generate_stream.remote, share): index
-            for index, share in enumerate(shares)
-            if share
+            self._ray.run(self._slots[index].actor.generate_stream.remote, shard): index
+            for index, shard in enumerate(shards)
+            if shard
         }
-        heard = {index: time.monotonic() for index in streams.values()}
+        last_update = {index: time.monotonic() for index in streams.values()}
         while streams:
             ready, _ = self._ray.run(ray.wait, list(streams), num_returns=1, timeout=1.0, fetch_local=False)
             for stream in ready:
                 index = streams[stream]
-                heard[index] = time.monotonic()
+                last_update[index] = time.monotonic()
                 try:
-                    report: Progress = self._ray.run(_next, stream)
-                    yield index, report.completions
+                    update: GenerationUpdate = self._ray.run(_next, stream)
+                    yield index, update.completions
                 except StopIteration:
                     del streams[stream]
                 except RayError as error:
                     del streams[stream]
                     yield index, one_line(_cause(error))
             for stream, index in list(streams.items()):
-                if time.monotonic() - heard[index] > self._timeout:
+                if time.monotonic() - last_update[index] > self._timeout:
                     del streams[stream]
-                    yield index, f"silent for {self._timeout:.0f} s"
+                    yield index, f"no update for {self._timeout:.0f} s"
 
 
-def _ask(method: Any, *arguments: Any, timeout: float | None = None) -> Any:
-    """What an actor's method returns."""
+def _call(method: Any, *arguments: Any, timeout: float | None = None) -> Any:
+    """Call a method of a Ray actor and wait for the result."""
     return ray.get(method.remote(*arguments), timeout=timeout)
 
 
 def _next(stream: Any) -> Any:
-    """The next item that a generator of an actor's yields."""
+    """Wait for the next item of a generator of a Ray actor."""
     return ray.get(next(stream))
 
 
-def _spread(requests: Sequence[Request], num_engines: int) -> list[list[Request]]:
-    """Requests for each engine: the longest first, each to the engine with the least to do."""
-    shares: list[list[Request]] = [[] for _ in range(num_engines)]
+def _distribute(requests: Sequence[Request], num_engines: int) -> list[list[Request]]:
+    """Distribute requests among the engines: the longest first, each to the engine with the least load."""
+    shards: list[list[Request]] = [[] for _ in range(num_engines)]
     load = [0] * num_engines
     for request in sorted(requests, key=lambda request: -(len(request.tokens) + request.max_tokens)):
         index = load.index(min(load))
-        shares[index].append(request)
+        shards[index].append(request)
         load[index] += len(request.tokens) + request.max_tokens
-    return shares
+    return shards
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What an engine raised, out of Ray's wrapping; ours as they are, others as a one-line `Fault`."""
+    """Unwrap an engine's error from Ray's: our own errors as they are, others as a one-line `Fault`."""
     inner = getattr(error, "cause", None)
     if isinstance(inner, Fault | UserError):
         return inner

@@ -1,7 +1,7 @@
-"""The one place that knows vLLM's inference API: an engine in its own process, wrapped by the pool as a Ray actor.
+"""A vLLM engine in its own process. The pool makes it a Ray actor; only this file uses vLLM's inference API.
 
-vLLM and torch are imported when an engine is made, never by importing this file: vLLM takes seconds to import and
-sets up torch.distributed, which a trainer's process has for itself.
+vLLM and torch are imported when an engine is created, not when this file is imported: importing vLLM takes seconds and
+initializes torch.distributed, which the trainer's process does itself.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ import numpy as np
 
 from megatron_entropy.config.schema import RolloutConfig
 from megatron_entropy.errors import MissingPackageError
-from megatron_entropy.rollout.engine import Completion, EngineSpec, Progress, Request
+from megatron_entropy.rollout.engine import Completion, EngineSpec, GenerationUpdate, Request
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.outputs import RequestOutput
     from vllm.sampling_params import SamplingParams
 
-REPORT_SECONDS = 0.25
+UPDATE_SECONDS = 0.25
+"""Time between two updates of a generation."""
 GIB = 2**30
 
 
 class VllmEngine:
-    """A vLLM engine that starts with arbitrary weights and refuses to generate until some have been pushed.
+    """A vLLM engine that starts with random weights and refuses to generate before it has received others.
 
     Args:
         spec: the model and the device.
-        config: how much an engine may take at a time.
+        config: parallelism, memory and batch size.
         threads: OpenMP threads on a CPU.
     Raises:
         MissingPackageError: when vLLM is not installed.
@@ -58,14 +59,14 @@ class VllmEngine:
         """Return the process id once the engine can be used."""
         return os.getpid()
 
-    def generate_stream(self, requests: Sequence[Request]) -> Iterator[Progress]:
-        """Answer all requests, each as soon as it is finished.
+    def generate_stream(self, requests: Sequence[Request]) -> Iterator[GenerationUpdate]:
+        """Answer all requests, each as soon as it is finished; yields an update at least once a second.
 
         Raises:
-            RuntimeError: when no weights have been pushed since the engine was made or since a push failed.
+            RuntimeError: when the engine has received no weights since it was created or since a failed weight sync.
         """
         if not self._has_weights:
-            raise RuntimeError("the engine has no weights yet; push them first")
+            raise RuntimeError("the engine has no weights yet; sync them first")
         from vllm.inputs import TokensPrompt
 
         by_id: dict[str, Request] = {}
@@ -77,59 +78,59 @@ class VllmEngine:
             prompt = TokensPrompt(prompt_token_ids=list(request.tokens))
             self._engine.add_request(str(self._num_added), prompt, self._sampling(request))
         finished: list[Completion] = []
-        reported = time.monotonic()
+        last_update = time.monotonic()
         while self._engine.has_unfinished_requests():
             finished += [_completion(by_id[output.request_id], output) for output in self._step()]
-            if time.monotonic() - reported > REPORT_SECONDS:
-                yield Progress(finished)
-                finished, reported = [], time.monotonic()
-        yield Progress(finished)
+            if time.monotonic() - last_update > UPDATE_SECONDS:
+                yield GenerationUpdate(finished)
+                finished, last_update = [], time.monotonic()
+        yield GenerationUpdate(finished)
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Join a transfer group."""
         self._on_workers("init_weight_transfer_engine", init_info)
 
     def start_weight_update(self) -> None:
-        """Make the model ready to take weights; until `finish_weight_update` it cannot generate."""
+        """Prepare the model for new weights; it cannot generate before `finish_weight_update`."""
         self._has_weights = False
         self._on_workers("begin_weight_update")
 
     def update_weights(self, update_info: dict[str, Any]) -> float:
-        """Receive the weights; blocks until they are all there. Returns the seconds spent loading them."""
+        """Receive all weights; returns the seconds spent loading them into the model."""
         self._on_workers("update_weights", update_info)
         return max(self._on_workers("load_seconds"))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Put the received weights to use, and forget what was cached under the old ones."""
+        """Use the received weights from now on; drop the prefix cache of the old ones."""
         self._on_workers("finish_weight_update")
         self._engine.reset_prefix_cache()
         self._has_weights = True
 
     def weight_checksums(self) -> list[dict[str, int]]:
-        """Checksum of every tensor that each worker computes with, by vLLM's name for it; slow."""
+        """Compute the checksum of every tensor that each worker uses, by vLLM's name of it; slow."""
         return self._on_workers("weight_checksums")
 
     def sleep(self) -> None:
-        """Free the GPU, weights included (vLLM's level 2); nothing on a CPU. Has not been run on a GPU yet."""
+        """Free the GPU memory, weights included (vLLM's level 2); nothing on a CPU. Not yet run on a GPU."""
         if self._spec.device == "cpu" or not self._awake:
             return
-        if len(self._awake) == 1:  # a push broke off; vLLM goes to sleep only from being wide awake
+        if len(self._awake) == 1:  # a weight sync failed; vLLM can only sleep when both kinds are awake
             self._engine.wake_up()
         self._engine.sleep(level=2)
         self._awake.clear()
         self._has_weights = False
 
-    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
-        """Take memory for a part back; after the weights a push must follow. Nothing on a CPU."""
-        if self._spec.device == "cuda" and part not in self._awake:
-            self._engine.wake_up(tags=[part])
-            self._awake.add(part)
+    def wake(self, tag: Literal["weights", "kv_cache"]) -> None:
+        """Allocate memory of one kind again; the weights must then be synced. Nothing on a CPU."""
+        if self._spec.device == "cuda" and tag not in self._awake:
+            self._engine.wake_up(tags=[tag])
+            self._awake.add(tag)
 
     def _on_workers(self, method: str, *arguments: Any) -> list[Any]:
         """Call a method on every worker.
 
         Raises:
-            Fault: the first that a worker raised, one that tells more than a broken connection if there is one.
+            Fault: the first one of a worker; one that says more than a broken connection, if there is any.
         """
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -140,7 +141,7 @@ class VllmEngine:
         except Exception as error:
             executor = getattr(self._engine, "model_executor", None)
             if isinstance(error, EngineDeadError) or getattr(executor, "is_failed", False):
-                os._exit(1)  # an engine one of whose workers has died is dead, and seen to be so
+                os._exit(1)  # without one of its workers the engine is dead, and the pool must notice
             raise
         faults = [fault for _, fault in answers if fault is not None]
         for fault in sorted(faults, key=lambda fault: isinstance(fault, TransportError)):
@@ -167,24 +168,24 @@ class VllmEngine:
 
 
 def _prepare_environment(spec: EngineSpec, threads: int) -> None:
-    # torchrun's variables reach this process through Ray; with TORCHELASTIC_USE_AGENT_STORE vLLM's own
-    # torch.distributed set-up would wait for a store server that nobody starts.
+    # Ray passes torchrun's variables on to this process. With TORCHELASTIC_USE_AGENT_STORE vLLM's own
+    # torch.distributed would wait for a store server that nobody starts.
     for name in list(os.environ):
         if name.startswith(("TORCHELASTIC_", "ROLE_", "GROUP_")) or name in _TORCHRUN_NAMES:
             del os.environ[name]
     os.environ["VLLM_LOGGING_LEVEL"] = os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
-    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # between the engine's own processes: errors as objects
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # errors as objects, between the engine's own processes
     if spec.device == "cpu":
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ["OMP_NUM_THREADS"] = str(threads)
-        # Threads that spin while they wait make an engine many times slower when other processes want the cores.
+        # Threads that spin while they wait make an engine many times slower when other processes use the cores.
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        # Else vLLM reserves a core per worker for itself and refuses to start where too few are left.
+        # Otherwise vLLM reserves a core per worker and refuses to start when too few are left.
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        # Huge pages: a push allocates as much as the model, and fresh memory fills three times faster so.
+        # Huge pages: a weight sync allocates as much memory as the model, which is three times faster with them.
         os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
-        # vLLM compiles the rank of a sampled token, which nobody asks for: two seconds and a C++ compiler.
+        # vLLM would compile the rank of a sampled token, which is not used: two seconds and a C++ compiler.
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 
@@ -198,7 +199,7 @@ def _engine_args(spec: EngineSpec, config: RolloutConfig) -> EngineArgs:
         "model": spec.model_folder,
         "runner": "generate",  # a config.json without `architectures` would become a pooling model
         "skip_tokenizer_init": True,  # prompts are token ids
-        "load_format": "dummy",  # weights come by a push
+        "load_format": "dummy",  # the trainer sends the weights
         "dtype": spec.dtype,
         "max_model_len": spec.max_model_len,
         "max_num_seqs": config.max_num_seqs,
@@ -222,7 +223,7 @@ def _engine_args(spec: EngineSpec, config: RolloutConfig) -> EngineArgs:
         distributed_executor_backend="uni" if config.tensor_parallel == 1 else "mp",
         kv_cache_memory_bytes=config.kv_cache_gib * GIB,
         enable_prefix_caching=False,
-        # A prompt that is read in parts makes vLLM turn back the request's random generator, which a CPU's cannot do.
+        # For a prompt read in chunks vLLM rewinds the request's random generator, which a CPU generator cannot do.
         enable_chunked_prefill=False,
         max_num_batched_tokens=max(spec.max_model_len, 4096),
     )

@@ -1,7 +1,7 @@
-"""The engine's end of a weight push: a vLLM weight-transfer engine that receives buckets over any link.
+"""The engine's side of a weight sync: a vLLM weight-transfer engine that receives buckets over any link.
 
-vLLM finds it in every worker process through the entry point `vllm.general_plugins` -> `register`, and mixes `Worker`
-into its own worker class. Imported in engine processes only: it imports vLLM.
+Every vLLM worker process loads it through the entry point `vllm.general_plugins` -> `register`; `Worker` becomes a base
+class of vLLM's own worker. Only engine processes import this file: it imports vLLM.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ def register() -> None:
 
 @dataclass
 class InitInfo(LinkInfo, WeightTransferInitInfo):
-    """How to join, in the form vLLM asks for."""
+    """How to join the transfer group, in the form vLLM requires."""
 
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """What will arrive: name, type (`float32`, ...) and shape of each tensor, in order."""
+    """Name, type (`float32`, ...) and shape of each tensor of a transfer, in order."""
 
     names: list[str]
     dtype_names: list[str]
     shapes: list[list[int]]
 
     def metadata(self) -> list[TensorMeta]:
-        """The same as records."""
+        """Return the same as one record per tensor."""
         return [
             TensorMeta(name, getattr(torch, dtype), tuple(shape))
             for name, dtype, shape in zip(self.names, self.dtype_names, self.shapes, strict=True)
@@ -64,7 +64,7 @@ class UpdateInfo(WeightTransferUpdateInfo):
 class BucketTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     """Receives Hugging Face tensors in buckets and loads them layer by layer, on a CPU or a GPU.
 
-    After an error the model holds neither the old nor the new weights; the next complete push repairs it.
+    After an error the model has neither the old nor the new weights, until the next complete weight sync.
     """
 
     init_info_cls = InitInfo
@@ -75,26 +75,26 @@ class BucketTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._receiver: Receiver | None = None
         self._expected: set[str] = set()
         self.load_seconds = 0.0
-        """What loading took in the last transfer."""
+        """Seconds of the last transfer spent loading tensors into the model."""
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        """Join the sender's group, leaving the one before."""
+        """Leave the previous transfer group and join the sender's."""
         self.shutdown()
         self._receiver = Receiver(init_info, init_info.rank_offset + self.parallel_config.rank)
 
     def start_weight_update(self) -> None:
-        """Give layers their loadable form back: vLLM on a CPU repacks linear weights and experts after loading."""
+        """Restore the loadable form of the layers: on a CPU vLLM repacks linear weights and experts after loading."""
         self._expected = {name for name, _ in self.model.named_parameters()}
         initialize_layerwise_reload(self.model)
         if self.device.type == "cpu":
-            # vLLM pads and packs experts only when it also makes their kernel. With a kernel left from before it would
-            # take the tensors as they come for packed ones.
+            # vLLM pads and packs experts only when it also creates their kernel. With the kernel of an earlier sync it
+            # would treat the received tensors as packed ones.
             for layer in self.model.modules():
                 if isinstance(method := getattr(layer, "quant_method", None), FusedMoEMethodBase):
                     method.moe_kernel = None
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """As the base class, but without synchronising an accelerator that is not there."""
+        """Receive weights as the base class does, but synchronize the accelerator only if there is one."""
         self.receive_weights(self.parse_update_info(update_info))
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
@@ -103,7 +103,7 @@ class BucketTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         """Receive one transfer and load it.
 
         Raises:
-            Fault: when the model has parameters that the transfer did not fill.
+            Fault: when the transfer did not fill every parameter of the model.
         """
         assert self._receiver is not None, "init_transfer_engine comes first"
         loaded: set[str] = set()
@@ -117,10 +117,10 @@ class BucketTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         try:
             self._receiver.receive(update_info.metadata(), load)
             if missing := sorted(self._expected - loaded):
-                raise Fault(f"the pushed weights lack {len(missing)} of the engine's parameters, first {missing[0]}")
+                raise Fault(f"the synced weights lack {len(missing)} of the engine's parameters, first {missing[0]}")
         except BaseException:
-            # Half-loaded layers would count what they have got twice in the next push, and be taken for complete
-            # too early: bring them to an end now.
+            # Finalize half-loaded layers now. In the next sync they would count their tensors twice and seem
+            # complete too early.
             finalize_layerwise_reload(self.model, self.model_config)
             raise
 
@@ -130,32 +130,32 @@ class BucketTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         return self._expected if names is None else names
 
     def finish_weight_update(self) -> None:
-        """Bring the layers into the form that inference uses."""
+        """Convert the layers into the form that inference uses."""
         finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type == "cpu":
-            # A tied head loads nothing itself, so the reload passes it over; on a CPU it would go on computing with
-            # its packed copy of the old embeddings.
+            # A tied head loads nothing itself, so the reload skips it; on a CPU it would keep computing with its
+            # packed copy of the old embeddings.
             for layer in self.model.modules():
                 if isinstance(layer, ParallelLMHead):
                     layer.quant_method.process_weights_after_loading(layer)
 
     def shutdown(self) -> None:
-        """Leave the group."""
+        """Leave the transfer group."""
         if self._receiver is not None:
             self._receiver.close()
             self._receiver = None
 
 
 class Worker:
-    """What vLLM's workers can do beside their own: methods for `collective_rpc`."""
+    """Additional methods of vLLM's workers, for `collective_rpc`."""
 
     weight_transfer_engine: BucketTransferEngine
     _weight_update_active: bool
 
     def attempt(self, method: str, arguments: tuple) -> tuple[Any, Fault | None]:
-        """What a method of the worker returns, and the `Fault` it has raised instead.
+        """Call a method of the worker; returns its result, or the `Fault` it raised.
 
-        vLLM would keep an error's text only, and leave the answers of the other workers for the next call to find.
+        vLLM itself would keep only the text of an error, and the next call would read the other workers' results.
         """
         try:
             return getattr(self, method)(*arguments), None
@@ -166,22 +166,22 @@ class Worker:
             return None, Fault(f"{method}: {type(error).__name__}: {error}")
 
     def begin_weight_update(self) -> None:
-        """As vLLM's `start_weight_update`, also when an update before was broken off."""
+        """Call vLLM's `start_weight_update`, also after an update that was not finished."""
         worker: Any = self
         if worker._weight_update_active:
             worker.finish_weight_update()
         worker.start_weight_update()
 
     def load_seconds(self) -> float:
-        """What loading took in the last update, beside receiving."""
+        """Return the seconds that loading took in the last update, without receiving."""
         return self.weight_transfer_engine.load_seconds
 
     def weight_checksums(self) -> dict[str, int]:
-        """CRC-32 of every tensor that this worker computes with, under vLLM's name for it.
+        """Compute the CRC-32 of every tensor that this worker uses, by vLLM's name of it.
 
-        vLLM packs the weights of linear layers on a CPU and keeps no other copy. They are read back through the layer
-        itself: its answer to the unit vectors is exactly its weights (the sign of a zero apart). For experts on a CPU
-        it is the checksum of what they are packed into, zeros to fill up included.
+        On a CPU vLLM packs the weights of linear layers and keeps no other copy. They are read back through the layer
+        itself: its outputs for the unit vectors are exactly its weights (except for the sign of a zero). For experts
+        on a CPU it is the checksum of the packed tensor, padding included.
         """
         model: torch.nn.Module = self.get_model()  # type: ignore[attr-defined]
         sums = {}
@@ -195,7 +195,7 @@ class Worker:
 
 @torch.inference_mode()
 def _read_back(layer: Any) -> torch.Tensor:
-    """The weight [outputs, inputs] that a layer multiplies with."""
+    """Read the weight [outputs, inputs] of a layer from its outputs for the unit vectors."""
     width = getattr(layer, "input_size_per_partition", None) or layer.embedding_dim
     columns = []
     for first in range(0, width, READ_BACK_ROWS):

@@ -1,11 +1,11 @@
-"""From the actor's shards into real vLLM engines, proved on the engines' side.
+"""From the actor's shards into real vLLM engines, checked inside the engines.
 
-After a push every tensor that an engine computes with equals the actor's, byte for byte, for every layout of the actor
-and for engines with tensor parallelism 1 and 2, which take the same push. What it must be is worked out here from the
-Hugging Face tensors, by neither our names nor vLLM's loader: the actor's parameters are those tensors times a number.
-After an optimizer step the engines' log-probs are the actor's. A bit that changes on the way is named; an engine is
-lost with any of its workers. Experts, which vLLM pads and packs, are proved by log-probs only, and with the exhaustive
-tests. Both links are used, gloo and shared memory. Not proved here: GPUs.
+Proves: after a weight sync every tensor of an engine equals the actor's, byte for byte, for every layout of the actor
+and for engines with tensor parallelism 1 and 2, which join the same sync. The expected values are computed here
+from the Hugging Face tensors, without our names and without vLLM's loader: the actor's parameters are those tensors
+times a number. After an optimizer step the engines' log-probs are the actor's. A flipped bit is named; an engine is
+lost with any of its workers. Both backends are used, gloo and shared memory. Experts, which vLLM pads and packs, are
+checked by log-probs only, in an exhaustive test. Not proved here: GPUs.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ RANKS = 4
 EOS = 1
 TEMPERATURE = 0.7
 VOCABULARY, PADDED = 90, 128  # vLLM pads to a multiple of 64, with zeros
-SHAPE = {
+SIZES = {
     "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
     "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2,
     "eos_token_id": EOS,
@@ -58,7 +58,7 @@ FLIPPED = "model.layers.1.mlp.up_proj.weight"
 
 
 def engine_tensors(model: dict[str, torch.Tensor], rank: int, ranks: int) -> dict[str, torch.Tensor]:
-    """What worker `rank` of a vLLM engine must hold, by vLLM's names."""
+    """The expected tensors of worker `rank` of a vLLM engine, by vLLM's names."""
 
     def rows(*tensors: torch.Tensor) -> torch.Tensor:
         return torch.cat([tensor.chunk(ranks)[rank] for tensor in tensors])
@@ -68,21 +68,21 @@ def engine_tensors(model: dict[str, torch.Tensor], rank: int, ranks: int) -> dic
 
     tensors = {name: vocabulary(model[name]) for name in ("model.embed_tokens.weight", "lm_head.weight")}
     tensors["model.norm.weight"] = model["model.norm.weight"]
-    for layer in (f"model.layers.{number}." for number in range(SHAPE["num_hidden_layers"])):
+    for layer in (f"model.layers.{number}." for number in range(SIZES["num_hidden_layers"])):
         for norm in ("input_layernorm.weight", "post_attention_layernorm.weight"):
             tensors[layer + norm] = model[layer + norm]
         for kind in ("weight", "bias"):
-            parts = [model[f"{layer}self_attn.{part}_proj.{kind}"] for part in "qkv"]
-            tensors[f"{layer}self_attn.qkv_proj.{kind}"] = rows(*parts)
-        parts = [model[f"{layer}mlp.{part}_proj.weight"] for part in ("gate", "up")]
-        tensors[layer + "mlp.gate_up_proj.weight"] = rows(*parts)
+            fused = [model[f"{layer}self_attn.{name}_proj.{kind}"] for name in "qkv"]
+            tensors[f"{layer}self_attn.qkv_proj.{kind}"] = rows(*fused)
+        fused = [model[f"{layer}mlp.{name}_proj.weight"] for name in ("gate", "up")]
+        tensors[layer + "mlp.gate_up_proj.weight"] = rows(*fused)
         for name in (layer + "self_attn.o_proj.weight", layer + "mlp.down_proj.weight"):
             tensors[name] = model[name].chunk(ranks, dim=1)[rank].contiguous()
     return tensors
 
 
 def wrong_tensors(sums: list[dict[str, int]], model: dict[str, torch.Tensor]) -> list[str]:
-    """Tensors of an engine's workers whose checksum is not that of the model's."""
+    """Tensors of an engine's workers with another checksum than the model's."""
     wrong = []
     for rank, found in enumerate(sums):
         expected = {name: t + 0.0 for name, t in engine_tensors(model, rank, len(sums)).items()}  # -0 becomes 0
@@ -94,7 +94,7 @@ def wrong_tensors(sums: list[dict[str, int]], model: dict[str, torch.Tensor]) ->
 
 
 def start_engines(folder: str) -> tuple[list, list | None]:
-    """On rank 0 a pool with one engine for each of `ENGINE_TP`, starting, and their clients."""
+    """Start one pool with one engine for each of `ENGINE_TP`, on rank 0; returns the pools and all clients."""
     from megatron_entropy.rollout.engine import EngineSpec
     from megatron_entropy.rollout.pool import EnginePool
 
@@ -109,7 +109,7 @@ def start_engines(folder: str) -> tuple[list, list | None]:
 
 
 def build(folder: str, layout: ParallelConfig, factor: float):
-    """An actor with the folder's weights times `factor`, and the stream of them."""
+    """Build an actor with the folder's weights times `factor`, and the source of its weights."""
     from megatron_entropy.actor.actor import Actor
 
     arch = read_architecture(folder)
@@ -126,18 +126,18 @@ def build(folder: str, layout: ParallelConfig, factor: float):
     return actor, ShardedSource(arch, layout, actor.named_shards(), torch.float32)
 
 
-def push_of(source: ShardedSource, backend: str) -> WeightSync:
-    return WeightSync(source, bucket_bytes=2**15, checksum=True, timeout=60, backend=backend)
+def sync_of(source: ShardedSource, backend: str) -> WeightSync:
+    return WeightSync(source, bucket_bytes=2**15, checksum=True, timeout=180, backend=backend)
 
 
 def update(actor, samples: list[Sample]) -> None:
-    """Change the weights: an optimizer step that makes the samples likelier."""
+    """Take an optimizer step that increases the probability of the samples."""
     samples = [dataclasses.replace(s, weight=s.constant(0.01)) for s in samples]
     actor.update(samples, lambda stats, batch: (-stats.logprob, {}), temperature=TEMPERATURE)
 
 
 def answers(pools: list) -> list[list[Sample]]:
-    """Each engine's completions, as samples."""
+    """The completions of each engine, as samples."""
     from megatron_entropy.rollout.engine import Request
 
     generator = np.random.default_rng(0)
@@ -160,16 +160,18 @@ def answers(pools: list) -> list[list[Sample]]:
 
 
 def disagreement(actor, sampled: list[list[Sample]]) -> list[float]:
-    """For each engine, by how much a log-prob of its samples differs from the actor's at most."""
+    """For each engine the largest difference between a log-prob of its samples and the actor's."""
+    from megatron_entropy.actor.statistics import policy_statistics
+
     worst = []
     for samples in sampled:
-        scored = actor.score(samples, temperature=TEMPERATURE, entropy=False)
+        scored = actor.score(samples, policy_statistics(temperature=TEMPERATURE, entropy=False))
         worst.append(max(np.abs(s.response("logprob") - s.rollout_logprob).max() for s in scored))
     return worst
 
 
-def push_from_every_layout(folder: str) -> dict[str, object]:
-    """Run on every rank; what rank 0 saw, by layout, and what broke how."""
+def sync_from_every_layout(folder: str) -> dict[str, object]:
+    """Run on every rank; returns what rank 0 observed, by layout, and the errors."""
     first = process_groups.rank() == 0
     pools, clients = start_engines(folder)
     seen: dict[str, object] = {}
@@ -178,54 +180,54 @@ def push_from_every_layout(folder: str) -> dict[str, object]:
         for pool in pools:
             pool.wait_ready()
         for number, (name, layout) in enumerate(LAYOUTS.items()):
-            factor = -(0.5 ** (1 + number % 2))  # exact, and another one than the push before
+            factor = -(0.5 ** (1 + number % 2))  # exact, and not the factor of the sync before
             one, other = BACKENDS[number % 2], BACKENDS[1 - number % 2]
             actor, source = build(folder, layout, factor)
-            push = push_of(source, one)
-            push.push(1, clients)
-            push.close()
+            weight_sync = sync_of(source, one)
+            weight_sync.sync(1, clients)
+            weight_sync.close()
             scaled = {key: tensor * factor for key, tensor in model.items()}
             wrong = [wrong_tensors(client.weight_checksums(), scaled) for client in clients or ()]
             update(actor, process_groups.broadcast_object(answers(pools)[0] if first else None))
-            push = push_of(source, other)
-            push.push(2, clients)
+            weight_sync = sync_of(source, other)
+            weight_sync.sync(2, clients)
             updated = dict(source)
             unchanged = [wrong_tensors(client.weight_checksums(), scaled) for client in clients or ()]
             wrong += [wrong_tensors(client.weight_checksums(), updated) for client in clients or ()]
             worst = disagreement(actor, process_groups.broadcast_object(answers(pools) if first else None))
             seen[name] = {"wrong": wrong, "changed": [len(names) for names in unchanged], "logprob": worst}
             if number + 1 < len(LAYOUTS):
-                push.close()
+                weight_sync.close()
         if not first:
             with _flipping():
-                push.push(3, None)
+                weight_sync.sync(3, None)
             for version in (4, 5):
-                push.push(version, None)
+                weight_sync.sync(version, None)
             return seen
         with _flipping():
-            seen["flipped"] = _failure(lambda: push.push(3, clients))
-        push.push(4, clients)
-        seen["mended"] = len(answers(pools))
+            seen["flipped"] = _failure(lambda: weight_sync.sync(3, clients))
+        weight_sync.sync(4, clients)
+        seen["repaired"] = len(answers(pools))
         _workers(pools[1].pids[0])[-1].kill()
-        seen["killed"] = _failure(lambda: push.push(5, clients))
+        seen["killed"] = _failure(lambda: weight_sync.sync(5, clients))
         return seen
     finally:
         for pool in reversed(pools):
             pool.shutdown()
 
 
-def push_experts(folder: str) -> list[list[float]]:
-    """Run on every rank; by how much each engine disagrees with the actor after the first push, and after the next."""
+def sync_experts(folder: str) -> list[list[float]]:
+    """Run on every rank; returns the disagreement of each engine with the actor after the first and the second sync."""
     first = process_groups.rank() == 0
     pools, clients = start_engines(folder)
     try:
         actor, source = build(folder, ParallelConfig(dp=2, ep=2), 1.0)
-        push = push_of(source, "shared_memory")
+        weight_sync = sync_of(source, "shared_memory")
         for pool in pools:
             pool.wait_ready()
         seen = []
         for version in (1, 2):
-            push.push(version, clients)
+            weight_sync.sync(version, clients)
             sampled = process_groups.broadcast_object(answers(pools) if first else None)
             seen.append(disagreement(actor, sampled))
             update(actor, sampled[0])
@@ -249,7 +251,7 @@ def _failure(work) -> Fault | None:
 
 
 class _flipping:
-    """Within it a bit of one tensor changes after its checksum has been taken."""
+    """Flips a bit of one tensor after its checksum was computed, inside the `with` block."""
 
     def __enter__(self) -> None:
         self.seal = seal = Sender._seal
@@ -267,7 +269,7 @@ class _flipping:
 
 
 def write(model: torch.nn.Module, folder: Path) -> str:
-    """Give every parameter values of its own, and save."""
+    """Give biases and norms random values too, and save the model."""
     for parameter in model.parameters():
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, 0.5, 0.2)  # biases start at zero, norms at one
@@ -278,13 +280,13 @@ def write(model: torch.nn.Module, folder: Path) -> str:
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict:
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=False)).float()
+    model = Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=False)).float()
     folder = write(model, tmp_path_factory.mktemp("model"))
-    return local_ranks.run_on_ranks(push_from_every_layout, RANKS, folder, timeout_s=280)[0]
+    return local_ranks.run_on_ranks(sync_from_every_layout, RANKS, folder, timeout_s=540)[0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_engines_hold_what_the_actor_holds(seen: dict, layout: str) -> None:
+def test_engines_have_the_weights_of_the_actor(seen: dict, layout: str) -> None:
     assert seen[layout]["wrong"] == [[]] * (len(BACKENDS) * len(ENGINE_TP))
 
 
@@ -294,9 +296,9 @@ def test_after_an_update_the_engines_agree_with_the_actor(seen: dict, layout: st
     assert min(seen[layout]["changed"]) > 10  # the update changed nearly every tensor
 
 
-def test_a_flipped_bit_is_named_and_mended_by_the_next_push(seen: dict) -> None:
+def test_a_flipped_bit_is_named_and_the_next_sync_repairs_it(seen: dict) -> None:
     assert isinstance(seen["flipped"], ChecksumError) and str(seen["flipped"]).startswith(FLIPPED)
-    assert seen["mended"] == len(ENGINE_TP)
+    assert seen["repaired"] == len(ENGINE_TP)
 
 
 def test_an_engine_is_lost_with_any_of_its_workers(seen: dict) -> None:
@@ -304,8 +306,8 @@ def test_an_engine_is_lost_with_any_of_its_workers(seen: dict) -> None:
 
 
 @pytest.mark.exhaustive
-def test_engines_with_experts_agree_with_the_actor_after_every_push(tmp_path: Path) -> None:
+def test_engines_with_experts_agree_with_the_actor_after_every_sync(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    folder = write(Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **EXPERTS)).float(), tmp_path)
-    worst = local_ranks.run_on_ranks(push_experts, 2, folder, timeout_s=280)[0]
+    folder = write(Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **EXPERTS)).float(), tmp_path)
+    worst = local_ranks.run_on_ranks(sync_experts, 2, folder, timeout_s=540)[0]
     assert np.array(worst).shape == (2, len(ENGINE_TP)) and np.max(worst) < 1e-4, worst

@@ -1,9 +1,9 @@
-"""Real vLLM engines in Ray actors, fed by weight pushes from a plain source.
+"""Real vLLM engines in Ray actors, with weights synced from a plain source.
 
-Proves: log-probs equal transformers' at a temperature other than 1; a completion is a function of the request and the
-weights alone (not of the batch, the number of engines, or an engine's death in between); pushes replace the weights
-and survive dead engines, changed bytes and missing tensors; the death of Ray's head is told within seconds, whatever is
-being waited for. Not proved here: sharded sources, GPUs.
+Proves: log-probs equal those of transformers at a temperature other than 1; a completion is a function of the request
+and the weights alone (not of the batch, the number of engines, or the death of an engine); a weight sync replaces the
+weights and survives dead engines, changed bytes and missing tensors; the death of Ray's head is reported soon, whatever
+waits for Ray. Not proved here: sharded sources, GPUs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,9 @@ from megatron_entropy.weights.transport import Sender
 
 EOS = 1
 MAX_LEN = 256
-SHAPE = {  # vLLM's attention on a CPU takes heads of 32 and more
+TIMEOUT = 180.0
+"""Seconds for anything that should happen at once; a loaded machine may need them."""
+SIZES = {  # vLLM's attention on a CPU takes heads of 32 and more
     "vocab_size": 90,  # vLLM pads it to a multiple of 64
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -49,7 +51,7 @@ SHAPE = {  # vLLM's attention on a CPU takes heads of 32 and more
 
 
 class Source:
-    """A model's parameters as a source of weights; `on_slab` is called before each slab is read."""
+    """The parameters of a model as a source of weights; `on_slab` is called before each slab is read."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.tensors = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
@@ -72,7 +74,7 @@ class Source:
 
 def qwen3(seed: int, tied: bool = True) -> Qwen3ForCausalLM:
     torch.manual_seed(seed)
-    return Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=32, tie_word_embeddings=tied)).float().eval()
+    return Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=tied)).float().eval()
 
 
 def save_config(model: PreTrainedModel, folder: Path) -> None:
@@ -95,7 +97,7 @@ def spec(model: Qwen3ForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> E
 
 @pytest.fixture(scope="module")
 def pool(spec: EngineSpec) -> Iterator[EnginePool]:
-    """Two engines that decode at most 32 sequences at a time, so that a step comes back in several parts."""
+    """Two engines that decode at most 32 sequences at a time, so that a generation needs several updates."""
     pool = EnginePool(RolloutConfig(num_engines=2, max_num_seqs=32, max_restarts=5), spec)
     pool.wait_ready()
     yield pool
@@ -103,8 +105,21 @@ def pool(spec: EngineSpec) -> Iterator[EnginePool]:
 
 
 @pytest.fixture(scope="module")
-def push(model: Qwen3ForCausalLM) -> WeightSync:
-    return WeightSync(Source(model), bucket_bytes=2**15, checksum=True, timeout=60)
+def weight_sync(model: Qwen3ForCausalLM) -> WeightSync:
+    return WeightSync(Source(model), bucket_bytes=2**15, checksum=True, timeout=TIMEOUT)
+
+
+def killing_updates(pool: EnginePool, index: int) -> Callable[[list[list[Request]]], Iterator]:
+    """`EnginePool._updates` that kills an engine after its first completions."""
+    original, pids = pool._updates, [pool.pids[index]]
+
+    def updates(shards: list[list[Request]]) -> Iterator:
+        for engine, update in original(shards):
+            yield engine, update
+            if engine == index and update and pids:
+                os.kill(pids.pop(), signal.SIGKILL)
+
+    return updates
 
 
 def requests(count: int, max_tokens: int = 40, **sampling: float) -> list[Request]:
@@ -144,13 +159,13 @@ def worst_difference(model: PreTrainedModel, wanted: list[Request], done: list[C
     return worst
 
 
-def test_generating_before_a_push_is_refused(pool: EnginePool) -> None:
+def test_generating_without_weights_is_refused(pool: EnginePool) -> None:
     with pytest.raises(AssertionError, match="no weights"):
         pool.generate(requests(1), "test")
 
 
-def test_logprobs_equal_transformers(pool: EnginePool, push: WeightSync, model: Qwen3ForCausalLM) -> None:
-    stats = push.push(1, pool.clients())
+def test_logprobs_equal_transformers(pool: EnginePool, weight_sync: WeightSync, model: Qwen3ForCausalLM) -> None:
+    stats = weight_sync.sync(1, pool.clients())
     assert stats is not None and stats.num_bytes >= sum(4 * tensor.numel() for tensor in model.parameters())
     wanted = requests(64, max_tokens=100)
     done = answers(pool, wanted)
@@ -162,7 +177,7 @@ def test_logprobs_equal_transformers(pool: EnginePool, push: WeightSync, model: 
         assert EOS not in completion.tokens[:-1] and len(completion.tokens) <= 100
 
 
-def test_weight_transfer_follows_what_is_there(pool: EnginePool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_backend_of_the_weight_sync_follows_the_machine(pool: EnginePool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert pool.backend(trainer_on_one_machine=True) == "shared_memory"
     assert pool.backend(trainer_on_one_machine=False) == "gloo"
     monkeypatch.setattr(pool, "_config", RolloutConfig(weight_transfer="shared_memory"))
@@ -173,53 +188,54 @@ def test_weight_transfer_follows_what_is_there(pool: EnginePool, monkeypatch: py
         pool.backend(trainer_on_one_machine=True)
 
 
-def test_top_p_keeps_to_the_nucleus(pool: EnginePool, push: WeightSync) -> None:
-    push.push(1, pool.clients())
+def test_top_p_samples_from_the_nucleus(pool: EnginePool, weight_sync: WeightSync) -> None:
+    weight_sync.sync(1, pool.clients())
     full, nucleus = answers(pool, requests(16)), answers(pool, requests(16, top_p=0.3))
     assert min(completion.logprobs.min() for completion in nucleus) > min(c.logprobs.min() for c in full)
 
 
-def test_completion_does_not_depend_on_batch_or_engine(pool: EnginePool, push: WeightSync) -> None:
-    push.push(1, pool.clients())
+def test_a_completion_does_not_depend_on_batch_or_engine(pool: EnginePool, weight_sync: WeightSync) -> None:
+    weight_sync.sync(1, pool.clients())
     wanted = requests(48)
     done = answers(pool, wanted)
     assert_same(answers(pool, wanted[5:8]), done[5:8])
     assert_same(answers(pool, wanted[::-1])[::-1], done)
-    # One at a time all go to the first engine; above half of them went to the second.
+    # One at a time, all requests go to the first engine; before, half of them went to the second.
     assert_same([answers(pool, [request])[0] for request in wanted[:8]], done[:8])
 
 
-def test_push_replaces_the_weights(pool: EnginePool, push: WeightSync, model: Qwen3ForCausalLM) -> None:
+def test_a_sync_replaces_the_weights(pool: EnginePool, weight_sync: WeightSync, model: Qwen3ForCausalLM) -> None:
     wanted = requests(8)
     before = answers(pool, wanted)
     other = qwen3(1)
-    push.close()  # engines listen to one sender at a time
-    WeightSync(Source(other), timeout=60).push(2, pool.clients())
+    weight_sync.close()  # engines listen to one sender at a time
+    WeightSync(Source(other), timeout=TIMEOUT).sync(2, pool.clients())
     changed = answers(pool, wanted)
     assert worst_difference(other, wanted, changed) < 1e-4
     assert worst_difference(model, wanted, changed) > 0.1
-    push.push(3, pool.clients())
+    weight_sync.sync(3, pool.clients())
     assert_same(answers(pool, wanted), before)
 
 
-def test_killed_while_generating(pool: EnginePool, push: WeightSync) -> None:
-    push.push(1, pool.clients())
+def test_an_engine_is_killed_while_it_generates(
+    pool: EnginePool, weight_sync: WeightSync, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight_sync.sync(1, pool.clients())
     wanted = requests(400, max_tokens=100)
-    answers(pool, wanted[:8])  # the first steps are slower
-    begin = time.monotonic()
     undisturbed = answers(pool, wanted)
-    threading.Timer(0.4 * (time.monotonic() - begin), os.kill, (pool.pids[1], signal.SIGKILL)).start()
-    done, dead = pool.generate(wanted, "test")
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "_updates", killing_updates(pool, 1))
+        done, dead = pool.generate(wanted, "test")
     assert dead == [1] and 0 < len(done) < len(wanted)
     pool.restart(dead)
-    push.push(1, pool.clients())
+    weight_sync.sync(1, pool.clients())
     answered = {completion.key for completion in done}
     done += answers(pool, [request for request in wanted if request.key not in answered])
     assert_same(sorted(done, key=lambda completion: completion.key), undisturbed)
 
 
-def test_killed_while_pushing(pool: EnginePool, push: WeightSync, model: Qwen3ForCausalLM) -> None:
-    push.push(1, pool.clients())
+def test_an_engine_is_killed_during_a_sync(pool: EnginePool, weight_sync: WeightSync, model: Qwen3ForCausalLM) -> None:
+    weight_sync.sync(1, pool.clients())
     before = answers(pool, requests(8))
     victim = pool.pids[0]
 
@@ -229,19 +245,19 @@ def test_killed_while_pushing(pool: EnginePool, push: WeightSync, model: Qwen3Fo
                 os.kill(victim, signal.SIGKILL)
 
     source = Killing(model)
-    push.close()
+    weight_sync.close()
     with pytest.raises(EngineLost) as caught:
-        WeightSync(source, bucket_bytes=2**12, timeout=60).push(2, pool.clients())
+        WeightSync(source, bucket_bytes=2**12, timeout=TIMEOUT).sync(2, pool.clients())
     assert caught.value.indices == (0,)
-    # It is a collective: the other ranks read to the end.
+    # A sync is a collective: the other ranks read to the end.
     assert source.rows_read == sum(len(tensor) for _, tensor in source.tensors)
     pool.restart(caught.value.indices)
-    push.push(2, pool.clients())  # engine 1 got half of the broken push
+    weight_sync.sync(2, pool.clients())  # engine 1 got half of the failed sync
     assert_same(answers(pool, requests(8)), before)
 
 
 def test_changed_bytes_are_named(
-    pool: EnginePool, push: WeightSync, model: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch
+    pool: EnginePool, weight_sync: WeightSync, model: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     seal = Sender._seal
@@ -256,57 +272,58 @@ def test_changed_bytes_are_named(
     with monkeypatch.context() as patch:
         patch.setattr(Sender, "_seal", flip)
         with pytest.raises(ChecksumError, match=name):
-            push.push(3, pool.clients())
-    push.push(3, pool.clients())
+            weight_sync.sync(3, pool.clients())
+    weight_sync.sync(3, pool.clients())
     assert len(answers(pool, requests(4))) == 4
 
 
-def test_missing_tensor_is_named(pool: EnginePool, push: WeightSync, model: Qwen3ForCausalLM) -> None:
+def test_a_missing_tensor_is_named(pool: EnginePool, weight_sync: WeightSync, model: Qwen3ForCausalLM) -> None:
     source = Source(model)
     del source.tensors[-1]
-    push.close()
+    weight_sync.close()
     with pytest.raises(Fault, match=r"lack 1 of the engine's parameters, first model\.norm\.weight"):
-        WeightSync(source, timeout=60).push(4, pool.clients())
-    push.push(4, pool.clients())
+        WeightSync(source, timeout=TIMEOUT).sync(4, pool.clients())
+    weight_sync.sync(4, pool.clients())
     assert len(answers(pool, requests(4))) == 4
 
 
-def test_untied_head_and_biases_and_a_hanging_engine(pool: EnginePool, tmp_path: Path) -> None:
+def test_an_untied_head_with_biases_and_an_engine_that_hangs(pool: EnginePool, tmp_path: Path) -> None:
     """One engine of another model: its log-probs are right; it hangs, is noticed, and may not be restarted."""
     torch.manual_seed(2)
-    model = Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=False)).float().eval()
+    model = Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=False)).float().eval()
     for parameter in model.parameters():
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, 0.5, 0.2)  # biases start at zero, norms at one
     save_config(model, tmp_path)
     config = RolloutConfig(num_engines=1, max_restarts=0)
-    single = EnginePool(config, EngineSpec(str(tmp_path), MAX_LEN, (EOS,), threads=1), timeout=4)
+    single = EnginePool(config, EngineSpec(str(tmp_path), MAX_LEN, (EOS,), threads=1), timeout=TIMEOUT)
     try:
-        other = WeightSync(Source(model), timeout=60)
+        other = WeightSync(Source(model), timeout=TIMEOUT)
         single.wait_ready()
         for version in (1, 2):
-            other.push(version, single.clients())
+            other.sync(version, single.clients())
             wanted = requests(16)
             assert worst_difference(model, wanted, answers(single, wanted)) < 1e-4
         os.kill(single.pids[0], signal.SIGSTOP)
+        single._timeout = 4  # only now: an engine that works may be slower on a loaded machine
         done, dead = single.generate(wanted, "test")
         assert (done, dead) == ([], [0])
-        with pytest.raises(EngineFault, match="silent for 4 s.*rollout.max_restarts=0"):
+        with pytest.raises(EngineFault, match="no update for 4 s.*rollout.max_restarts=0"):
             single.restart(dead)
     finally:
         single.shutdown()
 
 
-def test_engine_killed_while_it_starts_is_restarted(pool: EnginePool, spec: EngineSpec) -> None:
+def test_an_engine_killed_while_it_starts_is_restarted(pool: EnginePool, spec: EngineSpec) -> None:
     def engines() -> list[psutil.Process]:
         children = psutil.Process().children(recursive=True)
         return [child for child in children if child.name().startswith("ray::VllmEngine")]
 
     pool.wait_ready()
-    known = {engine.pid for engine in engines()}  # those of tests before may still be ending
+    known = {engine.pid for engine in engines()}  # those of earlier tests may still be ending
     single = EnginePool(RolloutConfig(max_restarts=1), spec)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + TIMEOUT
         while not (found := [engine for engine in engines() if engine.pid not in known]):
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -317,7 +334,7 @@ def test_engine_killed_while_it_starts_is_restarted(pool: EnginePool, spec: Engi
         single.shutdown()
 
 
-def test_engine_that_cannot_start_says_why(pool: EnginePool, tmp_path: Path) -> None:
+def test_an_engine_that_cannot_start_says_why(pool: EnginePool, tmp_path: Path) -> None:
     broken = EnginePool(RolloutConfig(num_engines=1), EngineSpec(str(tmp_path / "absent"), MAX_LEN, (EOS,)))
     try:
         with pytest.raises(EngineFault, match="rollout engine 0 could not start: .*absent"):
@@ -327,7 +344,7 @@ def test_engine_that_cannot_start_says_why(pool: EnginePool, tmp_path: Path) -> 
 
 
 class HeadKiller(Source):
-    """A source of weights in a process with Ray's head of its own, of which it kills one process at a chosen moment."""
+    """A source of weights in a process with its own Ray head, one process of which it kills at a chosen moment."""
 
     def __init__(self, model: PreTrainedModel, name: str, moment: str) -> None:
         super().__init__(model)
@@ -340,7 +357,7 @@ class HeadKiller(Source):
 
     def on_slab(self, number: int) -> None:
         if number == 6:
-            self.reached("push")
+            self.reached("sync")
             time.sleep(0.1)
 
     def kill(self, after: float) -> None:
@@ -355,7 +372,7 @@ class HeadKiller(Source):
 
 
 def lose_head(name: str, moment: str, spec: EngineSpec, pipe: multiprocessing.connection.Connection) -> None:
-    """Use an engine until Ray's head is found dead; tell the fault, and how many seconds after the kill it came."""
+    """Use an engine until Ray's head is found dead; send the fault, and its delay after the kill in seconds."""
     model = qwen3(0)
     source = HeadKiller(model, name, moment)
     pool = None
@@ -366,8 +383,8 @@ def lose_head(name: str, moment: str, spec: EngineSpec, pipe: multiprocessing.co
         pool = EnginePool(RolloutConfig(num_engines=1, max_restarts=5), spec)
         source.reached("load", 0.5)
         pool.wait_ready()
-        push = WeightSync(source, bucket_bytes=2**12, timeout=60)
-        push.push(1, pool.clients())
+        weight_sync = WeightSync(source, bucket_bytes=2**12, timeout=TIMEOUT)
+        weight_sync.sync(1, pool.clients())
         source.reached("generate", 0.2)
         if moment == "generate":
             pool.generate(requests(400, max_tokens=200), "test")
@@ -390,13 +407,13 @@ def lose_head(name: str, moment: str, spec: EngineSpec, pipe: multiprocessing.co
         ("raylet", "start"),
         ("gcs_server", "load"),
         ("raylet", "load"),
-        ("gcs_server", "push"),
+        ("gcs_server", "sync"),
         ("raylet", "generate"),
         ("gcs_server", "restart"),
     ],
 )
-def test_death_of_rays_head_is_told_at_once(name: str, moment: str, spec: EngineSpec) -> None:
-    """Left to themselves Ray's calls wait a minute or for ever, or Ray ends the process."""
+def test_the_death_of_rays_head_is_reported_soon(name: str, moment: str, spec: EngineSpec) -> None:
+    """Ray itself would wait for a minute or for ever, or end the process without an error."""
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
     process = spawn.Process(target=lose_head, args=(name, moment, spec, theirs))
@@ -404,19 +421,19 @@ def test_death_of_rays_head_is_told_at_once(name: str, moment: str, spec: Engine
     theirs.close()
     descendants = []
     try:
-        assert ours.poll(180), "nothing was told"  # mostly the time that an engine takes to load
+        assert ours.poll(TIMEOUT), "nothing was reported"  # mostly the time that an engine needs to load
         descendants = psutil.Process(process.pid).children(recursive=True)
-        told, seconds = ours.recv()
-        assert f"Ray's head process {name} (pid " in told and "resume it with --resume" in told
-        assert seconds < 10  # one, but for a busy machine
-        process.join(30)
+        message, seconds = ours.recv()
+        assert f"Ray's head process {name} (pid " in message and "resume it with --resume" in message
+        assert seconds < 45  # about one; Ray itself needs sixty or more
+        process.join(TIMEOUT)
         assert process.exitcode in (0, 1)  # no crash; Ray itself may end a process that has lost its raylet
-        assert psutil.wait_procs(descendants, timeout=20)[1] == []
+        assert psutil.wait_procs(descendants, timeout=TIMEOUT)[1] == []
     finally:
         process.kill()
 
 
-def test_cluster_that_cannot_be_joined_is_named(spec: EngineSpec) -> None:
+def test_a_cluster_that_cannot_be_joined_is_named(spec: EngineSpec) -> None:
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
     with pytest.MonkeyPatch.context() as patch:
@@ -425,9 +442,7 @@ def test_cluster_that_cannot_be_joined_is_named(spec: EngineSpec) -> None:
         process.start()
     theirs.close()
     try:
-        assert ours.poll(90), "nothing was told"
-        assert ours.recv()[0].startswith(
-            "the Ray cluster at RAY_ADDRESS=127.0.0.1:1 could not be concat_response_tokens"
-        )
+        assert ours.poll(TIMEOUT), "nothing was reported"
+        assert ours.recv()[0].startswith("the Ray cluster at RAY_ADDRESS=127.0.0.1:1 could not be joined")
     finally:
         process.kill()

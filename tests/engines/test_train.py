@@ -1,9 +1,10 @@
 """Whole runs of the real program: Megatron ranks under torchrun, a vLLM engine under Ray, checkpoints, export.
 
-Each run is a few steps of a tiny model. Proves: the engine's and the actor's log-probabilities agree after a push at a
+Each run is a few steps of a tiny model. Proves: log-probabilities of engine and actor agree after a weight sync at a
 temperature other than 1, under TP2 and PP2; a run repeats bit for bit; a run that is stopped or killed resumes without
-a step lost, repeated or changed; a killed engine is replaced without a sample lost or changed; two stages hand the
-model on; the result loads in transformers. Does not prove that anything is learned (`make demo` shows that).
+a lost, repeated or changed step; a killed engine is replaced without a lost or changed sample; the second stage starts
+from the model of the first; the result loads in transformers. Does not prove that anything is learned (`make demo`
+shows that).
 """
 
 import json
@@ -27,7 +28,7 @@ seed = 3
 path = "{inputs}/model"
 [data]
 train = ["{inputs}/train.jsonl"]
-eval = ["{inputs}/test.jsonl"]
+eval = ["{inputs}/eval.jsonl"]
 max_prompt_tokens = 16
 [reward]
 verifier = "final_marker"
@@ -64,34 +65,34 @@ eval.every = 2
 def inputs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     script = ROOT / "examples" / "make_arithmetic.py"
-    sizes = ["--seed", "3", "--train", "64", "--test", "16"]
+    sizes = ["--seed", "3", "--train", "64", "--eval", "16"]
     subprocess.run([sys.executable, script, "--out", folder, *sizes], check=True, env=ENVIRONMENT)
     return folder
 
 
 def start(inputs: Path, run: Path, *flags: str, layout: str = "tp = 2") -> subprocess.Popen:
     run.mkdir(exist_ok=True)
-    config = run / "given.toml"
+    config = run / "run.toml"
     config.write_text(CONFIG.format(run=run, inputs=inputs, layout=layout))
     command = [sys.executable, "-m", "megatron_entropy", "train", str(config), *flags]
     return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=480)
     assert process.returncode == code, output[-3000:]
     return output
 
 
 def rows(run: Path) -> list[dict]:
-    """The metrics without the wall-clock times."""
+    """The metrics without wall-clock times."""
     parsed = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if not key.startswith("timing/")} for row in parsed]
 
 
 def wait_for(process: subprocess.Popen, run: Path, step: int) -> None:
-    """Until the RL stage has logged a step."""
-    deadline = time.monotonic() + 200
+    """Wait until the RL stage has logged a step."""
+    deadline = time.monotonic() + 400
     row = f'"stage": "rl", "step": {step},'
     while not ((run / "metrics.jsonl").exists() and row in (run / "metrics.jsonl").read_text()):
         assert time.monotonic() < deadline and process.poll() is None
@@ -106,7 +107,7 @@ def finished(inputs, tmp_path_factory) -> Path:
 
 
 def mismatch(run: Path) -> float:
-    """Largest difference between the engine's and the actor's log-probability of a sampled token."""
+    """The largest difference between the engine's and the actor's log-probability of a sampled token."""
     worst = 0.0
     dumps = sorted((run / "rollouts" / "rl").glob("*.jsonl"))
     assert len(dumps) == 4
@@ -116,7 +117,7 @@ def mismatch(run: Path) -> float:
     return worst
 
 
-def test_a_run_leaves_its_evidence(finished):
+def test_a_run_writes_its_results(finished):
     assert [(row["stage"], row["step"]) for row in rows(finished)] == [
         *(("sft", step) for step in range(3)),
         *(("rl", step) for step in range(5)),
@@ -136,8 +137,8 @@ def test_a_run_leaves_its_evidence(finished):
         assert (finished / name).exists(), name
     assert list((finished / "tensorboard" / "rl").glob("events*"))
     by_stage = {(row["stage"], row["step"]): row for row in rows(finished)}
-    handed_on = by_stage["sft", 2]["eval/entropy"], by_stage["rl", 0]["eval/entropy"]
-    assert handed_on[0] == pytest.approx(handed_on[1], abs=1e-6), "the next stage starts where the last one ended"
+    end, start_of_next = by_stage["sft", 2]["eval/entropy"], by_stage["rl", 0]["eval/entropy"]
+    assert end == pytest.approx(start_of_next, abs=1e-6), "the second stage starts with the model of the first"
 
 
 def test_the_export_is_the_model_that_was_trained(finished):
@@ -155,8 +156,8 @@ def test_the_export_is_the_model_that_was_trained(finished):
     tokens = torch.tensor([sample["tokens"]])
     with torch.no_grad():
         logprobs = model(tokens).logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
-    given = sample["prompt_length"]
-    np.testing.assert_allclose(logprobs[given - 1 :].numpy(), sample["logprobs"], atol=1e-4)
+    prompt_length = sample["prompt_length"]
+    np.testing.assert_allclose(logprobs[prompt_length - 1 :].numpy(), sample["logprobs"], atol=1e-4)
 
 
 def test_engine_and_actor_agree_under_tensor_parallelism(finished):
@@ -212,7 +213,7 @@ def test_an_unknown_key_is_one_line_and_code_2(inputs, tmp_path):
 
 
 def test_a_fault_is_one_line_and_code_1(inputs, tmp_path):
-    """Weights with a NaN in them: the loss is not finite, nothing is updated, nothing is saved."""
+    """With NaN in the weights the loss is not finite: nothing is updated, nothing is saved."""
     import shutil
 
     from safetensors.numpy import load_file, save_file

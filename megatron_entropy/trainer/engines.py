@@ -1,0 +1,50 @@
+"""The rollout engines of a run, shared by all of its stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_entropy.actor.model import resolve_dtype
+from megatron_entropy.config.architecture import read_architecture
+from megatron_entropy.config.schema import Config
+from megatron_entropy.data.tokenizer import load_tokenizer
+from megatron_entropy.distributed import cpu, process_groups
+from megatron_entropy.rollout.engine import EngineSpec
+from megatron_entropy.rollout.pool import EnginePool
+
+
+class RunEngines:
+    """Starts the engines when a stage first needs them and stops them at the end of the `with` block.
+
+    All stages use the same engines. They are built from the first stage's `rollout` and `model` settings; only the
+    longest sequence is the maximum over the stages.
+    """
+
+    def __init__(self, configs: Sequence[Config]) -> None:
+        self._configs = configs
+        self._pool: EnginePool | None = None
+
+    def __enter__(self) -> RunEngines:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def start(self) -> EnginePool | None:
+        """Return the engines on rank 0 and None elsewhere. They may still be loading."""
+        if process_groups.rank() == 0 and self._pool is None:
+            self._pool = EnginePool(self._configs[0].rollout, self._spec())
+        return self._pool
+
+    def _spec(self) -> EngineSpec:
+        first = self._configs[0]
+        arch = read_architecture(first.model.path)
+        tokenizer = load_tokenizer(first.data.tokenizer or first.model.path, vocab_size=arch.vocab_size)
+        return EngineSpec(
+            model_folder=first.model.path,
+            max_model_len=max(c.data.max_prompt_tokens + c.rollout.max_response_tokens for c in self._configs),
+            eos_ids=tokenizer.eos_ids,
+            dtype=str(resolve_dtype(first.rollout.dtype)).removeprefix("torch."),
+            device="cuda" if cpu.device().type == "cuda" else "cpu",
+        )

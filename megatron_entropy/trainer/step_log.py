@@ -1,0 +1,52 @@
+"""Output of a step: metrics files, console line, rollout dumps. Rank 0 writes, other ranks do nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+from megatron_entropy.distributed import process_groups
+from megatron_entropy.monitor.console import summary_line
+from megatron_entropy.monitor.metrics import MetricsWriter
+from megatron_entropy.monitor.rollout_dumps import dump_rollouts
+from megatron_entropy.records import Group, Metric
+from megatron_entropy.trainer.build import Components
+
+log = logging.getLogger(__name__)
+
+
+class StepLog:
+    """Writes the metrics and samples of a stage's steps."""
+
+    def __init__(self, components: Components) -> None:
+        """Open the metrics files; rows of steps after the restored one are removed from them."""
+        self._parts = components
+        self._writer: MetricsWriter | None = None
+        if process_groups.rank() == 0:
+            config = components.config
+            self._writer = MetricsWriter(components.folder, config.name, config.log, components.progress.step)
+
+    def step(self, step: int, metrics: Mapping[str, Metric], groups: Sequence[Group]) -> None:
+        """Write the row of a step and, when it is time, the samples it trained on; ends the step's timing."""
+        if self._writer is None:
+            return
+        components, config = self._parts, self._parts.config
+        every = config.log.rollouts_every
+        if components.method.uses_rollouts and groups and every and step % every == 0:
+            dump_rollouts(components.folder.rollouts(config.name, step), groups, components.tokenizer.piece)
+        seconds = components.timer.split()
+        self._writer.write(step, metrics, seconds)
+        log.info("%s %s", config.name, summary_line(step, config.steps, metrics, seconds))
+
+    def evaluation(self, step: int, groups: Sequence[Group]) -> None:
+        """Write the samples of an evaluation."""
+        if self._writer is not None:
+            components = self._parts
+            dump_rollouts(
+                components.folder.evaluation(components.config.name, step), groups, components.tokenizer.piece
+            )
+
+    def close(self) -> None:
+        """Close the files."""
+        if self._writer is not None:
+            self._writer.close()
