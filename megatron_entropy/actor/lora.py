@@ -1,4 +1,4 @@
-"""LoRA on Megatron's linear layers: adapters that train while the model's own weights stay fixed.
+"""LoRA on Megatron's linear layers: adapters that are trained while the model's weights are frozen.
 
 An adapter adds `scale * up @ down` to the weight W of a linear layer (Hu et al. 2021, arXiv 2106.09685). It is attached
 beside its layer to the layer's parent, where `sharded_state_dict` finds it, and a forward hook on the layer adds its

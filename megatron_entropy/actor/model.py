@@ -261,8 +261,8 @@ def _layer_spec(arch: ModelArchitecture, config: ActorConfig, chunk: int) -> Any
     if arch.qk_norm:
         attention.q_layernorm = RMSNorm
         attention.k_layernorm = RMSNorm
-    stage = chunk * layout.pp + parallel_state.get_pipeline_model_parallel_rank()
-    num_layers = len(split_layers(arch.num_layers, layout.pp * layout.vpp)[stage])
+    pp_stage = chunk * layout.pp + parallel_state.get_pipeline_model_parallel_rank()
+    num_layers = len(split_layers(arch.num_layers, layout.pp * layout.vpp)[pp_stage])
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)  # type: ignore[arg-type]
 
 

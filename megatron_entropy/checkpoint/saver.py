@@ -120,7 +120,7 @@ class Saver:
             raise failure
 
     def close(self) -> None:
-        """Wait for the last save and log its error: another one may be on its way."""
+        """Wait for the last save; its error is logged, not raised, because another error may have ended the run."""
         try:
             self.wait()
         except Exception as error:

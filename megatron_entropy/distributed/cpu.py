@@ -142,8 +142,8 @@ def _redirect_types() -> None:
     original = torch.Tensor.type
 
     def type_of(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        answer = original(self, *args, **kwargs)
-        return _CPU_TYPES.get(answer, answer) if isinstance(answer, str) else answer
+        result = original(self, *args, **kwargs)
+        return _CPU_TYPES.get(result, result) if isinstance(result, str) else result
 
     tensor: Any = torch.Tensor
     tensor.type = type_of

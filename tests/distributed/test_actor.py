@@ -107,8 +107,8 @@ def score(folder: str, layout: ParallelConfig):
 @pytest.mark.parametrize("layout", [ParallelConfig(), TP2_PP2], ids=["1x1", "TP2xPP2"])
 def test_scores_equal_transformers(tmp_path, family, tied, layout):
     folder = write_checkpoint(tmp_path, family, tied)
-    for answers in run_on_ranks(score, layout.world_size, str(folder), layout):
-        for (logprob, entropy), (expected_logprob, expected_entropy) in zip(answers, reference(folder), strict=True):
+    for results in run_on_ranks(score, layout.world_size, str(folder), layout):
+        for (logprob, entropy), (expected_logprob, expected_entropy) in zip(results, reference(folder), strict=True):
             np.testing.assert_allclose(logprob, expected_logprob, atol=TOLERANCE)
             np.testing.assert_allclose(entropy, expected_entropy, atol=TOLERANCE)
 
@@ -190,8 +190,8 @@ def test_every_layout_keeps_every_bit_and_equals_transformers(tmp_path, family, 
         for name in after.names():
             assert torch.equal(after.read(name), before.read(name)), (layout, name)
         assert set(before.names()) - {"lm_head.weight"} <= set(after.names()), layout
-        answers = run_on_ranks(score, layout.world_size, str(source), layout)[0]
-        for got, want in zip(answers, expected, strict=True):
+        results = run_on_ranks(score, layout.world_size, str(source), layout)[0]
+        for got, want in zip(results, expected, strict=True):
             np.testing.assert_allclose(got, want, atol=TOLERANCE, err_msg=str(layout))
 
 
@@ -220,8 +220,8 @@ def update_with(folder: str, layout: ParallelConfig, poison: int) -> str:
 
 def test_a_nan_stops_every_rank_before_the_step_and_names_the_sample(tmp_path):
     folder = write_checkpoint(tmp_path, "qwen3", True)
-    answers = run_on_ranks(update_with, 2, str(folder), ParallelConfig(dp=2), 2)
-    assert answers == ["loss is not finite for sample(s) 2 of the step"] * 2
+    results = run_on_ranks(update_with, 2, str(folder), ParallelConfig(dp=2), 2)
+    assert results == ["loss is not finite for sample(s) 2 of the step"] * 2
 
 
 def learning_rates(folder: str, optimizer: OptimizerConfig) -> list[float]:
@@ -271,8 +271,8 @@ def test_broken_model_folders_give_a_one_line_error(tmp_path):
     config = json.loads((folder / "config.json").read_text())
 
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 128}))
-    answer = run_on_ranks(load_error, 1, str(folder))[0]
-    assert "mlp.gate_proj.weight" in answer and "(96, 64)" in answer and "(128, 64)" in answer
+    error = run_on_ranks(load_error, 1, str(folder))[0]
+    assert "mlp.gate_proj.weight" in error and "(96, 64)" in error and "(128, 64)" in error
 
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
     assert "layers.2." in run_on_ranks(load_error, 1, str(folder))[0]
@@ -282,8 +282,8 @@ def test_broken_model_folders_give_a_one_line_error(tmp_path):
 
     (folder / "config.json").write_text(json.dumps(config))
     weights.write_bytes(weights.read_bytes()[:1000])
-    answer = run_on_ranks(load_error, 1, str(folder))[0]
-    assert "model.safetensors" in answer and "\n" not in answer
+    error = run_on_ranks(load_error, 1, str(folder))[0]
+    assert "model.safetensors" in error and "\n" not in error
 
     weights.unlink()
     assert "safetensors" in run_on_ranks(load_error, 1, str(folder))[0]

@@ -94,8 +94,8 @@ def build(
     from megatron_entropy.actor.actor import Actor
 
     process_groups.init_model_parallel(layout, seed=1)
-    # Adam's first steps are lr * sign(gradient) however small the gradient, which would turn rounding into a
-    # difference of 2 lr; a large eps keeps an update proportional to its gradient.
+    # Adam's first steps are lr * sign(gradient) however small the gradient, so rounding could cause a difference of
+    # 2 lr. A large eps keeps an update proportional to its gradient.
     optimizer = OptimizerConfig(lr=0.02, eps=0.1, weight_decay=0.1, clip_grad=clip)
     settings = dict(parallel=layout, optimizer=optimizer, lora=lora, recompute=recompute, max_tokens_per_microbatch=192)
     actor = Actor(
@@ -202,7 +202,7 @@ def merge_in_fp64(base: dict[str, np.ndarray], updates: dict[str, np.ndarray], s
         module = "base_model.model." + name.removesuffix(".weight")
         result[name] = array.astype(np.float64)
         if f"{module}.lora_A.weight" in updates:
-            down, up = (updates[f"{module}.lora_{part}.weight"].astype(np.float64) for part in "AB")
+            down, up = (updates[f"{module}.lora_{letter}.weight"].astype(np.float64) for letter in "AB")
             result[name] += scale * (up @ down)
     return result
 
@@ -229,10 +229,10 @@ def gradients(folder: str, case: Case) -> dict[str, object] | None:
     actor = build(folder, case.parallel, recompute=case.recompute, clip=0.0)
     layout, shards = case.parallel, actor.adapter_shards()
     for name, entry in names.match(names.adapter_entries(actor.arch, LORA), shards).items():
-        parts = [updates[tensor] for tensor in entry.tensors]
+        tensors = [updates[tensor] for tensor in entry.tensors]
         with torch.no_grad():
             shards[name].copy_(
-                names.shard(entry, parts, actor.arch, rank=process_groups.rank() % layout.tp, ranks=layout.tp)
+                names.shard(entry, tensors, actor.arch, rank=process_groups.rank() % layout.tp, ranks=layout.tp)
             )
     actor.after_load()
     found, norm = update(actor)
@@ -256,7 +256,7 @@ def reference_gradients(folder) -> dict[str, object]:
         module = "base_model.model." + name.removesuffix(".weight")
         weights[name] = tensor.detach()
         if f"{module}.lora_A.weight" in leaves:
-            down, up = (leaves[f"{module}.lora_{part}.weight"] for part in "AB")
+            down, up = (leaves[f"{module}.lora_{letter}.weight"] for letter in "AB")
             weights[name] = weights[name] + 6.0 / 4 * up @ down
     total = torch.zeros(())
     for sample in check_layouts.make_samples(151):
@@ -422,7 +422,7 @@ def test_a_run_exports_the_merged_model_and_the_adapter(tmp_path, monkeypatch):
     )
     settings = json.loads((adapter / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"], settings["base_model_name_or_path"]) == (4, 8, str(base))
-    assert settings["target_modules"] == [f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")]
+    assert settings["target_modules"] == [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
 
 
 def update_experts(folder: str, layout: ParallelConfig) -> tuple[list, dict, list[str], list[str]]:
@@ -460,14 +460,14 @@ def merge_in_bf16(folder: str) -> tuple[float, bool]:
     actor = build(folder, ONE, dtype="bfloat16")
     update(actor)
     before = {name: shard.detach().clone() for name, shard in actor.named_shards().items()}
-    merged, parts, worst = actor.merged_shards(), actor.adapter_shards(), 0.0
+    merged, adapter, worst = actor.merged_shards(), actor.adapter_shards(), 0.0
     for name, weight in before.items():
         assert merged[name].dtype is torch.bfloat16
         layer = name.removesuffix(".weight")
-        if f"{layer}_lora.up" not in parts:
+        if f"{layer}_lora.up" not in adapter:
             assert merged[name] is actor.named_shards()[name], "weights without an adapter are not copied"
             continue
-        up, down = parts[f"{layer}_lora.up"].double(), parts[f"{layer}_lora.down"].double()
+        up, down = adapter[f"{layer}_lora.up"].double(), adapter[f"{layer}_lora.down"].double()
         exact = weight.double() + 6.0 / 4 * (up @ down)
         worst = max(worst, float(((merged[name].double() - exact).abs() / (exact.abs() + 1e-6)).max()) * 2**8)
     return worst, all(torch.equal(shard, before[name]) for name, shard in actor.named_shards().items())
