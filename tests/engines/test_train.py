@@ -130,7 +130,7 @@ def test_a_run_writes_its_results(finished):
     for name in (
         "config.toml",
         "report.html",
-        "plots/accuracy.png",
+        "plots/accuracy_rl.png",
         "hf/model.safetensors",
         "checkpoints/rl/step_000004",
     ):
