@@ -97,12 +97,13 @@ def curve(method: str, baseline: str = "") -> str:
     left = _panel(0, "Entropy (nats)", lines, lambda point: point["entropy"])
     right = _panel(PANEL + GAP, "Accuracy (%)", lines, lambda point: 100 * point["accuracy"])
     width = 2 * PANEL + GAP + 60
+    cut = " after the first 60 steps" if is_sft else ""
     against = f" (blue) and {LABELS[baseline]} (grey)" if baseline else ""
     return (
         f'<svg viewBox="0 0 {width} {HEIGHT + 64}" role="img" font-family="sans-serif" font-size="11" fill="#333" '
         f'style="background:#fff;max-width:760px" aria-label="Entropy and accuracy of {LABELS[method]} over {unit}">'
         f'{left}{right}<text x="{width / 2}" y="{HEIGHT + 58}" text-anchor="middle">{unit}</text></svg>\n\n'
-        f"{LABELS[method]}{against}: eval entropy and accuracy, one line for each seed{' after the first 60 steps' * is_sft}, "
+        f"{LABELS[method]}{against}: eval entropy and accuracy, one line for each seed{cut}, "
         "from `examples/compare/results.json` (`make compare`)."
     )
 
