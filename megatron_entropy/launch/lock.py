@@ -1,0 +1,74 @@
+"""The lock of a run folder: one living run writes to it at a time."""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+from pathlib import Path
+
+from megatron_entropy.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+LOCK_FILE = ".lock"
+
+
+class RunLock:
+    """Locks a run folder for the life of this process.
+
+    It is a POSIX record lock, which the kernel releases when the process ends, however it ends; network file systems
+    (NFS, Lustre, GPFS, CephFS) keep it for all machines. The file itself stays and names the last owner.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Take the lock.
+
+        Raises:
+            ConfigError: another process holds it; the message names its machine, its pid and since when.
+        """
+        self._file = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.pread(self._file, 4096, 0)
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                os.close(self._file)
+                raise ConfigError(
+                    f"output={folder} is in use by a running training ({_describe(owner)}); stop it first, or choose "
+                    "another folder with --output=..."
+                ) from None
+            log.warning(
+                "output=%s is on a file system without file locks (%s): nothing keeps a second run from writing to it",
+                folder,
+                error.strerror,
+            )
+        now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now}).encode(), 0)
+
+    def close(self) -> None:
+        """Release the lock."""
+        os.close(self._file)
+
+
+def check_unlocked(folder: Path) -> None:
+    """See that no living run holds the lock of a folder, without taking it.
+
+    Raises:
+        ConfigError: as `RunLock`.
+    """
+    if (folder / LOCK_FILE).exists():
+        RunLock(folder).close()
+
+
+def _describe(owner: bytes) -> str:
+    try:
+        known = json.loads(owner)
+        return f"on {known['host']}, pid {known['pid']}, since {known['since']}"
+    except (ValueError, KeyError, TypeError):
+        return "its lock file does not name it"
