@@ -107,7 +107,7 @@ class Actor:
         """Make the present weights the reference.
 
         Args:
-            kind: what becomes of it during training, see `actor.reference`.
+            kind: how it changes during training, see `actor.reference`.
             own_weights: the weights now loaded are the reference's own, and the policy's will replace them. They are
                 copied even where LoRA's base could serve.
         """
