@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""What a weight push costs: bytes, memory and seconds, for random Qwen2-like models on the CPUs of this machine.
+"""Measure a weight sync: bytes, memory and seconds, for random Qwen2-like models on the CPUs of this machine.
 
-For each size the trainer's ranks hold their shards of a random model (nothing else: no gradients, no optimizer), and
-real vLLM engines take pushes of it. Between the pushes the same number of bytes is sent bare, over the same kind of
-link and in the same buckets, to as many processes that do nothing with it; the two take turns in going first.
+For each size the trainer's ranks hold their shards of a random model (no gradients, no optimizer) and sync it to real
+vLLM engines. Between the syncs the same number of bytes is sent bare, over the same kind of link and in the same
+buckets, to as many processes that drop it; the two take turns in going first.
 
     python tools/benchmark_resharding.py [--sizes 0.1 0.5 1.5] [--tp 2] [--pp 1] [--engines 1] [--engine-tp 1]
         [--dtype bfloat16] [--transfer shared_memory] [--repeats 3] [--bare-receivers] [--json resharding.json]
 
-Columns: `bytes`: sent to each engine, over those of the model (every worker of an engine is sent all of it).
-`memory`: the top_k_mask resident memory during a push beyond what was held before, in buckets, of rank 0 and of the worst
-other rank. Seconds are medians; `gather`, `convert` and `transfer` follow one another on rank 0 (transfer: what sending
-takes beyond the other two, which it overlaps), `load` is the engine's and overlaps with all. `ratio`: of the push to
-the bare transfer.
+Columns: `bytes`: sent to each engine, relative to the model's (every worker of an engine receives all of them).
+`memory`: the peak of resident memory during a sync above that before it, in buckets, of rank 0 and of the worst other
+rank. Seconds are medians; `gather`, `convert` and `transfer` follow one another on rank 0 (transfer: what sending takes
+beyond the other two, which it overlaps), `load` is the engine's and overlaps all. `ratio`: the sync to the bare
+transfer.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from megatron_entropy.config.schema import ParallelConfig, RolloutConfig
 from megatron_entropy.distributed import process_groups
 from megatron_entropy.weights.buckets import BUCKET_BYTES, TensorMeta
 from megatron_entropy.weights.links import SHARED_MEMORY, LinkInfo
-from megatron_entropy.weights.names import part_shape
+from megatron_entropy.weights.names import shard_shape
 from megatron_entropy.weights.plan import plan
 from megatron_entropy.weights.source import ShardedSource
 from megatron_entropy.weights.sync import WeightSync, WeightSyncStats
 from megatron_entropy.weights.transport import Receiver, Sender
 
-SIZES = {  # billions of parameters; the larger two have the shapes of Qwen2.5
+SIZES = {  # billions of parameters; the larger two are Qwen2.5's
     "0.1": {"hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 12, "num_attention_heads": 12,
             "num_key_value_heads": 4, "vocab_size": 32768},
     "0.5": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
@@ -54,22 +54,22 @@ SIZES = {  # billions of parameters; the larger two have the shapes of Qwen2.5
     "1.5": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
             "num_key_value_heads": 2, "vocab_size": 151936},
 }  # fmt: skip
-FINISH = "finish_reason"
+STOP = "stop"
 
 
 def random_shards(arch: ModelArchitecture, layout: ParallelConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """This rank's parameters, as far as a push reads them."""
+    """Make this rank's shards of the parameters that a sync reads from it."""
     shards = {}
     for placement in plan(arch, layout):
         if dist.get_rank() in placement.ranks:
             shards[placement.entry.megatron] = torch.randn(
-                part_shape(placement.entry, arch, ranks=placement.parts), dtype=dtype
+                shard_shape(placement.entry, arch, ranks=placement.num_shards), dtype=dtype
             )
     return shards
 
 
 class BareEngine:
-    """A process that receives and does nothing with it: stands in for an engine where memory does not allow one."""
+    """A process that receives weights and drops them: replaces an engine where memory does not allow one."""
 
     num_workers = 1
 
@@ -85,18 +85,18 @@ class BareEngine:
         self._ask(("join", init_info))
 
     def start_weight_update(self) -> None:
-        """Nothing to be made ready."""
+        """Do nothing."""
 
     def update_weights(self, update_info: dict) -> float:
-        """Receive."""
+        """Receive the tensors and drop them."""
         return self._ask(("receive", update_info))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Nothing to be put to use."""
+        """Do nothing."""
 
     def close(self) -> None:
         """End the process."""
-        self._pipe.send(FINISH)
+        self._pipe.send(STOP)
 
     def _ask(self, message: tuple) -> float:
         self._pipe.send(message)
@@ -106,10 +106,10 @@ class BareEngine:
 def _receive_bare(pipe: Connection) -> None:
     torch.set_num_threads(1)
     receiver = None
-    while (message := pipe.recv()) != FINISH:
+    while (message := pipe.recv()) != STOP:
         method, info = message
         if method == "join":
-            pipe.send(0.0)  # at once: the sender of these calls waits for all to join
+            pipe.send(0.0)  # at once: the sender waits until all have joined
             receiver = Receiver(LinkInfo(**info), info["rank_offset"])
         else:
             assert receiver is not None
@@ -119,11 +119,11 @@ def _receive_bare(pipe: Connection) -> None:
 
 
 class BareBroadcast:
-    """The same bytes in the same buckets over the same kind of link, and nothing else: the floor of a push."""
+    """Sends the same bytes in the same buckets over the same kind of link: the lower bound of a sync."""
 
     def __init__(self, num_receivers: int, num_bytes: int, bucket_bytes: int, backend: str) -> None:
         self._sizes = _pieces(num_bytes, bucket_bytes)
-        self._writes = backend == SHARED_MEMORY  # elsewhere the link sends from where the bytes are
+        self._writes = backend == SHARED_MEMORY  # other links send from the memory that holds the bytes
         sender = Sender("127.0.0.1", num_receivers=num_receivers, bucket_bytes=bucket_bytes, backend=backend)
         context = multiprocessing.get_context("spawn")
         self._pipes = []
@@ -138,7 +138,7 @@ class BareBroadcast:
         self._buffer = torch.ones(max(self._sizes), dtype=torch.uint8)
 
     def run(self) -> float:
-        """Seconds of one broadcast."""
+        """Broadcast once; returns the seconds."""
         for pipe in self._pipes:
             pipe.send("go")
         link = self._sender._link
@@ -160,7 +160,7 @@ class BareBroadcast:
     def close(self) -> None:
         """End the receivers."""
         for pipe in self._pipes:
-            pipe.send(FINISH)
+            pipe.send(STOP)
         self._sender.close()
 
 
@@ -168,7 +168,7 @@ def _take_bare(pipe: Connection, info: dict, rank: int, sizes: list[int]) -> Non
     torch.set_num_threads(1)
     receiver = Receiver(LinkInfo(**info), rank)
     buffer = torch.ones(max(sizes), dtype=torch.uint8)
-    while pipe.recv() != FINISH:
+    while pipe.recv() != STOP:
         link = receiver._link
         assert link is not None
         link.begin(max(sizes))
@@ -183,7 +183,7 @@ def _pieces(num_bytes: int, piece: int) -> list[int]:
 
 
 def measure_rank(folder: str, layout: ParallelConfig, settings: argparse.Namespace) -> dict:
-    """One trainer rank; rank 0 answers with the row of the table."""
+    """Run one trainer rank; rank 0 returns the row of the table."""
     torch.set_num_threads(1)
     process_groups.init_model_parallel(layout, seed=1)
     arch = read_architecture(folder)
@@ -193,9 +193,9 @@ def measure_rank(folder: str, layout: ParallelConfig, settings: argparse.Namespa
     clients = pool = bare = None
     if first:
         clients, pool = _engines(folder, settings)
-    push = WeightSync(source, bucket_bytes=settings.bucket_mib * 2**20, timeout=600, backend=settings.transfer)
-    _timed_push(push, clients)  # connects, and touches all memory once
-    memory = _memory_of(lambda: _timed_push(push, clients)) / (settings.bucket_mib * 2**20)
+    sync = WeightSync(source, bucket_bytes=settings.bucket_mib * 2**20, timeout=600, backend=settings.transfer)
+    _timed_sync(sync, clients)  # connects, and touches all memory once
+    memory = _memory_of(lambda: _timed_sync(sync, clients)) / (settings.bucket_mib * 2**20)
     memories: list[float] = [0.0] * dist.get_world_size()
     dist.all_gather_object(memories, memory)
     model_bytes = sum(meta.num_bytes for meta in source.metadata())
@@ -203,17 +203,17 @@ def measure_rank(folder: str, layout: ParallelConfig, settings: argparse.Namespa
         num_receivers = settings.engines * settings.engine_tp
         bare = BareBroadcast(num_receivers, model_bytes, settings.bucket_mib * 2**20, settings.transfer)
         bare.run()
-    pushes, seconds, floors = [], [], []
+    all_stats, seconds, floors = [], [], []
     for repeat in range(settings.repeats):
         if bare and repeat % 2:
             floors.append(bare.run())
         dist.barrier()
-        stats, wall = _timed_push(push, clients)
-        pushes.append(stats)
+        stats, wall = _timed_sync(sync, clients)
+        all_stats.append(stats)
         seconds.append(wall)
         if bare and not repeat % 2:
             floors.append(bare.run())
-    push.close()
+    sync.close()
     if not first or bare is None:
         return {}
     bare.close()
@@ -224,13 +224,13 @@ def measure_rank(folder: str, layout: ParallelConfig, settings: argparse.Namespa
         pool.shutdown()
     return {
         "model_bytes": model_bytes,
-        "bytes_ratio": pushes[0].num_bytes * settings.engine_tp / model_bytes,
+        "bytes_ratio": all_stats[0].num_bytes * settings.engine_tp / model_bytes,
         "memory_rank0": memories[0],
         "memory_others": max(memories[1:], default=0.0),
-        **_medians(pushes),
-        "push": statistics.median(seconds),
+        **_medians(all_stats),
+        "sync": statistics.median(seconds),
         "bare": statistics.median(floors),
-        "pushes": seconds,
+        "syncs": seconds,
         "bares": floors,
     }
 
@@ -247,13 +247,13 @@ def _engines(folder: str, settings: argparse.Namespace) -> tuple[list, Any]:
     return pool.clients(), pool
 
 
-def _timed_push(push: WeightSync, clients: list | None) -> tuple[WeightSyncStats | None, float]:
+def _timed_sync(sync: WeightSync, clients: list | None) -> tuple[WeightSyncStats | None, float]:
     begin = time.monotonic()
-    return push.push(1, clients), time.monotonic() - begin
+    return sync.sync(1, clients), time.monotonic() - begin
 
 
 def _memory_of(work) -> float:
-    """Bytes by which this process's resident memory rises while `work` runs; shared memory counts from nothing."""
+    """Bytes by which this process's resident memory rises while `work` runs; all shared memory counts."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS") - _status("RssShmem")
@@ -267,15 +267,15 @@ def _status(field: str) -> int:
     return int(next(line for line in lines if line.startswith(field + ":")).split()[1])
 
 
-def _medians(pushes: list[WeightSyncStats]) -> dict[str, float]:
-    parts = {"gather": "gather_seconds", "convert": "convert_seconds", "transfer": "wire_seconds"}
-    row = {name: statistics.median(getattr(stats, field) for stats in pushes) for name, field in parts.items()}
-    row["load"] = statistics.median(p.load_seconds + p.start_seconds + p.finish_seconds for p in pushes)
+def _medians(all_stats: list[WeightSyncStats]) -> dict[str, float]:
+    fields = {"gather": "gather_seconds", "convert": "convert_seconds", "transfer": "wire_seconds"}
+    row = {name: statistics.median(getattr(stats, field) for stats in all_stats) for name, field in fields.items()}
+    row["load"] = statistics.median(s.load_seconds + s.start_seconds + s.finish_seconds for s in all_stats)
     return row
 
 
 def measure(size: str, settings: argparse.Namespace) -> dict:
-    """The row of one model."""
+    """Measure one model; returns its row."""
     layout = ParallelConfig(tp=settings.tp, pp=settings.pp)
     with tempfile.TemporaryDirectory() as folder:
         config = {
@@ -285,7 +285,7 @@ def measure(size: str, settings: argparse.Namespace) -> dict:
         }  # fmt: skip
         Path(folder, "config.json").write_text(json.dumps(config))
         rows = local_ranks.run_on_ranks(measure_rank, layout.world_size, folder, layout, settings, timeout_s=3000)
-    return {"size": size, "tp": settings.tp, "pp": settings.pp, **rows[0], "ratio": rows[0]["push"] / rows[0]["bare"]}
+    return {"size": size, "tp": settings.tp, "pp": settings.pp, **rows[0], "ratio": rows[0]["sync"] / rows[0]["bare"]}
 
 
 def main() -> None:
@@ -300,7 +300,7 @@ def main() -> None:
     parser.add_argument("--bucket-mib", type=int, default=BUCKET_BYTES // 2**20)
     parser.add_argument("--transfer", choices=[SHARED_MEMORY, "gloo"], default=SHARED_MEMORY)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--bare-receivers", action="store_true", help="processes that drop what they get, not vLLM")
+    parser.add_argument("--bare-receivers", action="store_true", help="processes that drop the weights instead of vLLM")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     settings = parser.parse_args()
     if settings.bare_receivers and settings.engine_tp > 1:
@@ -313,7 +313,7 @@ def main() -> None:
     )
     print(
         f"{'model':>6}{'MiB':>7}{'bytes':>7}{'memory 0':>10}{'others':>8}{'gather':>9}{'convert':>9}{'transfer':>10}"
-        f"{'load':>7}{'push':>8}{'bare':>8}{'ratio':>7}"
+        f"{'load':>7}{'sync':>8}{'bare':>8}{'ratio':>7}"
     )
     rows = []
     for size in settings.sizes:
@@ -322,7 +322,7 @@ def main() -> None:
         print(
             f"{size + ' B':>6}{row['model_bytes'] / 2**20:>7.0f}{row['bytes_ratio']:>7.3f}{row['memory_rank0']:>10.2f}"
             f"{row['memory_others']:>8.2f}{row['gather']:>8.2f}s{row['convert']:>8.2f}s{row['transfer']:>9.2f}s"
-            f"{row['load']:>6.2f}s{row['push']:>7.2f}s{row['bare']:>7.2f}s{row['ratio']:>7.2f}",
+            f"{row['load']:>6.2f}s{row['sync']:>7.2f}s{row['bare']:>7.2f}s{row['ratio']:>7.2f}",
             flush=True,
         )
     if settings.json:

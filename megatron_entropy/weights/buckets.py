@@ -1,19 +1,13 @@
-"""The bytes between the trainer and the rollout engines: tensors in buckets.
+"""Cut a list of tensors into slabs of rows, and pack the slabs into buckets of bytes.
 
-Rank 0 is the trainer's `Sender`, ranks 1..n are the engines' workers, each a `Receiver`; a `Link` carries the buckets.
-Both sides are told the same list of `TensorMeta` and cut it into the same buckets, so that nothing but tensor bytes
-(and checksums, when asked for) travels. A tensor is cut into slabs of rows that are an eighth of a bucket at most, so
-that the sender never holds more than two buckets, whatever the size of a tensor: one that is filled and one on its
-way. A receiver takes the next bucket while it loads the last.
-
-A receiver that cannot use what it gets (a checksum that differs, a model that refuses a tensor) goes on receiving to
-the end and raises then: the sender and the other receivers never wait for it. A peer that dies closes its sockets,
-which is an error on the others at once; one that hangs is an error after `timeout` seconds. A group that has had an
-error is of no further use: close it and connect anew.
+Sender and receivers plan the same buckets from the same list of `TensorMeta`, so only tensor bytes (and, optionally,
+their checksums) are sent. A slab is at most an eighth of a bucket, so the memory that a slab is made in does not grow
+with the size of a tensor.
 """
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,16 +23,21 @@ ALIGNMENT = 16  # a view of a byte buffer as another type must start at a multip
 
 
 class TensorMeta(NamedTuple):
-    """Name, type on the wire and full shape of one tensor."""
+    """Name, type and full shape of one tensor."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @property
+    def num_rows(self) -> int:
+        """Length of the first dimension; 1 for a tensor without dimensions."""
+        return self.shape[0] if self.shape else 1
+
+    @property
     def num_bytes(self) -> int:
         """Size of the tensor's data."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Slab(NamedTuple):
@@ -49,15 +48,15 @@ class Slab(NamedTuple):
     rows: int
 
     def view(self, buffer: torch.Tensor, offset: int, meta: TensorMeta) -> torch.Tensor:
-        """The slab's place in a byte buffer as a tensor [rows, ...]."""
+        """View the slab's bytes in a buffer as a tensor [rows, ...]."""
         shape = (self.rows, *meta.shape[1:])
-        num_bytes = torch.Size(shape).numel() * meta.dtype.itemsize
+        num_bytes = math.prod(shape) * meta.dtype.itemsize
         return buffer[offset : offset + num_bytes].view(meta.dtype).view(shape)
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Slabs at `offsets` (bytes) of a buffer; `num_bytes` of tensors, behind which there may be their checksums."""
+    """Slabs at `offsets` (bytes) of a buffer: `num_bytes` of tensors, then, optionally, the slabs' checksums."""
 
     slabs: tuple[Slab, ...]
     offsets: tuple[int, ...]
@@ -65,21 +64,21 @@ class Bucket:
 
     def size(self, *, checksum: bool) -> int:
         """Bytes of the buffer."""
-        return self._sums_start + 8 * len(self.slabs) if checksum else self.num_bytes
+        return self._checksums_start + 8 * len(self.slabs) if checksum else self.num_bytes
 
-    def places(self, buffer: torch.Tensor, metadata: Sequence[TensorMeta]) -> Iterator[tuple[Slab, torch.Tensor]]:
-        """Every slab with its place in the buffer, a tensor [rows, ...]."""
+    def views(self, buffer: torch.Tensor, metadata: Sequence[TensorMeta]) -> Iterator[tuple[Slab, torch.Tensor]]:
+        """Yield every slab and its view in the buffer, a tensor [rows, ...]."""
         for slab, offset in zip(self.slabs, self.offsets, strict=True):
             yield slab, slab.view(buffer, offset, metadata[slab.number])
 
-    def merged(self, metadata: Sequence[TensorMeta]) -> Bucket:
-        """The same bytes, with slabs of a tensor that lie right behind one another as one slab."""
+    def coalesce(self, metadata: Sequence[TensorMeta]) -> Bucket:
+        """Join adjacent slabs of the same tensor into one slab each; the bytes are the same."""
         slabs: list[Slab] = []
         offsets: list[int] = []
         for slab, offset in zip(self.slabs, self.offsets, strict=True):
             if slabs and slabs[-1].number == slab.number:
                 last = slabs[-1]
-                row_bytes = metadata[slab.number].num_bytes // metadata[slab.number].shape[0]
+                row_bytes = metadata[slab.number].num_bytes // metadata[slab.number].num_rows
                 if offsets[-1] + last.rows * row_bytes == offset:
                     slabs[-1] = last._replace(rows=last.rows + slab.rows)
                     continue
@@ -87,23 +86,23 @@ class Bucket:
             offsets.append(offset)
         return Bucket(tuple(slabs), tuple(offsets), self.num_bytes)
 
-    def sums(self, buffer: torch.Tensor) -> torch.Tensor:
-        """The place of the checksums, int64 [slabs]."""
-        return buffer[self._sums_start :].view(torch.int64)
+    def checksums(self, buffer: torch.Tensor) -> torch.Tensor:
+        """View the checksums in the buffer, int64 [slabs]."""
+        return buffer[self._checksums_start :].view(torch.int64)
 
     @property
-    def _sums_start(self) -> int:
+    def _checksums_start(self) -> int:
         return -(-self.num_bytes // ALIGNMENT) * ALIGNMENT
 
 
 def plan_buckets(metadata: Sequence[TensorMeta], bucket_bytes: int) -> list[Bucket]:
-    """Cut a list of tensors into slabs and these into buckets, in order; the same on every side.
+    """Cut a list of tensors into slabs and pack these into buckets, in order; the same on every side.
 
-    A tensor that fits into a bucket lies in one.
+    A tensor that fits into a bucket is not split over two.
 
     Args:
-        bucket_bytes: what one bucket and the making of its slabs may take; only a single row that is larger makes a
-            larger one.
+        bucket_bytes: largest size of a bucket together with one slab in the making. Only a single row that is larger
+            makes a larger bucket.
     """
     slab_bytes = bucket_bytes // 8
     buckets: list[Bucket] = []
@@ -111,7 +110,7 @@ def plan_buckets(metadata: Sequence[TensorMeta], bucket_bytes: int) -> list[Buck
     offsets: list[int] = []
     end = 0
     for number, meta in enumerate(metadata):
-        rows = meta.shape[0] if meta.shape else 1
+        rows = meta.num_rows
         row_bytes = meta.num_bytes // max(rows, 1)
         height = max(1, min(rows, slab_bytes // max(row_bytes, 1)))
         for first in range(0, max(rows, 1), height):
@@ -136,15 +135,15 @@ def max_size(buckets: Sequence[Bucket], *, checksum: bool) -> int:
 
 def checksum(data: torch.Tensor) -> int:
     """CRC-32 of a tensor's bytes."""
-    return zlib.crc32(_bytes(data).cpu().numpy().data)
+    return zlib.crc32(data.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
 
 
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+class TensorAssembler:
+    """Rebuilds whole tensors from the slabs of one bucket after the other.
 
-
-class _Assembly:
-    """Puts the slabs of tensors that were cut together again."""
+    Args:
+        checked: buckets have checksums, which are compared.
+    """
 
     def __init__(self, metadata: Sequence[TensorMeta], *, checked: bool) -> None:
         self._metadata = metadata
@@ -152,32 +151,31 @@ class _Assembly:
         self._partial: dict[int, torch.Tensor] = {}
 
     def add(self, bucket: Bucket, buffer: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-        """The tensors that a bucket completes.
+        """Take the slabs of a bucket; returns the tensors that are complete now, views of the buffer where possible.
 
         Raises:
             ChecksumError: naming the first tensor that arrived with other bytes than were sent.
         """
         if self._checked:
             self._check(bucket, buffer)
-        done = []
-        for slab, rows in bucket.merged(self._metadata).places(buffer, self._metadata):
+        complete = []
+        for slab, rows in bucket.coalesce(self._metadata).views(buffer, self._metadata):
             meta = self._metadata[slab.number]
-            height = meta.shape[0] if meta.shape else 1
-            if slab.rows == height:
-                done.append((meta.name, rows.view(meta.shape)))
+            if slab.rows == meta.num_rows:
+                complete.append((meta.name, rows.view(meta.shape)))
                 continue
             if slab.number not in self._partial:
                 self._partial[slab.number] = torch.empty(meta.shape, dtype=meta.dtype, device=rows.device)
             self._partial[slab.number][slab.first : slab.first + slab.rows] = rows
-            if slab.first + slab.rows == height:
-                done.append((meta.name, self._partial.pop(slab.number)))
-        return done
+            if slab.first + slab.rows == meta.num_rows:
+                complete.append((meta.name, self._partial.pop(slab.number)))
+        return complete
 
     def _check(self, bucket: Bucket, buffer: torch.Tensor) -> None:
-        places = bucket.places(buffer, self._metadata)
-        for (slab, rows), expected in zip(places, bucket.sums(buffer).tolist(), strict=True):
-            if checksum(rows) != expected:
+        views = bucket.views(buffer, self._metadata)
+        for (slab, rows), expected in zip(views, bucket.checksums(buffer).tolist(), strict=True):
+            if (found := checksum(rows)) != expected:
                 raise ChecksumError(
                     f"{self._metadata[slab.number].name}: arrived with other bytes than were sent (rows {slab.first} "
-                    f"to {slab.first + slab.rows}, checksum {expected:08x})"
+                    f"to {slab.first + slab.rows}, checksum {found:08x} instead of {expected:08x})"
                 )

@@ -1,8 +1,8 @@
-"""Whole models from Hugging Face folders to Megatron checkpoints and back, one parameter in memory at a time.
+"""Convert whole models between Hugging Face folders and Megatron checkpoints, one parameter in memory at a time.
 
-What `to_megatron` writes is a folder with Megatron's files in `shards/` and, beside them, configuration and tokenizer,
-so that it can be trained from and converted back without the folder it came from. Types are kept unless another is
-asked for. Outputs appear complete or not at all.
+`to_megatron` writes a folder with Megatron's files in `shards/` and configuration and tokenizer beside it, so it can be
+trained from and converted back without the folder it came from. Types are kept unless one is chosen. Outputs appear
+complete or not at all.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from torch import Tensor
 from megatron_entropy.config.architecture import ModelArchitecture, read_architecture
 from megatron_entropy.errors import Fault, ModelError
 from megatron_entropy.weights import megatron_folder, names
+from megatron_entropy.weights.buckets import TensorMeta
 from megatron_entropy.weights.hf_folder import (
     MAX_SHARD_BYTES,
     TensorFolder,
+    atomic_model_folder,
     copy_side_files,
-    replacing,
     set_dtype,
     write_folder,
 )
 from megatron_entropy.weights.megatron_folder import MAX_FILE_BYTES, SHARDS, MegatronFolder, open_model
 
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-"""From a title and a number of bytes to what is told, in a `with` block, how many more are done."""
+ProgressBar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""Takes a title and the total bytes, and returns a context manager: its value is called with the bytes of each step."""
 
 
 def silent(title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-    """The `Progress` that shows nothing."""
+    """The `ProgressBar` that shows nothing."""
     return nullcontext(lambda done: None)
 
 
@@ -45,12 +46,12 @@ def to_megatron(
     max_file_bytes: int = MAX_FILE_BYTES,
     overwrite: bool = False,
     verify: bool = False,
-    progress: Progress = silent,
+    progress: ProgressBar = silent,
 ) -> None:
     """Convert a Hugging Face folder to a checkpoint that Megatron loads under any layout.
 
     Args:
-        dtype: type to cast to; None: the one that all tensors have.
+        dtype: type to cast to; None: the type that all tensors have.
         verify: compare every tensor afterwards, bit for bit.
     Raises:
         ModelError: for a folder that cannot be converted, or a target that exists or cannot be written.
@@ -60,12 +61,12 @@ def to_megatron(
     arch = _architecture_of(source)
     tensors = TensorFolder(source)
     kind = _check(tensors, arch, dtype)
-    with replacing(target) as partial, progress("converting", _num_bytes(arch, kind)) as advance:
+    with atomic_model_folder(target) as partial, progress("converting", _num_bytes(arch, kind)) as advance:
 
         def make(entry: names.Entry) -> Tensor:
-            whole = [tensors.read(t, s).to(kind) for t, s in zip(entry.tensors, entry.shapes, strict=True)]
-            advance(sum(tensor.nbytes for tensor in whole))
-            return names.shard(entry, whole, arch, rank=0, ranks=1)
+            full = [tensors.read(t, s).to(kind) for t, s in zip(entry.tensors, entry.shapes, strict=True)]
+            advance(sum(tensor.nbytes for tensor in full))
+            return names.shard(entry, full, arch, rank=0, ranks=1)
 
         copy_side_files(source, partial)
         if dtype is not None:
@@ -84,12 +85,12 @@ def to_hf(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
     verify: bool = False,
-    progress: Progress = silent,
+    progress: ProgressBar = silent,
 ) -> None:
     """Convert a checkpoint, of a run or converted, to a Hugging Face folder.
 
     Args:
-        like: model folder to take configuration and tokenizer from; None: the checkpoint has them.
+        like: model folder with the configuration and tokenizer; None: the checkpoint has them.
         dtype: type to cast to; None: as stored.
         verify: compare every tensor afterwards, bit for bit.
     Raises:
@@ -107,8 +108,8 @@ def to_hf(
     if like is not None and (source / "config.json").exists():
         _check_same(source, like)
     tensors = MegatronFolder(source, arch)
-    metadata = [(name, dtype or tensors.dtype(name), size) for name, size in _tensors_of(arch)]
-    with progress("converting", sum(math.prod(size) * kind.itemsize for _, kind, size in metadata)) as advance:
+    metadata = [TensorMeta(name, dtype or tensors.dtype(name), size) for name, size in _tensors_of(arch)]
+    with progress("converting", sum(meta.num_bytes for meta in metadata)) as advance:
 
         def stream() -> Iterator[tuple[str, Tensor]]:
             for name, kind, _ in metadata:
@@ -127,12 +128,12 @@ def compare(
     *,
     like: Path | None = None,
     dtype: torch.dtype | None = None,
-    progress: Progress = silent,
+    progress: ProgressBar = silent,
 ) -> None:
     """Compare every tensor of two models, each a Hugging Face folder or a Megatron checkpoint, bit for bit.
 
     Args:
-        like: model folder to take the configuration from; None: `first` has it.
+        like: model folder with the configuration; None: `first` has it.
         dtype: type to cast the tensors of `first` to.
     Raises:
         Fault: naming the first tensor that differs, its file, and both shapes or values.
@@ -143,14 +144,14 @@ def compare(
 
 
 def check_target(target: Path, *sources: Path | None, overwrite: bool) -> None:
-    """See that a folder may be written.
+    """Check that a folder may be written.
 
     Raises:
-        ModelError: when it exists and may not be overwritten, or holds what is to be read.
+        ModelError: when it exists and may not be overwritten, or contains an input.
     """
     for source in sources:
         if source is not None and source.resolve().is_relative_to(target.resolve()):
-            raise ModelError(f"{target}: holds the input {source}; name another folder to write to")
+            raise ModelError(f"{target}: contains the input {source}; name another folder to write to")
     if target.exists() and (not overwrite or not target.is_dir()):
         raise ModelError(f"{target}: exists; name another folder, or pass --overwrite to replace a folder")
 
@@ -160,13 +161,13 @@ def _compare(
     second: TensorFolder | MegatronFolder,
     arch: ModelArchitecture,
     dtype: torch.dtype | None,
-    progress: Progress,
+    progress: ProgressBar,
 ) -> None:
     tensors = _tensors_of(arch)
     total = sum(math.prod(size) * first.dtype(name).itemsize for name, size in tensors)
     with progress("comparing", total) as advance:
         for name, size in tensors:
-            # What Megatron stores is copied as it is read: that first, before the other is mapped.
+            # Reading from a checkpoint copies, from a Hugging Face folder maps the file: the copy comes first.
             found = second.read(name, size) if isinstance(second, MegatronFolder) else None
             expected = first.read(name, size)
             found = second.read(name, size) if found is None else found
@@ -176,7 +177,7 @@ def _compare(
 
 
 def _difference(found: Tensor, expected: Tensor) -> str:
-    """What differs, in words; empty where every bit is the same."""
+    """Describe the difference of two tensors; empty where every bit is the same."""
     if (found.shape, found.dtype) != (expected.shape, expected.dtype):
         described = [f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (found, expected)]
         return f"{described[0]} instead of {described[1]}"
@@ -190,7 +191,7 @@ def _difference(found: Tensor, expected: Tensor) -> str:
 
 
 def _check(tensors: TensorFolder, arch: ModelArchitecture, dtype: torch.dtype | None) -> torch.dtype:
-    """See that the folder holds the model, all of it and nothing else.
+    """Check that the folder holds the model and nothing else.
 
     Returns:
         The type to convert to.
@@ -225,7 +226,7 @@ def _check_tied_copy(tensors: TensorFolder) -> None:
 
 
 def _check_same(checkpoint: Path, like: Path) -> None:
-    """See that a checkpoint with a configuration of its own is of the same model as `like`."""
+    """Check that a checkpoint's own configuration describes the same model as `like`."""
     own, other = dict(_tensors_of(_architecture_of(checkpoint))), dict(_tensors_of(_architecture_of(like)))
     for name in {**own, **other}:
         if own.get(name) != other.get(name):

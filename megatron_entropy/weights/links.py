@@ -1,12 +1,12 @@
-"""How buckets of bytes get from the trainer to the engines' workers: broadcast, or lying where all can see them.
+"""Carry buckets of bytes from the trainer to the engines' workers: by broadcast or through shared memory.
 
-Both kinds of link are used alike. After `begin` the sender fills one of its two `buffers` while the other is on its
-way, and a receiver names memory for what comes next; either says `start` and later `finish`. The peers meet at a
-`TCPStore` and form a process group of their own, never torch's global default group.
+Both kinds of `Link` are used in the same way. After `begin` the sender fills one of its two `buffers` while the other
+is being sent, and a receiver passes a buffer for the next bucket; both call `start` and later `finish`. The peers meet
+at a `TCPStore` and form a process group of their own, never torch's global default group.
 
-- `BroadcastLink`: rank 0 broadcasts, over gloo (host memory) or NCCL (the GPUs; every rank needs one of its own).
-- `SharedMemoryLink`: the buffers are memory of this machine that every process maps, trainer ranks too, so that each
-  writes what it holds straight where the engines read it; a gloo group only rings the bell.
+- `BroadcastLink`: rank 0 broadcasts over gloo (host memory) or NCCL (every rank needs a GPU of its own).
+- `SharedMemoryLink`: the buffers are memory of this machine that engines and trainer ranks map, so every trainer rank
+  writes its slices where the engines read them; a gloo group carries the barriers.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ SHARED_MEMORY = "shared_memory"
 
 @dataclass
 class LinkInfo:
-    """What a receiver needs to join: plain values, so that it travels as a dictionary.
+    """What a receiver needs to join: plain values, which are sent as a dictionary.
 
-    `backend`: `gloo`, `nccl` or `shared_memory`. `memory`: the sender's `SharedMemory.path`, where it has any.
+    `backend`: `gloo`, `nccl` or `shared_memory`. `memory`: the sender's `SharedMemory.path`; empty without one.
     """
 
     address: str
@@ -48,12 +48,12 @@ class LinkInfo:
 
 
 class SharedMemory:
-    """Room for two buckets that every process of this machine can map; it is gone with the last of them.
+    """Memory for two buckets that every process of this machine can map; the kernel frees it with the last of them.
 
     Args:
-        path: of one that another process has made; none makes a new one.
+        path: the `path` of another process's memory; empty creates a new one.
     Raises:
-        TransportError: when the path is not there, as on another machine.
+        TransportError: when the path does not exist, as on another machine.
     """
 
     def __init__(self, path: str = "") -> None:
@@ -71,7 +71,7 @@ class SharedMemory:
         self._both = torch.empty(0, dtype=torch.uint8)
 
     def buffers(self, size: int) -> list[torch.Tensor]:
-        """Two buffers, uint8 [size]: the same memory in every process that asks for this size."""
+        """Return two buffers, uint8 [size]: the same memory in every process that passes this size."""
         half = -(-max(size, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
         if os.fstat(self._file).st_size < 2 * half:
             os.ftruncate(self._file, 2 * half)
@@ -80,44 +80,44 @@ class SharedMemory:
         return [self._both[:size], self._both[half : half + size]]
 
     def is_at(self, path: str) -> bool:
-        """Whether it is still this memory that the path leads to; a path may come again."""
+        """Whether the path still is this memory's; a path may be used again for another one."""
         return os.path.samestat(os.fstat(self._file), os.stat(path))
 
     def close(self) -> None:
-        """Let go of it; buffers that are in use stay."""
+        """Close the file; buffers that are in use stay valid."""
         os.close(self._file)
 
 
 class Link(Protocol):
-    """What both kinds do; `device` is where a receiver's memory is to be."""
+    """Sends buckets, or receives them into buffers on `device`."""
 
     device: torch.device
 
     def begin(self, size: int) -> None:
-        """Make ready for a transfer whose largest bucket takes `size` bytes."""
+        """Prepare a transfer whose largest bucket has `size` bytes."""
 
     def buffers(self) -> list[torch.Tensor]:
-        """The sender's two buffers, uint8 [size], to be used in turns."""
+        """Return the sender's two buffers, uint8 [size], which are used in turns."""
         ...
 
     def start(self, buffer: torch.Tensor) -> None:
-        """Begin to send a bucket, or to take one into memory of the receiver's own."""
+        """Start to send a bucket, or to receive one into the receiver's buffer."""
 
     def finish(self, check: Callable[[], None] = lambda: None) -> None:
-        """Wait until what was started has been sent, or has come.
+        """Wait until every bucket that was started has been sent or received.
 
         Args:
-            check: called while waiting; what it raises ends the wait.
+            check: called while waiting; an exception of it ends the wait.
         Raises:
             TransportError: when a peer died or made no progress in time.
         """
 
     def close(self) -> None:
-        """Break off what is under way and leave the group."""
+        """Abort the running operations and leave the group."""
 
 
 class BroadcastLink:
-    """A `Link` over which rank 0 broadcasts."""
+    """A `Link` that broadcasts from rank 0."""
 
     def __init__(self, store: dist.Store, rank: int, info: LinkInfo) -> None:
         self._group = _Group(store, rank, info)
@@ -153,8 +153,8 @@ class BroadcastLink:
 class SharedMemoryLink:
     """A `Link` whose receivers copy buckets out of the sender's memory.
 
-    Two barriers make a bucket: at the first it is filled, at the second everyone has copied it. The sender starts both
-    at once and finishes when the second is over.
+    Each bucket has two barriers: before the first it has been filled, before the second every receiver has copied it.
+    The sender starts both at once and finishes with the second.
     """
 
     def __init__(self, store: dist.Store, rank: int, info: LinkInfo) -> None:
@@ -165,7 +165,7 @@ class SharedMemoryLink:
         self._sends = rank == 0
         self._memory = SharedMemory(info.memory)
         self._shared: list[torch.Tensor] = []
-        self._coming: list[torch.Tensor] = []
+        self._pending: list[torch.Tensor] = []
         self._turn = 0
 
     def begin(self, size: int) -> None:
@@ -180,71 +180,68 @@ class SharedMemoryLink:
     def start(self, buffer: torch.Tensor) -> None:
         """See `Link`."""
         if self._sends:
-            self._meet()
-            self._meet()
+            self._group.start("barrier")
+            self._group.start("barrier")
         else:
-            self._coming.append(buffer)
+            self._pending.append(buffer)
 
     def finish(self, check: Callable[[], None] = lambda: None) -> None:
         """See `Link`."""
-        for buffer in self._coming:
-            self._meet()
+        for buffer in self._pending:
+            self._group.start("barrier")
             self._group.finish(check)
             buffer.copy_(self._shared[self._turn][: len(buffer)])
             self._turn = 1 - self._turn
-            self._meet()
-        self._coming.clear()
+            self._group.start("barrier")
+        self._pending.clear()
         if self._sends:
             self._group.finish(check)
 
     def close(self) -> None:
         """See `Link`."""
-        self._coming.clear()
+        self._pending.clear()
         self._group.close()
         self._memory.close()
 
-    def _meet(self) -> None:
-        self._group.start("barrier")
-
 
 class _Group:
-    """A process group and the work on it that is under way.
+    """A process group and its running operations.
 
-    Gloo closes its connections, which is how the peers learn of an end, only when the group and every piece of work
-    on it are gone. All of them are kept here and nowhere else, for a local variable would live on in the traceback of
-    the very error that makes us close.
+    Gloo closes its connections, which is how the peers see the end, only when the group and all operations on it are
+    freed. All references to them are in here: a local variable would stay alive in the traceback of the error that we
+    close after.
     """
 
     def __init__(self, store: dist.Store, rank: int, info: LinkInfo) -> None:
         self._timeout = info.timeout
         self._group: Any = (_nccl_group if info.backend == "nccl" else _gloo_group)(store, rank, info)
         self._is_nccl = info.backend == "nccl"
-        self._under_way: list[dist.Work] = []
+        self._running: list[dist.Work] = []
 
     def start(self, method: str, *arguments: Any) -> None:
         """Start an operation of the group."""
         assert self._group is not None, "the link is closed"
         try:
-            self._under_way.append(getattr(self._group, method)(*arguments))
+            self._running.append(getattr(self._group, method)(*arguments))
         except RuntimeError as error:
             raise TransportError(f"weight transfer broke: {reason_of(error)}") from error
 
     def finish(self, check: Callable[[], None]) -> None:
-        """Wait for all operations under way."""
-        while self._under_way:
-            poll(self._first_is_done, check, self._timeout, "a bucket of weights to be taken")
+        """Wait for all running operations."""
+        while self._running:
+            poll(self._first_is_done, check, self._timeout, "a bucket of weights to be received")
             try:
-                self._under_way[0].wait()
+                self._running[0].wait()
             except RuntimeError as error:
                 raise TransportError(f"weight transfer broke: {reason_of(error)}") from error
-            del self._under_way[0]
+            del self._running[0]
 
     def _first_is_done(self) -> bool:
-        return self._under_way[0].is_completed()
+        return self._running[0].is_completed()
 
     def close(self) -> None:
-        """Break off what is under way and leave."""
-        self._under_way.clear()
+        """Abort the running operations and leave."""
+        self._running.clear()
         if self._is_nccl and self._group is not None:
             self._group.abort()  # NCCL would wait for the peers
         self._group = None
@@ -259,11 +256,11 @@ def _gloo_group(store: dist.Store, rank: int, info: LinkInfo) -> Any:
 
 
 def _nccl_group(store: dist.Store, rank: int, info: LinkInfo) -> Any:
-    """Not yet run: written against torch's interface on machines without a GPU."""
+    """Form a NCCL group. Not yet run on a GPU: written from torch's interface."""
     nccl: Any = dist.ProcessGroupNCCL
     options = nccl.Options()
     options._timeout = datetime.timedelta(seconds=info.timeout)
-    # By default torch ends the whole process when a peer is lost; here that is an error like any other.
+    # By default torch ends the process when a peer is lost; here it must raise an error.
     setting = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
     before = os.environ.get(setting)
     os.environ[setting] = "0"
@@ -274,20 +271,22 @@ def _nccl_group(store: dist.Store, rank: int, info: LinkInfo) -> Any:
 
 
 def _interface_towards(address: str) -> str:
-    """This machine's own address on the way to `address`; gloo would take the one its host name stands for."""
+    """Find this machine's address on its route to `address`; gloo by default uses the one of its host name."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((address, 9))  # of a datagram socket: chooses a route, sends nothing
+        probe.connect((address, 9))  # a datagram socket only chooses a route and sends nothing
         return probe.getsockname()[0]
 
 
 def reason_of(error: BaseException) -> str:
-    """What gloo says, without its source position and its guess at the cause."""
+    """Gloo's error message without its source position and its guess of the cause."""
     return re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).split(". This is typically")[0]
 
 
 def poll(done: Callable[[], bool], check: Callable[[], None], timeout: float, what: str) -> None:
-    """Wait until `done()`, calling `check` meanwhile.
+    """Wait until `done()` is true, and call `check` meanwhile.
 
+    Args:
+        what: is waited for; for the error message.
     Raises:
         TransportError: after `timeout` seconds.
     """

@@ -1,4 +1,4 @@
-"""`state.json` of a checkpoint: what the checkpoint is of, and size and checksum of every file, its own included.
+"""Read and write `state.json` of a checkpoint: its content, and size and checksum of every file, its own included.
 
 The checksum is CRC-32: it finds torn writes and flipped bits, not forgery. It costs one more pass over the bytes: when
 written, in the background by the rank that wrote the file; when read, by one process with a thread per core (538 MB
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_entropy.errors import CheckpointError
+from megatron_entropy.files import fsync_path
 
 NAME = "state.json"
 _CHUNK = 4 * 2**20
@@ -31,7 +32,7 @@ class FileRecord:
 
     @classmethod
     def of(cls, path: Path) -> FileRecord:
-        """Read the file once; other threads go on meanwhile."""
+        """Read the file once; other threads can run meanwhile."""
         buffer = memoryview(bytearray(_CHUNK))
         size = checksum = 0
         with path.open("rb", buffering=0) as file:
@@ -45,17 +46,17 @@ def write(folder: Path, content: Mapping[str, Any], files: Mapping[str, FileReco
     """Write `folder/state.json` and force it, the small files beside it and the folder's entries to disk.
 
     Args:
-        content: of the checkpoint, for JSON.
-        files: by their paths relative to the folder.
+        content: any JSON values that describe the checkpoint.
+        files: records by path relative to the folder.
     """
     body = {"content": dict(content), "files": {name: asdict(record) for name, record in sorted(files.items())}}
     (folder / NAME).write_text(json.dumps({**body, "crc32": _checksum(body)}, indent=1))
     for path in [folder / NAME, *folder.rglob("*"), folder]:
-        sync(path)
+        fsync_path(path)
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, FileRecord]]:
-    """Content and files of a checkpoint, as `write` got them.
+    """Read content and files of a checkpoint, as `write` got them.
 
     Raises:
         CheckpointError: `state.json` is missing, cannot be read or was changed.
@@ -77,7 +78,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, FileRecord]]:
 
 
 def verify(folder: Path, files: Mapping[str, FileRecord], *, checksums: bool = True) -> None:
-    """Compare the files with their records: all sizes first, which is quick, then all checksums.
+    """Compare the files with their records: first all sizes, which is quick, then all checksums.
 
     Raises:
         CheckpointError: naming the first file that differs and how.
@@ -109,10 +110,10 @@ class TensorRecord:
 
 
 def tensors(shards: Path) -> dict[str, TensorRecord]:
-    """The tensors of a checkpoint by name, from its index alone; layers of one kind are stacked into one tensor.
+    """List the tensors of a checkpoint, of a run or converted, from its index; the layers are stacked into one tensor.
 
     Args:
-        shards: the folder that Megatron wrote.
+        shards: the folder with Megatron's files.
     """
     import torch
     from torch.distributed.checkpoint import FileSystemReader
@@ -125,15 +126,6 @@ def tensors(shards: Path) -> dict[str, TensorRecord]:
             size = entry.size.numel() * torch.empty(0, dtype=dtype).element_size()
             found[name] = TensorRecord(tuple(entry.size), str(dtype).removeprefix("torch."), size)
     return found
-
-
-def sync(path: Path) -> None:
-    """Force a file's bytes, or a folder's entries, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _record(path: Path) -> FileRecord | OSError:

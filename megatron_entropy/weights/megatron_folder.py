@@ -1,8 +1,8 @@
-"""Megatron's distributed checkpoints (format `torch_dist`), seen as Hugging Face tensors: read single ones, write all.
+"""Read single Hugging Face tensors of Megatron's distributed checkpoints (format `torch_dist`), and write checkpoints.
 
-Such a checkpoint holds every parameter by its global name and shape, whatever the layout it was saved under: those of
-all layers lie in one tensor, stacked along an axis in front (experts along a second one), split into chunks over some
-files. Everything here goes by single parameters, so that a model far larger than memory passes through.
+Such a checkpoint holds every parameter by its global name and shape, whatever the layout it was saved under. The
+parameters of all layers are one tensor, stacked along a first dimension (experts along a second one), and its chunks
+are in several files. Everything here works with single parameters, so a model can be far larger than memory.
 
 The norms before a linear layer are stored under the names that Transformer Engine's fused layers give them
 (`linear_qkv.layer_norm_weight`); Megatron's local layers map theirs to the same names.
@@ -45,7 +45,7 @@ from megatron_entropy.weights import manifest, names
 from megatron_entropy.weights.hf_folder import TensorFolder
 
 SHARDS = "shards"
-"""Where a checkpoint's folder keeps Megatron's files; beside it lies what else there is to know."""
+"""The folder of Megatron's files in a checkpoint."""
 MAX_FILE_BYTES = 2 * 2**30
 
 _FORMAT = {
@@ -61,8 +61,8 @@ _FUSED_NORMS = {
 }
 
 
-class Place(NamedTuple):
-    """Where a parameter lies: at `lead` (layer, expert) of the stored tensor `key`, which has shape `size`."""
+class StoredPosition(NamedTuple):
+    """The position of a parameter: index `lead` (layer, expert) of the stored tensor `key`, which has shape `size`."""
 
     key: str
     size: tuple[int, ...]
@@ -70,14 +70,14 @@ class Place(NamedTuple):
 
     @property
     def chunk(self) -> ChunkStorageMetadata:
-        """The parameter as a part of the stored tensor."""
+        """The parameter as a chunk of the stored tensor."""
         inner = self.size[len(self.lead) :]
         offsets = (*self.lead, *(0 for _ in inner))
         return ChunkStorageMetadata(torch.Size(offsets), torch.Size((*(1 for _ in self.lead), *inner)))
 
 
-def place(entry: names.Entry, arch: ModelArchitecture) -> Place:
-    """Where Megatron stores a parameter."""
+def stored_position(entry: names.Entry, arch: ModelArchitecture) -> StoredPosition:
+    """Find where Megatron stores a parameter."""
     key, counts, lead = entry.megatron, [], []
     if entry.layer is not None:
         key = key.replace(f".layers.{entry.layer}.", ".layers.", 1)
@@ -90,19 +90,19 @@ def place(entry: names.Entry, arch: ModelArchitecture) -> Place:
     for plain, fused in _FUSED_NORMS.items():
         if not (arch.moe and plain.startswith("pre_mlp")):  # Transformer Engine fuses none with experts
             key = key.replace(plain, fused)
-    return Place(key, (*counts, *names.part_shape(entry, arch, ranks=1)), tuple(lead))
+    return StoredPosition(key, (*counts, *names.shard_shape(entry, arch, ranks=1)), tuple(lead))
 
 
 class MegatronFolder:
     """Tensors of a Megatron checkpoint under their Hugging Face names."""
 
     def __init__(self, folder: str | Path, arch: ModelArchitecture) -> None:
-        """Read what the checkpoint says it holds, and see that it is all of `shape` and nothing else.
+        """Read the checkpoint's index, and check that it holds the model and nothing else.
 
         Args:
-            folder: of the checkpoint; Megatron's files lie in `shards/` of it, or in itself.
+            folder: of the checkpoint; Megatron's files are in its `shards/` or in itself.
         Raises:
-            CheckpointError: for a folder that is no checkpoint or of another model, and for files cut short.
+            CheckpointError: for a folder without a checkpoint, one of another model, and truncated files.
         """
         self.folder = Path(folder)
         self._shards = self.folder / SHARDS if (self.folder / SHARDS).is_dir() else self.folder
@@ -120,7 +120,7 @@ class MegatronFolder:
         self._check_files()
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         self._chunks: dict[str, dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
-        self._read_along: dict[str, Tensor] = {}
+        self._siblings: dict[str, Tensor] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
@@ -130,59 +130,65 @@ class MegatronFolder:
         return sorted(self._entries)
 
     def file(self, name: str) -> Path:
-        """The file that holds a tensor, or the first part of it."""
-        where = place(self._entries[name], self._arch)
-        first = MetadataIndex(where.key, self._parts(where)[0].offsets)
+        """The file that holds the first chunk of a tensor."""
+        position = stored_position(self._entries[name], self._arch)
+        first = MetadataIndex(position.key, self._chunks_of(position)[0].offsets)
         return self._shards / self._metadata.storage_data[first].relative_path
 
     def dtype(self, name: str) -> torch.dtype:
         """Type of a tensor."""
-        return self._tensors[place(self._entries[name], self._arch).key].properties.dtype
+        return self._tensors[stored_position(self._entries[name], self._arch).key].properties.dtype
 
     def read(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        """One tensor; those that share a parameter (query, key and value) are best asked for one after another.
+        """Read one tensor.
+
+        Tensors of the same parameter (query, key and value) are read from disk once if they are read one after another.
 
         Raises:
-            CheckpointError: when a part of it is missing or cannot be read.
+            CheckpointError: when a chunk of it is missing or cannot be read.
         """
-        if name not in self._read_along:
-            self._read_along.clear()
+        if name not in self._siblings:
+            self._siblings.clear()
             entry = self._entries[name]
-            self._read_along = names.unshard(entry, [self._read(entry)], self._arch)
-        return self._read_along.pop(name)
+            self._siblings = names.unshard(entry, [self._read(entry)], self._arch)
+        return self._siblings.pop(name)
 
     def _read(self, entry: names.Entry) -> Tensor:
-        where = place(entry, self._arch)
-        stored, parts = self._tensors[where.key], self._parts(where)
-        target = torch.empty(where.chunk.sizes, dtype=stored.properties.dtype)
-        here = TensorStorageMetadata(stored.properties, stored.size, parts)
-        items = create_read_items_for_chunk_list(where.key, here, [where.chunk])
+        position = stored_position(entry, self._arch)
+        stored, chunks = self._tensors[position.key], self._chunks_of(position)
+        target = torch.empty(position.chunk.sizes, dtype=stored.properties.dtype)
+        parameter = TensorStorageMetadata(stored.properties, stored.size, chunks)
+        items = create_read_items_for_chunk_list(position.key, parameter, [position.chunk])
         if sum(math.prod(item.lengths) for item in items) != target.numel():
-            raise CheckpointError(f"{self._shards}/.metadata: parts of tensor {where.key} at {where.lead} are missing")
+            raise CheckpointError(
+                f"{self._shards}/.metadata: chunks of tensor {position.key} at {position.lead} are missing"
+            )
         try:
-            self._reader.read_data(LoadPlan(items), _Into(target)).wait()
+            self._reader.read_data(LoadPlan(items), _SingleTensorPlanner(target)).wait()
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, AssertionError) as error:
-            raise CheckpointError(f"{self.file(entry.tensors[0])}: cannot read {where.key}: {_line(error)}") from error
-        return target.reshape(where.size[len(where.lead) :])
+            raise CheckpointError(
+                f"{self.file(entry.tensors[0])}: cannot read {position.key}: {_line(error)}"
+            ) from error
+        return target.reshape(position.size[len(position.lead) :])
 
-    def _parts(self, where: Place) -> list[ChunkStorageMetadata]:
-        """The stored chunks that a parameter is spread over, found without a walk over those of all layers."""
-        if where.key not in self._chunks:
+    def _chunks_of(self, position: StoredPosition) -> list[ChunkStorageMetadata]:
+        """Find the stored chunks that hold a parameter, without a search through those of all layers."""
+        if position.key not in self._chunks:
             by_lead: dict[tuple[int, ...], list[ChunkStorageMetadata]] = {}
-            for chunk in self._tensors[where.key].chunks:
-                spans = zip(chunk.offsets[: len(where.lead)], chunk.sizes, strict=False)
+            for chunk in self._tensors[position.key].chunks:
+                spans = zip(chunk.offsets[: len(position.lead)], chunk.sizes, strict=False)
                 for lead in itertools.product(*(range(start, start + size) for start, size in spans)):
                     by_lead.setdefault(lead, []).append(chunk)
-            self._chunks[where.key] = by_lead
-        return self._chunks[where.key].get(where.lead, [])
+            self._chunks[position.key] = by_lead
+        return self._chunks[position.key].get(position.lead, [])
 
     def _check_tensors(self) -> None:
         file, expected = self._shards / ".metadata", set()
         for entry in names.entries(self._arch):
-            key, size, _ = place(entry, self._arch)
+            key, size, _ = stored_position(entry, self._arch)
             expected.add(key)
             if key not in self._tensors:
-                raise CheckpointError(f"{file}: tensor {key} is missing; config.json asks for it")
+                raise CheckpointError(f"{file}: tensor {key} is missing; config.json implies it")
             if (found := tuple(self._tensors[key].size)) != size:
                 raise CheckpointError(f"{file}: tensor {key} has shape {found}, config.json implies {size}")
         if extra := sorted(self._tensors.keys() - expected):
@@ -192,7 +198,7 @@ class MegatronFolder:
             )
 
     def _check_vocabulary(self) -> None:
-        """Padding hides how many rows there are; the checkpoint of a run tells."""
+        """Compare the vocabulary with the one in the checkpoint of a run; the stored rows include padding."""
         state = self.folder / manifest.NAME
         if state.exists():
             try:
@@ -214,7 +220,7 @@ class MegatronFolder:
             file = self._shards / name
             found = file.stat().st_size if file.exists() else 0
             if found < size:
-                raise CheckpointError(f"{file}: {found} bytes found, .metadata tells of {size}")
+                raise CheckpointError(f"{file}: {found} bytes instead of the {size} in .metadata")
 
 
 def write(
@@ -228,44 +234,44 @@ def write(
 
     Args:
         shards: the folder for Megatron's files.
-        make: gives a parameter, whole and of type `dtype`; called when it is about to be written.
-        max_file_bytes: size of a file, unless a single parameter is larger.
+        make: returns a whole parameter of type `dtype`; called when it is about to be written.
+        max_file_bytes: largest size of a file, unless a single parameter is larger.
     """
     entries = {
-        MetadataIndex(where.key, where.chunk.offsets): (entry, where)
+        MetadataIndex(position.key, position.chunk.offsets): (entry, position)
         for entry in names.entries(arch)
-        for where in (place(entry, arch),)
+        for position in (stored_position(entry, arch),)
     }
     properties = TensorProperties(dtype=dtype)
     items = [
         WriteItem(
             index, WriteItemType.SHARD,
-            tensor_data=TensorWriteData(where.chunk, properties, torch.Size(where.size)),
+            tensor_data=TensorWriteData(position.chunk, properties, torch.Size(position.size)),
         )
-        for index, (_, where) in entries.items()
+        for index, (_, position) in entries.items()
     ]  # fmt: skip
     states = [
         WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO, bytes_io_data=BytesIOWriteData(len(_NO_STATE)))
-        for name in _module_states([where for _, where in entries.values()])
+        for name in _module_states([position for _, position in entries.values()])
     ]
 
     def resolve(item: WriteItem) -> Tensor | io.BytesIO:
         if item.type is WriteItemType.BYTE_IO:
             return io.BytesIO(_NO_STATE)
-        entry, where = entries[item.index]
-        return make(entry).reshape(where.chunk.sizes)
+        entry, position = entries[item.index]
+        return make(entry).reshape(position.chunk.sizes)
 
-    # One plan per file, as if each were a rank's.
+    # One plan per file, as if each file were written by a rank of its own.
     groups = [*_split(items, dtype.itemsize, max_file_bytes), states]
     plans, metadata = create_default_global_save_plan([SavePlan(group) for group in groups])
     writer = FileSystemWriter(shards, per_thread_copy_ahead=0)
     writer.set_up_storage_writer(is_coordinator=True)
     shards.mkdir()
-    planner = _Lazy(resolve)
+    planner = _LazyPlanner(resolve)
     try:
         results = [writer.write_data(plan, planner).wait() for plan in writer.prepare_global_plan(plans)]
     except RuntimeError as error:
-        if isinstance(error.__context__, OSError):  # torch.save fails once more as it closes what it could not write
+        if isinstance(error.__context__, OSError):  # torch.save fails a second time when it closes the file
             raise error.__context__ from None
         raise
     writer.finish(metadata, results)
@@ -279,7 +285,7 @@ def is_checkpoint(folder: str | Path) -> bool:
 
 
 def open_model(folder: str | Path, arch: ModelArchitecture) -> TensorFolder | MegatronFolder:
-    """A model's tensors by their Hugging Face names, from a Hugging Face folder or a Megatron checkpoint."""
+    """Open a Hugging Face folder or a Megatron checkpoint to read tensors by their Hugging Face names."""
     return MegatronFolder(folder, arch) if is_checkpoint(folder) else TensorFolder(folder)
 
 
@@ -292,12 +298,12 @@ def _serialised(value: object) -> bytes:
 _NO_STATE = _serialised([None])
 
 
-def _module_states(places: Sequence[Place]) -> Iterator[str]:
-    """Names of the modules' extra states, all empty.
+def _module_states(positions: Sequence[StoredPosition]) -> Iterator[str]:
+    """List the names of the modules' extra states, which are all empty.
 
-    Megatron's linear layers ask for one; Transformer Engine's norms and attention do too. Who does not, ignores it.
+    Megatron's linear layers and Transformer Engine's norms and attention expect one; other modules ignore theirs.
     """
-    for key, size, lead in places:
+    for key, size, lead in positions:
         number = ".".join(map(str, lead or (0,)))
         count = ".".join(map(str, size[: len(lead)] or (1,)))
         module, _, field = key.rpartition(".")
@@ -322,8 +328,8 @@ def _split(items: Sequence[WriteItem], itemsize: int, max_bytes: int) -> Iterato
     yield group
 
 
-class _Lazy(DefaultSavePlanner):
-    """Has a tensor made when it is about to be written."""
+class _LazyPlanner(DefaultSavePlanner):
+    """Makes a tensor when it is about to be written."""
 
     def __init__(self, resolve: Callable[[WriteItem], Any]) -> None:
         super().__init__()
@@ -333,8 +339,8 @@ class _Lazy(DefaultSavePlanner):
         return self._resolve(write_item)
 
 
-class _Into(DefaultLoadPlanner):
-    """Has everything read put into one tensor."""
+class _SingleTensorPlanner(DefaultLoadPlanner):
+    """Reads everything into one tensor."""
 
     def __init__(self, target: Tensor) -> None:
         super().__init__()
@@ -347,13 +353,13 @@ class _Into(DefaultLoadPlanner):
 def _read_metadata(reader: FileSystemReader, shards: Path) -> Any:
     file = shards / ".metadata"
     if not file.exists():
-        raise CheckpointError(f"{shards}: no Megatron checkpoint there: it has no .metadata")
+        raise CheckpointError(f"{shards}: not a Megatron checkpoint, it has no .metadata")
     try:
         metadata = reader.read_metadata()
-    except Exception as error:  # whatever unpickling a damaged file ends in
+    except Exception as error:  # unpickling a damaged file can raise anything
         raise CheckpointError(f"{file}: cannot be read: {_line(error)}") from error
     if not metadata.storage_data:
-        raise CheckpointError(f"{file}: tells of no files")
+        raise CheckpointError(f"{file}: names no files")
     return metadata
 
 

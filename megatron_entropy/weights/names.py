@@ -1,38 +1,38 @@
-"""Names as data: which Hugging Face tensors a Megatron parameter is made of, and how they lie in it.
+"""Tables of names: which Hugging Face tensors a Megatron parameter is made of, and how it is sharded.
 
-One `Rule` per parameter, one table per model family; a new family is one table. `pieces` says which rows (or columns)
-of a Hugging Face tensor lie where in a rank's part of a parameter; everything that moves weights in either direction
-follows it: `shard` and `unshard` here, the plan and the stream in the modules beside this one. Parameters are named
-with their global layer and expert numbers; `{layer}` and `{expert}` stand for them.
+There is one `Rule` per parameter and one table per model family; a new family is one table. `shard_slices` says which
+rows or columns of a Hugging Face tensor a rank's shard of a parameter holds. Everything that moves weights uses it:
+`shard` and `unshard` here, `plan.py` and `source.py`. Parameters have their global layer and expert numbers in their
+names; `{layer}` and `{expert}` stand for them in the tables. Importing this module imports no torch.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from megatron_entropy.config.architecture import ModelArchitecture
 from megatron_entropy.config.schema import LoraConfig
+from megatron_entropy.errors import ConfigError
 
-Kind = Literal["whole", "columns", "vocabulary", "qkv", "gate_up"]
-"""How a tensor is split over tensor-parallel ranks.
+if TYPE_CHECKING:
+    from torch import Tensor
 
-`whole`: not at all. `columns`: along dimension 1. `vocabulary`: rows, padded with zeros. `qkv`: query, key and value
-heads fused, grouped by key/value head, then rows. `gate_up`: each rank holds its rows of the gate above its rows of
-the up projection.
+Kind = Literal["replicated", "columns", "vocabulary", "qkv", "gate_up"]
+"""How a tensor is sharded over tensor-parallel ranks.
+
+`replicated`: every rank holds all of it. `columns`: along dimension 1. `vocabulary`: by rows, padded with zeros. `qkv`:
+query, key and value heads fused, grouped by key/value head, then by rows. `gate_up`: each rank holds its rows of the
+gate above its rows of the up projection.
 """
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One Megatron parameter: its name, the Hugging Face tensors it holds, how they are split.
+    """One Megatron parameter: its name, the Hugging Face tensors it is made of, how it is sharded.
 
-    `aliases`: names the same parameter has under Transformer Engine's fused layers.
+    `aliases`: names of the same parameter in Transformer Engine's fused layers.
     """
 
     megatron: str
@@ -42,7 +42,15 @@ class Rule:
 
 
 PEFT_PREFIX = "base_model.model."
-"""What PEFT puts before the name of a module that has an adapter."""
+"""PEFT's prefix of the names of modules with adapters."""
+
+LINEARS = {
+    "linear_qkv": ("q_proj", "k_proj", "v_proj"),
+    "linear_proj": ("o_proj",),
+    "linear_fc1": ("gate_proj", "up_proj"),
+    "linear_fc2": ("down_proj",),
+}
+"""Megatron's linear layers, in their order in a layer, and the Hugging Face modules that each of them fuses."""
 
 _LAYER = "decoder.layers.{layer}."
 _EXPERT = _LAYER + "mlp.experts.local_experts.{expert}."
@@ -51,7 +59,7 @@ _HF_EXPERT = _HF_LAYER + "mlp.experts.{expert}."
 
 _ENDS = (
     Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocabulary"),
-    Rule("decoder.final_layernorm.weight", ("model.norm.weight",), "whole"),
+    Rule("decoder.final_layernorm.weight", ("model.norm.weight",), "replicated"),
     Rule("output_layer.weight", ("lm_head.weight",), "vocabulary"),
 )
 
@@ -59,19 +67,19 @@ _ATTENTION = (
     Rule(
         _LAYER + "input_layernorm.weight",
         (_HF_LAYER + "input_layernorm.weight",),
-        "whole",
+        "replicated",
         (_LAYER + "self_attention.linear_qkv.layer_norm_weight",),
     ),
     Rule(
         _LAYER + "self_attention.linear_qkv.weight",
-        tuple(_HF_LAYER + f"self_attn.{part}_proj.weight" for part in "qkv"),
+        tuple(_HF_LAYER + f"self_attn.{module}_proj.weight" for module in "qkv"),
         "qkv",
     ),
     Rule(_LAYER + "self_attention.linear_proj.weight", (_HF_LAYER + "self_attn.o_proj.weight",), "columns"),
     Rule(
         _LAYER + "pre_mlp_layernorm.weight",
         (_HF_LAYER + "post_attention_layernorm.weight",),
-        "whole",
+        "replicated",
         (_LAYER + "mlp.linear_fc1.layer_norm_weight",),
     ),
 )
@@ -84,7 +92,7 @@ _MLP = (
     Rule(_LAYER + "mlp.linear_fc2.weight", (_HF_LAYER + "mlp.down_proj.weight",), "columns"),
 )
 _EXPERTS = (
-    Rule(_LAYER + "mlp.router.weight", (_HF_LAYER + "mlp.gate.weight",), "whole"),
+    Rule(_LAYER + "mlp.router.weight", (_HF_LAYER + "mlp.gate.weight",), "replicated"),
     Rule(
         _EXPERT + "linear_fc1.weight",
         (_HF_EXPERT + "gate_proj.weight", _HF_EXPERT + "up_proj.weight"),
@@ -99,11 +107,17 @@ _EXPERTS = (
     ),
 )
 _QKV_BIAS = Rule(
-    _LAYER + "self_attention.linear_qkv.bias", tuple(_HF_LAYER + f"self_attn.{part}_proj.bias" for part in "qkv"), "qkv"
+    _LAYER + "self_attention.linear_qkv.bias",
+    tuple(_HF_LAYER + f"self_attn.{module}_proj.bias" for module in "qkv"),
+    "qkv",
 )
 _QK_NORM = tuple(
-    Rule(_LAYER + f"self_attention.{part}_layernorm.weight", (_HF_LAYER + f"self_attn.{part}_norm.weight",), "whole")
-    for part in "qk"
+    Rule(
+        _LAYER + f"self_attention.{module}_layernorm.weight",
+        (_HF_LAYER + f"self_attn.{module}_norm.weight",),
+        "replicated",
+    )
+    for module in "qk"
 )
 
 FAMILIES: dict[str, tuple[Rule, ...]] = {
@@ -112,12 +126,12 @@ FAMILIES: dict[str, tuple[Rule, ...]] = {
     "qwen3": _ENDS + _ATTENTION + _MLP + _QK_NORM,
     "qwen3_moe": _ENDS + _ATTENTION + _EXPERTS + _QK_NORM,
 }
-"""Rules of every family, end layers first."""
+"""Rules of every family: embedding, final norm and head first."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A rule applied to one layer (and expert): full names, full shapes of the Hugging Face tensors."""
+    """A rule applied to one layer (and expert): complete names, and full shapes of the Hugging Face tensors."""
 
     megatron: str
     aliases: tuple[str, ...]
@@ -128,19 +142,21 @@ class Entry:
     expert: int | None = None
 
 
-class Piece(NamedTuple):
-    """`length` rows (`dim` 0) or columns (1) that a rank's part of a parameter shares with a Hugging Face tensor."""
+class ShardSlice(NamedTuple):
+    """`length` rows (`dim` 0) or columns (`dim` 1) that a shard and a Hugging Face tensor have in common."""
 
     tensor: int
-    """Which of the entry's tensors."""
+    """Index of the tensor in `Entry.tensors`."""
     dim: int
-    part_start: int
-    whole_start: int
+    shard_start: int
+    """Index of the first row or column in the shard."""
+    tensor_start: int
+    """Index of the first row or column in the tensor."""
     length: int
 
 
 def entries(arch: ModelArchitecture) -> list[Entry]:
-    """Every parameter of a model, in the order of its layers: embedding, layers, final norm, head."""
+    """List every parameter of a model in the order of its layers: embedding, layers, final norm, head."""
     rules = FAMILIES[arch.family]
     layered = [rule for rule in rules if "{layer}" in rule.megatron]
     embedding, final_norm, head = (rule for rule in rules if "{layer}" not in rule.megatron)
@@ -153,13 +169,44 @@ def entries(arch: ModelArchitecture) -> list[Entry]:
     return result if arch.tied_embeddings else [*result, _entry(head, arch, None, None)]
 
 
-def adapter_entries(arch: ModelArchitecture, lora: LoraConfig) -> list[Entry]:
-    """Every part of LoRA's adapters, under the names PEFT gives them; in the order of the layers.
+def lora_linears(lora: LoraConfig, arch: ModelArchitecture) -> list[str]:
+    """List Megatron's names of the linear layers that get adapters; none where `lora.rank` is 0.
 
-    Megatron's fused layers have one `down` for two or three modules of Hugging Face, and PEFT one for each: it comes
-    once for each of them.
+    Raises:
+        ConfigError: for a target that the model does not have or that is an expert's, and for a module that Megatron
+            fuses with others that are no targets.
     """
-    linears, rank = lora.linears(arch), lora.rank
+    if not lora.rank:
+        return []
+    known = {linear: modules for linear, modules in LINEARS.items() if arch.moe is None or "fc" not in linear}
+    if lora.targets == ["all-linear"]:
+        return list(known)
+    allowed = [module for modules in known.values() for module in modules]
+    if wrong := [target for target in lora.targets if target not in allowed]:
+        of_experts = any(wrong[0] in modules for modules in LINEARS.values())
+        what = "a part of the experts, which take no adapters" if of_experts else "no linear layer of the model"
+        raise ConfigError(
+            f"actor.lora.targets: {wrong[0]} is {what}; known are {', '.join(allowed)}, and all-linear alone"
+        )
+    if not lora.targets:
+        raise ConfigError("actor.lora.targets is empty; all-linear is every layer, actor.lora.rank=0 is no LoRA")
+    for modules in known.values():
+        missing = [module for module in modules if module not in lora.targets]
+        if 0 < len(missing) < len(modules):
+            raise ConfigError(
+                f"actor.lora.targets: {', '.join(modules)} share an adapter, because Megatron fuses them; add "
+                f"{' and '.join(missing)}"
+            )
+    return [linear for linear, modules in known.items() if modules[0] in lora.targets]
+
+
+def adapter_entries(arch: ModelArchitecture, lora: LoraConfig) -> list[Entry]:
+    """List every tensor of LoRA's adapters in the order of the layers, under PEFT's names.
+
+    An adapter of a fused layer has one `down` in Megatron. PEFT has one per Hugging Face module, so the same parameter
+    is listed once per module.
+    """
+    linears, rank = lora_linears(lora, arch), lora.rank
     result = []
     for entry in entries(arch):
         layer, _, parameter = entry.megatron.rpartition(".")
@@ -168,18 +215,18 @@ def adapter_entries(arch: ModelArchitecture, lora: LoraConfig) -> list[Entry]:
         modules = [f"{PEFT_PREFIX}{tensor.removesuffix('.weight')}" for tensor in entry.tensors]
         by_columns = entry.kind == "columns"
         for module, (_, columns) in zip(modules, entry.shapes, strict=True):
-            down: Kind = "columns" if by_columns else "whole"
+            down: Kind = "columns" if by_columns else "replicated"
             names, shapes = (f"{module}.lora_A.weight",), ((rank, columns),)
             result.append(Entry(f"{layer}_lora.down", (), names, shapes, down, entry.layer))
         names = tuple(f"{module}.lora_B.weight" for module in modules)
         shapes = tuple((rows, rank) for rows, _ in entry.shapes)
-        up = "whole" if by_columns else entry.kind
+        up = "replicated" if by_columns else entry.kind
         result.append(Entry(f"{layer}_lora.up", (), names, shapes, up, entry.layer))
     return result
 
 
 def with_tied_head(all_entries: list[Entry], arch: ModelArchitecture) -> list[Entry]:
-    """With tied embeddings the last pipeline stage holds a copy of the embedding under the head's name."""
+    """Add the head's copy of tied embeddings, which the last pipeline stage holds under the head's name."""
     if not arch.tied_embeddings:
         return all_entries
     embedding = all_entries[0]
@@ -187,32 +234,32 @@ def with_tied_head(all_entries: list[Entry], arch: ModelArchitecture) -> list[En
     return [*all_entries, copy]
 
 
-def pieces(entry: Entry, arch: ModelArchitecture, *, rank: int, ranks: int) -> Iterator[Piece]:
-    """What a tensor-parallel rank's part of a parameter is made of, in the order of its rows or columns.
+def shard_slices(entry: Entry, arch: ModelArchitecture, *, rank: int, ranks: int) -> Iterator[ShardSlice]:
+    """List what a tensor-parallel rank's shard of a parameter is made of, in the order of its rows or columns.
 
-    Together the pieces of all ranks cover every element of the Hugging Face tensors exactly once, but for `whole`,
-    of which every rank holds all. Padding of the vocabulary belongs to no piece.
+    The slices of all ranks cover every element of the Hugging Face tensors exactly once; of a `replicated` tensor each
+    rank's slice is all of it. Padding of the vocabulary is in no slice.
     """
     rows = entry.shapes[0][0]
-    if entry.kind == "whole":
-        yield Piece(0, 0, 0, 0, rows)
+    if entry.kind == "replicated":
+        yield ShardSlice(0, 0, 0, 0, rows)
     elif entry.kind == "columns":
         width = entry.shapes[0][1] // ranks
-        yield Piece(0, 1, 0, rank * width, width)
+        yield ShardSlice(0, 1, 0, rank * width, width)
     elif entry.kind == "gate_up":
         height = rows // ranks
         for tensor in range(2):
-            yield Piece(tensor, 0, tensor * height, rank * height, height)
+            yield ShardSlice(tensor, 0, tensor * height, rank * height, height)
     elif entry.kind == "vocabulary":
         height = arch.padded_vocab_size // ranks
         if (length := min(height, rows - rank * height)) > 0:
-            yield Piece(0, 0, 0, rank * height, length)
+            yield ShardSlice(0, 0, 0, rank * height, length)
     else:
-        yield from _qkv_pieces(entry, arch, rank, ranks)
+        yield from _qkv_slices(entry, arch, rank, ranks)
 
 
-def _qkv_pieces(entry: Entry, arch: ModelArchitecture, rank: int, ranks: int) -> Iterator[Piece]:
-    """The fused rows are cut evenly, also where ranks outnumber the key/value heads and a cut falls inside a group."""
+def _qkv_slices(entry: Entry, arch: ModelArchitecture, rank: int, ranks: int) -> Iterator[ShardSlice]:
+    """Cut the fused rows evenly; with more ranks than key/value heads a cut is inside a group."""
     groups = arch.num_query_groups
     heights = [full[0] // groups for full in entry.shapes]
     height = sum(heights) * groups // ranks
@@ -222,14 +269,14 @@ def _qkv_pieces(entry: Entry, arch: ModelArchitecture, rank: int, ranks: int) ->
         for tensor, rows in enumerate(heights):
             first, last = max(row, begin), min(row + rows, end)
             if first < last:
-                yield Piece(tensor, 0, first - begin, group * rows + first - row, last - first)
+                yield ShardSlice(tensor, 0, first - begin, group * rows + first - row, last - first)
             row += rows
 
 
-def part_shape(entry: Entry, arch: ModelArchitecture, *, ranks: int) -> tuple[int, ...]:
-    """Shape of a tensor-parallel rank's part of a parameter."""
+def shard_shape(entry: Entry, arch: ModelArchitecture, *, ranks: int) -> tuple[int, ...]:
+    """Shape of a tensor-parallel rank's shard of a parameter."""
     first = entry.shapes[0]
-    if entry.kind == "whole":
+    if entry.kind == "replicated":
         return first
     if entry.kind == "columns":
         return (first[0], first[1] // ranks)
@@ -238,30 +285,28 @@ def part_shape(entry: Entry, arch: ModelArchitecture, *, ranks: int) -> tuple[in
 
 
 def shard(entry: Entry, tensors: Sequence[Tensor], arch: ModelArchitecture, *, rank: int, ranks: int) -> Tensor:
-    """A tensor-parallel rank's part of a parameter, made from the full Hugging Face tensors of `entry.tensors`."""
-    part = tensors[0].new_zeros(part_shape(entry, arch, ranks=ranks))
-    for piece in pieces(entry, arch, rank=rank, ranks=ranks):
-        whole = tensors[piece.tensor].narrow(piece.dim, piece.whole_start, piece.length)
-        part.narrow(piece.dim, piece.part_start, piece.length).copy_(whole)
-    return part
+    """Make a tensor-parallel rank's shard of a parameter from the full Hugging Face tensors `entry.tensors`."""
+    result = tensors[0].new_zeros(shard_shape(entry, arch, ranks=ranks))
+    for tensor, dim, shard_start, tensor_start, length in shard_slices(entry, arch, rank=rank, ranks=ranks):
+        result.narrow(dim, shard_start, length).copy_(tensors[tensor].narrow(dim, tensor_start, length))
+    return result
 
 
-def unshard(entry: Entry, parts: Sequence[Tensor], arch: ModelArchitecture) -> dict[str, Tensor]:
-    """The Hugging Face tensors that the parts of all tensor-parallel ranks make up; the inverse of `shard`.
+def unshard(entry: Entry, shards: Sequence[Tensor], arch: ModelArchitecture) -> dict[str, Tensor]:
+    """Make the full Hugging Face tensors from the shards of all tensor-parallel ranks; the inverse of `shard`.
 
     Args:
-        parts: in the order of the ranks; one is enough where the kind is `whole`.
+        shards: in the order of the ranks; one is enough for a `replicated` tensor.
     """
-    tensors = [torch.empty(full, dtype=parts[0].dtype, device=parts[0].device) for full in entry.shapes]
-    for rank, part in enumerate(parts):
-        for piece in pieces(entry, arch, rank=rank, ranks=len(parts)):
-            whole = tensors[piece.tensor].narrow(piece.dim, piece.whole_start, piece.length)
-            whole.copy_(part.narrow(piece.dim, piece.part_start, piece.length))
+    tensors = [shards[0].new_empty(full) for full in entry.shapes]
+    for rank, source in enumerate(shards):
+        for tensor, dim, shard_start, tensor_start, length in shard_slices(entry, arch, rank=rank, ranks=len(shards)):
+            tensors[tensor].narrow(dim, tensor_start, length).copy_(source.narrow(dim, shard_start, length))
     return dict(zip(entry.tensors, tensors, strict=True))
 
 
 def match(entries_: Sequence[Entry], local: Mapping[str, Tensor]) -> dict[str, Entry]:
-    """Pair this rank's parameters with their entries, by name or alias.
+    """Find the entry of each of this rank's parameters, by name or alias.
 
     Args:
         local: this rank's parameters under global names.
@@ -274,14 +319,8 @@ def match(entries_: Sequence[Entry], local: Mapping[str, Tensor]) -> dict[str, E
             if name in local:
                 found[name] = entry
     unknown = set(local) - set(found)
-    assert not unknown, f"parameters no rule covers: {sorted(unknown)}"
+    assert not unknown, f"parameters without a rule: {sorted(unknown)}"
     return found
-
-
-def layer_of(name: str) -> int | None:
-    """The layer number in a parameter's name, or None for the end layers."""
-    hit = re.search(r"layers\.(\d+)\.", name)
-    return int(hit.group(1)) if hit else None
 
 
 def _entry(rule: Rule, arch: ModelArchitecture, layer: int | None, expert: int | None) -> Entry:
@@ -301,9 +340,9 @@ def _tensor_shape(name: str, arch: ModelArchitecture) -> tuple[int, ...]:
     hidden, queries = arch.hidden_size, arch.num_heads * arch.head_dim
     keys = arch.num_query_groups * arch.head_dim
     columns = arch.moe.ffn_size if arch.moe else arch.ffn_size
-    part, field = name.split(".")[-2:]
-    if part in ("q_proj", "k_proj", "v_proj"):
-        rows = queries if part == "q_proj" else keys
+    module, field = name.split(".")[-2:]
+    if module in ("q_proj", "k_proj", "v_proj"):
+        rows = queries if module == "q_proj" else keys
         return (rows,) if field == "bias" else (rows, hidden)
     return {
         "embed_tokens": (arch.vocab_size, hidden),
@@ -315,4 +354,4 @@ def _tensor_shape(name: str, arch: ModelArchitecture) -> tuple[int, ...]:
         "down_proj": (hidden, columns),
         "q_norm": (arch.head_dim,),
         "k_norm": (arch.head_dim,),
-    }.get(part, (hidden,))
+    }.get(module, (hidden,))

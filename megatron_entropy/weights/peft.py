@@ -1,6 +1,6 @@
-"""LoRA adapters in PEFT's format: written from the actor's shards, merged into the model they were trained on.
+"""Write LoRA adapters in PEFT's format from the actor's shards, and merge them into their base model.
 
-Either way one tensor is in memory at a time.
+Both ways one tensor is in memory at a time.
 """
 
 from __future__ import annotations
@@ -17,11 +17,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_entropy.config.architecture import ModelArchitecture
-from megatron_entropy.config.schema import LINEARS, ActorConfig, LoraConfig
+from megatron_entropy.config.schema import ActorConfig, LoraConfig
 from megatron_entropy.errors import ModelError
 from megatron_entropy.weights import names
-from megatron_entropy.weights.convert import Progress, check_target, silent
-from megatron_entropy.weights.hf_folder import MAX_SHARD_BYTES, TensorFolder, replacing, write_file, write_folder
+from megatron_entropy.weights.buckets import TensorMeta
+from megatron_entropy.weights.convert import ProgressBar, check_target, silent
+from megatron_entropy.weights.hf_folder import (
+    MAX_SHARD_BYTES,
+    TensorFolder,
+    atomic_model_folder,
+    write_file,
+    write_folder,
+)
 from megatron_entropy.weights.source import ShardedSource
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -31,15 +38,15 @@ _INERT = {
     "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size",
     "revision", "runtime_config", "task_type",
 }  # fmt: skip
-"""Options of an adapter that say how it was trained or found; `init_lora_weights` where it leaves the base as it is."""
+"""Options of an adapter that do not change what it adds to the base; of `init_lora_weights` see `_PLAIN_INITS`."""
 _READ = {"lora_alpha", "peft_type", "r", "target_modules", "use_rslora"}
-_PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
-"""Ways to initialise an adapter that leave the base model as it is."""
+_PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
+"""Values of `init_lora_weights` that leave the base model unchanged."""
 
 
 @dataclass(frozen=True)
 class _Adapter:
-    """`down` [r, in] and `up` [out, r] of a weight; `scale` times their product is added to it."""
+    """Names of an adapter's tensors `down` [r, in] and `up` [out, r]; `scale * up @ down` is added to a weight."""
 
     down: str
     up: str
@@ -58,20 +65,19 @@ def write_adapter(
 
     Args:
         local: `Actor.adapter_shards()` of this rank.
-        base: the model folder they belong to.
-        dtype: of the tensors.
+        base: path of the base model's folder.
+        dtype: type of the tensors.
     Raises:
-        ModelError: on rank 0, when it cannot be written; nothing is left behind then.
+        ModelError: on rank 0, when the folder cannot be written; nothing of it is left then.
     """
     source = ShardedSource(arch, config.parallel, local, dtype, names.adapter_entries(arch, config.lora))
     if dist.get_rank() != 0:
         for _ in source:
             pass
         return
-    with replacing(folder) as partial:
-        write_file(
-            partial / ADAPTER_FILE, source.metadata(), ((name, part) for name, part in source if part is not None)
-        )
+    with atomic_model_folder(folder) as partial:
+        tensors = ((name, tensor) for name, tensor in source if tensor is not None)
+        write_file(partial / ADAPTER_FILE, source.metadata(), tensors)
         (partial / _CONFIG).write_text(json.dumps(_config(arch, config.lora, base), indent=2) + "\n")
 
 
@@ -81,8 +87,8 @@ def _config(arch: ModelArchitecture, lora: LoraConfig, base: str) -> dict[str, A
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": lora.rank,
-        "lora_alpha": int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,  # vLLM wants an integer
-        "target_modules": [module for linear in lora.linears(arch) for module in LINEARS[linear]],
+        "lora_alpha": int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,  # vLLM needs an integer
+        "target_modules": [module for linear in names.lora_linears(lora, arch) for module in names.LINEARS[linear]],
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -101,12 +107,12 @@ def merge(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
-    progress: Progress = silent,
+    progress: ProgressBar = silent,
 ) -> int:
-    """Write the model that base and adapter make together; sums are formed in fp32, types stay those of the base.
+    """Merge an adapter into its base model; sums are computed in fp32 and cast to the types of the base.
 
     Returns:
-        How many tensors the adapter changed.
+        Number of tensors that the adapter changed.
     Raises:
         ModelError: naming file and tensor, for an adapter with unknown options or one that does not fit the base, or a
             target that exists or cannot be written.
@@ -122,14 +128,14 @@ def merge(
     pairs = _pair(updates)
     _check(weights, updates, pairs, rank)
     _check_targets(adapter / _CONFIG, targets, pairs)
-    metadata = [(name, weights.dtype(name), weights.shape(name)) for name in weights.names()]
-    with progress("merging", sum(math.prod(size) * kind.itemsize for _, kind, size in metadata)) as advance:
+    metadata = [TensorMeta(name, weights.dtype(name), weights.shape(name)) for name in weights.names()]
+    with progress("merging", sum(meta.num_bytes for meta in metadata)) as advance:
 
         def stream() -> Iterator[tuple[str, Tensor]]:
             for name in weights.names():
                 tensor = weights.read(name)
                 if name in pairs:
-                    up, down = (updates.read(part).float() for part in (pairs[name].up, pairs[name].down))
+                    up, down = (updates.read(factor).float() for factor in (pairs[name].up, pairs[name].down))
                     tensor = torch.addmm(tensor.float(), up, down, alpha=scale).to(tensor.dtype)
                 advance(tensor.nbytes)
                 yield name, tensor
@@ -139,7 +145,7 @@ def merge(
 
 
 def _read_config(file: Path) -> tuple[int, float, list[str]]:
-    """Rank, scale and target modules (empty where they are a pattern)."""
+    """Read rank, scale and target modules (empty where they are a pattern)."""
     try:
         raw: dict[str, Any] = json.loads(file.read_text())
         rank, alpha = int(raw["r"]), float(raw["lora_alpha"])
@@ -156,7 +162,7 @@ def _read_config(file: Path) -> tuple[int, float, list[str]]:
     for key, value in raw.items():
         if key not in _INERT | _READ and value not in (None, False, "none", {}, []):
             raise ModelError(f"{file}: {key}={value} is not supported")
-    if raw.get("init_lora_weights") not in _PLAIN_STARTS:
+    if raw.get("init_lora_weights") not in _PLAIN_INITS:
         raise ModelError(f"{file}: init_lora_weights={raw['init_lora_weights']} is not supported: it changes the base")
     targets = raw.get("target_modules")
     listed = targets if isinstance(targets, list) else []
@@ -164,19 +170,19 @@ def _read_config(file: Path) -> tuple[int, float, list[str]]:
 
 
 def _pair(updates: TensorFolder) -> dict[str, _Adapter]:
-    """Name of the base tensor -> the two of the adapter that change it."""
-    parts: dict[str, dict[str, str]] = {}
+    """Find the adapter of each base tensor, by the base tensor's name."""
+    found: dict[str, dict[str, str]] = {}
     for name in updates.names():
-        module, _, part = name.removeprefix(names.PEFT_PREFIX).removesuffix(".weight").rpartition(".")
-        if not name.startswith(names.PEFT_PREFIX) or part not in ("lora_A", "lora_B"):
-            wanted = f"{names.PEFT_PREFIX}<module>.lora_A/B.weight"
-            raise ModelError(f"{updates.file(name)}: tensor {name} {updates.shape(name)} is no {wanted}")
-        parts.setdefault(f"{module}.weight", {})[part] = name
-    for found in parts.values():
-        if len(found) == 1:
-            (part, name), other = *found.items(), {"lora_A": "lora_B", "lora_B": "lora_A"}
-            raise ModelError(f"{updates.file(name)}: tensor {name} has no {other[part]} beside it")
-    return {name: _Adapter(found["lora_A"], found["lora_B"]) for name, found in parts.items()}
+        module, _, factor = name.removeprefix(names.PEFT_PREFIX).removesuffix(".weight").rpartition(".")
+        if not name.startswith(names.PEFT_PREFIX) or factor not in ("lora_A", "lora_B"):
+            expected = f"{names.PEFT_PREFIX}<module>.lora_A/B.weight"
+            raise ModelError(f"{updates.file(name)}: tensor {name} {updates.shape(name)} is no {expected}")
+        found.setdefault(f"{module}.weight", {})[factor] = name
+    for factors in found.values():
+        if len(factors) == 1:
+            (factor, name), other = *factors.items(), {"lora_A": "lora_B", "lora_B": "lora_A"}
+            raise ModelError(f"{updates.file(name)}: tensor {name} has no {other[factor]} beside it")
+    return {name: _Adapter(factors["lora_A"], factors["lora_B"]) for name, factors in found.items()}
 
 
 def _check(weights: TensorFolder, updates: TensorFolder, pairs: dict[str, _Adapter], rank: int) -> None:
@@ -184,16 +190,16 @@ def _check(weights: TensorFolder, updates: TensorFolder, pairs: dict[str, _Adapt
         weights.dtype(name)
     for name, pair in pairs.items():
         if name not in weights:
-            found = f"{pair.down} {updates.shape(pair.down)}"
             raise ModelError(
-                f"{updates.file(pair.down)}: tensor {found} changes {name}, which {weights.folder} has not"
+                f"{updates.file(pair.down)}: tensor {pair.down} {updates.shape(pair.down)} changes {name}, "
+                f"which is not in {weights.folder}"
             )
         size = weights.shape(name)
-        for part, fits in ((pair.down, (rank, *size[1:])), (pair.up, (*size[:1], rank))):
-            updates.dtype(part)
-            if len(size) != 2 or updates.shape(part) != fits:
+        for factor, fits in ((pair.down, (rank, *size[1:])), (pair.up, (*size[:1], rank))):
+            updates.dtype(factor)
+            if len(size) != 2 or updates.shape(factor) != fits:
                 raise ModelError(
-                    f"{updates.file(part)}: tensor {part} has shape {updates.shape(part)}, "
+                    f"{updates.file(factor)}: tensor {factor} has shape {updates.shape(factor)}, "
                     f"r={rank} and {name} {size} of {weights.file(name)} imply {fits}"
                 )
 

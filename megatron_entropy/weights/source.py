@@ -1,16 +1,16 @@
-"""The sharded model as a stream of Hugging Face tensors, and the way back from a folder into the shards.
+"""Stream the sharded model as Hugging Face tensors, and load the shards from a folder.
 
 `ShardedSource` has the form of vLLM's `WeightSource`: `metadata()` describes the whole model on every rank without
-moving anything, iteration yields `(name, tensor)`. For a push it is read in slabs (some rows of a tensor) instead, so
-that what is held beside the model does not grow with the largest tensor. Reading is a collective: the ranks that the
-plan names put their slices in place themselves, where they see it, or send them straight to rank 0, which does; other
-ranks pass through.
+communication, iteration yields `(name, tensor)`. A weight sync reads slabs (some rows of a tensor) instead, so the
+memory beside the model does not grow with the largest tensor. Reading is a collective: a rank that holds slices of a
+slab writes them where the slab is shared memory, and sends them to rank 0 where it is not; other ranks do nothing.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -34,16 +34,16 @@ def load(
     Args:
         local: this rank's parameters under global names; written in place.
     Raises:
-        ModelError: for a missing tensor, a wrong shape, or a tensor no parameter takes.
+        ModelError: for a missing tensor, a wrong shape, or a tensor that belongs to no parameter.
     """
     all_entries = names.entries(arch)
     for name, entry in names.match(names.with_tied_head(all_entries, arch), local).items():
         tensors = [folder.read(t, s) for t, s in zip(entry.tensors, entry.shapes, strict=True)]
         ranks = layout.tp if entry.expert is None else layout.etp
-        part = names.shard(entry, tensors, arch, rank=dist.get_rank() % ranks, ranks=ranks)
-        assert part.shape == local[name].shape, f"{name}: {tuple(part.shape)} does not fit {tuple(local[name].shape)}"
+        shard = names.shard(entry, tensors, arch, rank=dist.get_rank() % ranks, ranks=ranks)
+        assert shard.shape == local[name].shape, f"{name}: {tuple(shard.shape)} is not {tuple(local[name].shape)}"
         with torch.no_grad():
-            local[name].copy_(part)
+            local[name].copy_(shard)
     expected = {tensor for entry in all_entries for tensor in entry.tensors}
     tied_copy = {"lm_head.weight"} if arch.tied_embeddings else set()
     extra = [n for n in folder.names() if n not in expected | tied_copy and not n.endswith("rotary_emb.inv_freq")]
@@ -52,7 +52,10 @@ def load(
 
 
 class ShardedSource:
-    """The actor's weights as a stream of Hugging Face tensors; see the module's text."""
+    """The actor's weights as a stream of Hugging Face tensors.
+
+    `gather_seconds`: seconds that rank 0 has waited for slices of other ranks so far.
+    """
 
     def __init__(
         self,
@@ -60,30 +63,29 @@ class ShardedSource:
         layout: ParallelConfig,
         local: Mapping[str, Tensor],
         dtype: torch.dtype,
-        streamed: Sequence[names.Entry] | None = None,
+        entries: Sequence[names.Entry] | None = None,
     ) -> None:
         """Describe the stream.
 
         Args:
-            local: this rank's parameters under global names; read whenever the stream is, each once for all slabs that
-                follow one another (it may be computed when it is asked for).
-            dtype: type tensors are cast to before they are sent.
-            streamed: what the stream consists of and `local` holds a part of, instead of the whole model.
+            local: this rank's parameters under global names. Each is read once per pass over the stream, so the
+                mapping may compute them on access.
+            dtype: type that tensors are cast to.
+            entries: the parameters of the stream, of which `local` holds shards; None: the whole model.
         """
         self.arch = arch
         self.dtype = dtype
         self.gather_seconds = 0.0
-        """Spent so far on rank 0 waiting for what other ranks hold."""
         self._local = local
-        self._part: tuple[str, Tensor] | None = None
+        self._shard: tuple[str, Tensor] | None = None
         self._device = next(iter(local.values())).device
         # Of a tied head only the embedding itself is read.
-        known = names.with_tied_head(names.entries(arch), arch) if streamed is None else streamed
+        known = names.with_tied_head(names.entries(arch), arch) if entries is None else entries
         matched = names.match(known, local)
         self._name_of = {entry.megatron: name for name, entry in matched.items()}
         self._tensors = [
             (placement, index)
-            for placement in plan(arch, layout, streamed)
+            for placement in plan(arch, layout, entries)
             for index in range(len(placement.entry.tensors))
         ]
 
@@ -95,120 +97,123 @@ class ShardedSource:
         ]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor | None]]:
-        """Every tensor with its name: whole on rank 0, None elsewhere; a collective."""
+        """Yield every name with its tensor on rank 0, and with None on the others; a collective."""
         for number, (name, dtype, full) in enumerate(self.metadata()):
             tensor = torch.empty(full, dtype=dtype, device=self._device) if dist.get_rank() == 0 else None
             self.read(number, 0, full[0], tensor, in_place=False)
             yield name, tensor
 
     def read(self, number: int, first: int, count: int, out: Tensor | None, *, in_place: bool) -> None:
-        """Rows [first, first + count) of the stream's tensor `number`; a collective.
+        """Read rows [first, first + count) of the stream's tensor `number`; a collective.
 
         Args:
-            out: [count, ...] of the stream's type, which is filled; on rank 0, or everywhere with `in_place`.
-            in_place: `out` is the same memory on every rank, and each writes what it holds. It is filled when every
-                rank has returned, which is for the caller to wait for.
+            out: [count, ...] of the stream's type, which is filled. Needed on rank 0, and on all ranks with `in_place`.
+            in_place: `out` is the same memory on every rank, and each rank writes its own slices. It is complete when
+                every rank has returned; the caller waits for that.
         """
         placement, index = self._tensors[number]
         rank = dist.get_rank()
-        shares = [
+        slices_of = [
             (holder, slices)
-            for part, holder in enumerate(placement.ranks)
-            if (slices := list(_slices(placement, index, self.arch, part, first, count)))
+            for tp_rank, holder in enumerate(placement.ranks)
+            if (slices := _slices(placement, index, self.arch, tp_rank, first, count))
         ]
-        coming = []
+        finish_receiving = []
         if rank == 0 and not in_place:
             assert out is not None
-            coming = [self._receive(holder, slices, first, out) for holder, slices in shares if holder != 0]
-        for holder, slices in shares:
+            finish_receiving = [self._receive(holder, slices, out) for holder, slices in slices_of if holder != 0]
+        for holder, slices in slices_of:
             if holder == rank:
-                mine = self._read_part(self._name_of[placement.entry.megatron])
-                rows = [_cut(mine, piece.part_start, piece, span) for piece, span in slices]
+                shard = self._read_shard(self._name_of[placement.entry.megatron])
+                values = [cut.of_shard(shard) for cut in slices]
                 if rank == 0 or in_place:
-                    _place(out, slices, first, rows)
+                    assert out is not None
+                    for cut, value in zip(slices, values, strict=True):
+                        cut.of_slab(out).copy_(value)
                 else:
-                    parts = [r.reshape(-1).to(self.dtype) for r in rows]
-                    dist.send(parts[0] if len(parts) == 1 else torch.cat(parts), dst=0)
-        for place in coming:
-            place()
+                    flat = [value.reshape(-1).to(self.dtype) for value in values]
+                    dist.send(flat[0] if len(flat) == 1 else torch.cat(flat), dst=0)
+        for finish in finish_receiving:
+            finish()
         if index == len(placement.entry.tensors) - 1 and first + count == placement.entry.shapes[index][0]:
-            self._part = None
+            self._shard = None
 
-    def _read_part(self, name: str) -> Tensor:
-        """This rank's part of a parameter, kept until the parameter's last row has been read."""
-        if self._part is None or self._part[0] != name:
-            self._part = None  # two are never held
-            self._part = (name, self._local[name].detach())
-        return self._part[1]
+    def _read_shard(self, name: str) -> Tensor:
+        """Return this rank's shard of a parameter, which is kept until the parameter's last row has been read."""
+        if self._shard is None or self._shard[0] != name:
+            self._shard = None  # two are never held
+            self._shard = (name, self._local[name].detach())
+        return self._shard[1]
 
-    def _receive(self, holder: int, slices: list[tuple[names.Piece, Rows]], first: int, out: Tensor) -> Callable:
-        """Begin to take a rank's slices; what is returned waits for them and puts them in place."""
-        targets = [_target(out, first, piece, span) for piece, span in slices]
+    def _receive(self, holder: int, slices: list[_SlabSlice], out: Tensor) -> Callable[[], None]:
+        """Start to receive a rank's slices; the function returned waits for them and writes them into `out`."""
+        targets = [cut.of_slab(out) for cut in slices]
         total = sum(target.numel() for target in targets)
-        straight = _in_one_piece(targets) and out.device == self._device
-        # `received` must be of the sender's kind.
+        direct = _are_adjacent(targets) and out.device == self._device
+        # The buffer must be on the sender's kind of device.
         received = (
             targets[0].as_strided((total,), (1,))
-            if straight
+            if direct
             else torch.empty(total, dtype=self.dtype, device=self._device)
         )
         work = dist.irecv(received, src=holder)
         assert work is not None
 
-        def place() -> None:
+        def finish() -> None:
             begin = time.monotonic()
             work.wait()
             self.gather_seconds += time.monotonic() - begin
-            if not straight:
-                parts = received.split([target.numel() for target in targets])
-                for target, part in zip(targets, parts, strict=True):
-                    target.copy_(part.view(target.shape))
+            if not direct:
+                values = received.split([target.numel() for target in targets])
+                for target, value in zip(targets, values, strict=True):
+                    target.copy_(value.view(target.shape))
 
-        return place
+        return finish
 
 
-Rows = tuple[int, int]
-"""First row within a piece (or of it, where the piece is columns) and number of rows."""
+class _SlabSlice(NamedTuple):
+    """A block of rows and columns that a rank's shard and a slab of a tensor have in common.
+
+    Per dimension: first index in the shard, first index in the slab, length. `columns`: None means all of them.
+    """
+
+    rows: tuple[int, int, int]
+    columns: tuple[int, int, int] | None
+
+    def of_shard(self, shard: Tensor) -> Tensor:
+        """View the slice in the shard."""
+        first, _, length = self.rows
+        rows = shard.narrow(0, first, length)
+        return rows if self.columns is None else rows.narrow(1, self.columns[0], self.columns[2])
+
+    def of_slab(self, slab: Tensor) -> Tensor:
+        """View the slice in the slab."""
+        _, first, length = self.rows
+        rows = slab.narrow(0, first, length)
+        return rows if self.columns is None else rows.narrow(1, self.columns[1], self.columns[2])
 
 
 def _slices(
-    placement: Placement, index: int, arch: ModelArchitecture, part: int, first: int, count: int
-) -> Iterator[tuple[names.Piece, Rows]]:
-    """A rank's pieces of tensor `index`, each cut to rows [first, first + count) of the tensor."""
-    for piece in names.pieces(placement.entry, arch, rank=part, ranks=placement.parts):
+    placement: Placement, index: int, arch: ModelArchitecture, tp_rank: int, first: int, count: int
+) -> list[_SlabSlice]:
+    """Find what a rank holds of rows [first, first + count) of the parameter's tensor `index`."""
+    slices = []
+    for piece in names.shard_slices(placement.entry, arch, rank=tp_rank, ranks=placement.num_shards):
         if piece.tensor != index:
             continue
         if piece.dim == 1:
-            yield piece, (first, count)
+            slices.append(_SlabSlice((first, 0, count), (piece.shard_start, piece.tensor_start, piece.length)))
             continue
-        begin = max(first, piece.whole_start)
-        end = min(first + count, piece.whole_start + piece.length)
+        begin = max(first, piece.tensor_start)
+        end = min(first + count, piece.tensor_start + piece.length)
         if begin < end:
-            yield piece, (begin - piece.whole_start, end - begin)
+            rows = (piece.shard_start + begin - piece.tensor_start, begin - first, end - begin)
+            slices.append(_SlabSlice(rows, None))
+    return slices
 
 
-def _cut(part: Tensor, start: int, piece: names.Piece, rows: Rows) -> Tensor:
-    """The slice of a rank's part."""
-    if piece.dim == 1:
-        return part.narrow(0, *rows).narrow(1, start, piece.length)
-    return part.narrow(0, start + rows[0], rows[1])
-
-
-def _target(out: Tensor, first: int, piece: names.Piece, rows: Rows) -> Tensor:
-    """The same slice of the rows asked for."""
-    if piece.dim == 1:
-        return out.narrow(1, piece.whole_start, piece.length)
-    return out.narrow(0, piece.whole_start + rows[0] - first, rows[1])
-
-
-def _place(out: Tensor | None, slices: list[tuple[names.Piece, Rows]], first: int, rows: list[Tensor]) -> None:
-    assert out is not None
-    for (piece, span), values in zip(slices, rows, strict=True):
-        _target(out, first, piece, span).copy_(values)
-
-
-def _in_one_piece(tensors: list[Tensor]) -> bool:
-    """Whether tensors lie in memory one right behind the other."""
+def _are_adjacent(tensors: list[Tensor]) -> bool:
+    """Whether each tensor starts in memory where the one before it ends."""
     end = tensors[0].data_ptr()
     for tensor in tensors:
         if not tensor.is_contiguous() or tensor.data_ptr() != end:

@@ -15,9 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import check_layouts
-import inspect_checkpoint
 import make_arithmetic
-import merge_lora
 import numpy as np
 import pytest
 import torch
@@ -25,6 +23,8 @@ from local_ranks import run_on_ranks
 from rich.console import Console
 from safetensors.numpy import load_file
 
+from megatron_entropy.checkpoint import inspection
+from megatron_entropy.cli import main as cli
 from megatron_entropy.config.architecture import read_architecture
 from megatron_entropy.config.schema import ActorConfig, LoraConfig, OptimizerConfig, ParallelConfig
 from megatron_entropy.distributed import process_groups
@@ -330,7 +330,7 @@ def test_training_continues_under_another_layout(folder, tmp_path, source):
     assert all("_lora." in name for name in stored)
     assert sum(not name.startswith("optimizer.") for name in stored) == 8
     console = Console(file=io.StringIO(), width=140)
-    assert inspect_checkpoint.inspect(tmp_path / "step_000002", None, console) == 0
+    assert inspection.inspect(tmp_path / "step_000002", None, console) == 0
 
 
 def refusals(folder: str, checkpoints: str) -> list[str]:
@@ -412,7 +412,7 @@ def test_a_run_exports_the_merged_model_and_the_adapter(tmp_path, monkeypatch):
     assert len(counts[0]) == 1 and counts[0] == counts[1]
 
     base, hf, adapter, merged = (tmp_path / name for name in ("in/model", "run/hf", "run/adapter", "merged"))
-    assert merge_lora.main([str(base), str(adapter), str(merged)]) == 0
+    assert cli.main(["merge-lora", str(base), str(adapter), str(merged)]) == 0
     found, expected = load_file(merged / "model.safetensors"), load_file(hf / "model.safetensors")
     assert found.keys() == expected.keys()
     for name, array in expected.items():
@@ -494,7 +494,7 @@ def read_in_slabs(folder: str) -> int:
         for first in range(0, size[0], 10):
             count = min(10, size[0] - first)
             source.read(number, first, count, torch.empty((count, *size[1:]), dtype=dtype), in_place=False)
-    assert source._part is None, "no slab stays in memory"
+    assert source._shard is None, "no slab stays in memory"
     return len(calls)
 
 

@@ -1,8 +1,8 @@
-"""A push from several ranks to receivers that come and go, without engines.
+"""Syncs from several ranks to receivers that come and go, without engines.
 
 Proves: over every link each rank's rows arrive, also after the set of engines has changed (new memory may have the old
-path), and after an engine was lost in the middle of a push, which leaves no rank waiting. Not proved here: what vLLM
-does with the tensors (tests/test_resharding.py).
+path), and after an engine was lost in the middle of a sync, which leaves no rank waiting. Not proved here: what vLLM
+does with the tensors (tests/engines/test_resharding.py).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Source:
     def read(self, number: int, first: int, count: int, out: torch.Tensor | None, *, in_place: bool) -> None:
         for row in range(first, first + count):
             holder = row % RANKS
-            values = whole(number, self.version)[row]
+            values = expected(number, self.version)[row]
             if in_place or holder == process_groups.rank() == 0:
                 assert out is not None
                 if holder == process_groups.rank():
@@ -52,12 +52,12 @@ class Source:
                 dist.recv(out[row - first], holder)
 
 
-def whole(number: int, version: int) -> torch.Tensor:
+def expected(number: int, version: int) -> torch.Tensor:
     return torch.arange(300.0).view(SHAPE) + 1000 * number + 10_000 * version
 
 
 class Engine:
-    """A receiver in this process in the place of an engine."""
+    """A receiver in this process that replaces an engine."""
 
     num_workers = 1
 
@@ -85,26 +85,26 @@ class Engine:
         pass
 
 
-def push_to_changing_engines(backend: str) -> list[tuple[int, dict[str, list]]]:
-    """Run on every rank; version and tensors of each engine after each push, on rank 0."""
+def sync_to_changing_engines(backend: str) -> list[tuple[int, dict[str, list]]]:
+    """Run on every rank; returns version and tensors of each engine after each sync, on rank 0."""
     source = Source()
-    push = WeightSync(source, bucket_bytes=800, checksum=True, timeout=20, backend=backend)
+    weight_sync = WeightSync(source, bucket_bytes=800, checksum=True, timeout=20, backend=backend)
     seen = []
     for engines in ([Engine(0)], [Engine(0), Engine(1)], [Engine(0, dies=True), Engine(1)], [Engine(0), Engine(1)]):
-        for _ in range(2):  # the second over the link of the first
+        for _ in range(2):  # the second sync uses the link of the first
             source.version += 1
             try:
-                push.push(source.version, engines if process_groups.rank() == 0 else None)
+                weight_sync.sync(source.version, engines if process_groups.rank() == 0 else None)
             except EngineLost:
                 continue
             seen += [(source.version, {name: tensor.tolist() for name, tensor in e.got.items()}) for e in engines]
-    push.close()
+    weight_sync.close()
     return seen
 
 
 @pytest.mark.parametrize("backend", ["gloo", "shared_memory"])
 def test_every_rank_reaches_every_engine(backend: str) -> None:
-    seen = local_ranks.run_on_ranks(push_to_changing_engines, RANKS, backend, timeout_s=120)[0]
+    seen = local_ranks.run_on_ranks(sync_to_changing_engines, RANKS, backend, timeout_s=120)[0]
     assert [version for version, _ in seen] == [1, 2, 3, 3, 4, 4, 7, 7, 8, 8]
     for version, got in seen:
-        assert got == {name: whole(number, version).tolist() for number, name in enumerate(NAMES)}
+        assert got == {name: expected(number, version).tolist() for number, name in enumerate(NAMES)}

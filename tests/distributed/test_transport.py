@@ -1,8 +1,8 @@
 """Buckets, and the transfer of tensors over gloo and through shared memory.
 
-Proves: every byte arrives for any bucket size and number of receivers; a changed byte is named; a refusing, dying or
-silent peer is an error and never a hang; memory is used again only when no tensor lies in it. Receivers are threads
-here, a process where one must be killed. Not proved here: what vLLM does with the tensors (tests/test_rollout.py).
+Proves: every byte arrives for any bucket size and number of receivers, and stays as it is while later buckets arrive;
+a changed byte is named; a refusing, dying or silent peer is an error and never a hang. Receivers are threads here, a
+process where one must be killed. Not proved here: what vLLM does with the tensors (tests/engines/test_rollout.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -22,7 +21,7 @@ from hypothesis import strategies as st
 from megatron_entropy.errors import ChecksumError, EngineLost, TransportError
 from megatron_entropy.weights.buckets import Bucket, Slab, TensorMeta, plan_buckets
 from megatron_entropy.weights.links import LinkInfo, SharedMemory
-from megatron_entropy.weights.transport import Receiver, Sender, _Memory
+from megatron_entropy.weights.transport import Receiver, Sender
 
 on_every_link = pytest.mark.parametrize("backend", ["gloo", "shared_memory"])
 
@@ -81,7 +80,7 @@ class Receivers:
 
     def join(self) -> None:
         for thread in self._threads:
-            thread.join(30)
+            thread.join(120)
             assert not thread.is_alive()
         for receiver in self._receivers:
             receiver.close()
@@ -128,7 +127,7 @@ def test_buckets_cover_every_row_once_within_their_size(
 @on_every_link
 def test_every_byte_arrives(bucket_bytes: int, checksum: bool, count: int, backend: str) -> None:
     sender = Sender(
-        "127.0.0.1", num_receivers=count, bucket_bytes=bucket_bytes, checksum=checksum, timeout=20, backend=backend
+        "127.0.0.1", num_receivers=count, bucket_bytes=bucket_bytes, checksum=checksum, timeout=60, backend=backend
     )
     receivers = Receivers(sender, count)
     sender.connect()
@@ -154,7 +153,7 @@ class FlippingSender(Sender):
 
 @on_every_link
 def test_flipped_bit_is_named(backend: str) -> None:
-    sender = FlippingSender("127.0.0.1", num_receivers=2, bucket_bytes=200, checksum=True, timeout=20, backend=backend)
+    sender = FlippingSender("127.0.0.1", num_receivers=2, bucket_bytes=200, checksum=True, timeout=60, backend=backend)
     receivers = Receivers(sender, 2)
     sender.connect()
     sender.send(metadata_of(tensors()), reader(tensors()))
@@ -169,7 +168,7 @@ def test_refusing_receiver_does_not_hold_up_the_others(backend: str) -> None:
     def refuse(pairs: Pairs) -> None:
         raise KeyError(pairs[0][0])
 
-    sender = Sender("127.0.0.1", num_receivers=2, bucket_bytes=1, timeout=20, backend=backend)
+    sender = Sender("127.0.0.1", num_receivers=2, bucket_bytes=1, timeout=60, backend=backend)
     receivers = Receivers(sender, 2, refuse)
     sender.connect()
     sender.send(metadata_of(tensors()), reader(tensors()))
@@ -204,13 +203,13 @@ def test_absent_receiver_is_an_error_in_time() -> None:
 
 
 @on_every_link
-def test_receiver_that_breaks_off_leaves_at_once(backend: str) -> None:
+def test_receiver_that_fails_leaves_at_once(backend: str) -> None:
     sender = Sender("127.0.0.1", num_receivers=1, bucket_bytes=64, timeout=60, backend=backend)
     failed: list[BaseException] = []
 
     def receive() -> None:
         receiver = Receiver(LinkInfo(**sender.init_info(1)), 1)
-        receiver._link.finish_reason = None  # type: ignore[union-attr, assignment, method-assign]
+        receiver._link.finish = None  # type: ignore[union-attr, assignment, method-assign]
         try:
             receiver.receive(metadata_of(tensors()), print)
         except TypeError as error:
@@ -219,12 +218,11 @@ def test_receiver_that_breaks_off_leaves_at_once(backend: str) -> None:
     thread = threading.Thread(target=receive)
     thread.start()
     sender.connect()
-    begin = time.monotonic()
-    with pytest.raises(TransportError):
+    with pytest.raises(TransportError, match="weight transfer broke"):  # a timeout would say "waited 60 s"
         sender.send(metadata_of(tensors()), reader(tensors()))
     sender.close()
     thread.join()
-    assert len(failed) == 1 and time.monotonic() - begin < 10
+    assert len(failed) == 1
 
 
 def test_closed_sender_frees_those_who_wait_for_others() -> None:
@@ -239,36 +237,19 @@ def test_closed_sender_frees_those_who_wait_for_others() -> None:
 
     thread = threading.Thread(target=join)
     thread.start()
+
+    def check() -> None:
+        if sender._store.check(["arrived/1"]):
+            raise EngineLost([2], "killed")
+
     with pytest.raises(EngineLost):
-        sender.connect(_later(1.0, EngineLost([2], "killed")))
+        sender.connect(check)
     sender.close()
-    thread.join(10)
+    thread.join(120)
     assert len(failed) == 1
 
 
-def _later(seconds: float, error: Exception) -> Callable[[], None]:
-    begin = time.monotonic()
-
-    def check() -> None:
-        if time.monotonic() - begin > seconds:
-            raise error
-
-    return check
-
-
-def test_block_is_used_again_when_no_tensor_lies_in_it() -> None:
-    memory = _Memory(64, torch.device("cpu"))
-    first = memory.take(64)
-    view = first[3:9].view(2, 3)
-    del first
-    second = memory.take(10)
-    assert second.data_ptr() != view.data_ptr() - 3
-    address = view.data_ptr() - 3
-    del view
-    assert memory.take(64).data_ptr() == address and memory.take(0).numel() == 0
-
-
-def test_waiting_can_be_called_off() -> None:
+def test_waiting_can_be_ended() -> None:
     def check() -> None:
         raise EngineLost([2], "killed")
 
@@ -279,27 +260,32 @@ def test_waiting_can_be_called_off() -> None:
 
 def receive_in_process(info: LinkInfo, arriving: object) -> None:
     arriving.set()  # type: ignore[attr-defined]
-    Receiver(info, 1).receive([TensorMeta("big", torch.float32, (1, 2**22))] * 100, lambda pairs: time.sleep(0.1))
+    Receiver(info, 1).receive([TensorMeta("big", torch.float32, (1, 2**22))] * 100, lambda pairs: None)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    "how, message", [(signal.SIGKILL, "weight transfer broke"), (signal.SIGSTOP, "waited 2 s for a bucket")]
+)
 @on_every_link
-def test_dead_or_silent_receiver_is_an_error(how: signal.Signals, backend: str) -> None:
+def test_dead_or_silent_receiver_is_an_error(how: signal.Signals, message: str, backend: str) -> None:
     sender = Sender("127.0.0.1", num_receivers=1, bucket_bytes=1, timeout=2, backend=backend)
     context = multiprocessing.get_context("spawn")
     arriving = context.Event()
     process = context.Process(target=receive_in_process, args=(LinkInfo(**sender.init_info(1)), arriving))
     process.start()
     try:
-        assert arriving.wait(60)
+        assert arriving.wait(120)
         sender.connect()
-        assert process.pid is not None
-        threading.Timer(0.5, os.kill, (process.pid, how)).start()
-        big = torch.zeros(1, 2**22)
-        begin = time.monotonic()
-        with pytest.raises(TransportError):
-            sender.send([TensorMeta("big", torch.float32, (1, 2**22))] * 100, reader([("big", big)] * 100))
-        assert time.monotonic() - begin < 10
+        read = reader([("big", torch.zeros(1, 2**22))] * 100)
+
+        def read_and_signal(slab: Slab, out: torch.Tensor) -> None:
+            if slab.number == 10:
+                assert process.pid is not None
+                os.kill(process.pid, how)
+            read(slab, out)
+
+        with pytest.raises(TransportError, match=message):
+            sender.send([TensorMeta("big", torch.float32, (1, 2**22))] * 100, read_and_signal)
         sender.close()
     finally:
         process.kill()

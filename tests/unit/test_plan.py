@@ -1,11 +1,10 @@
-"""Where elements lie: for any layout every element of every Hugging Face tensor comes from exactly one place.
+"""The plan of a layout: every element of every Hugging Face tensor comes from exactly one rank.
 
-Random models and layouts (hypothesis), and the published sizes of the models people train. Pure arithmetic, no process
-group; that ranks really hold what the plan says is shown by tests/test_actor.py.
+Random models and layouts (hypothesis), and the published sizes of common models. Pure arithmetic without process
+groups; that ranks really hold what the plan says is shown by tests/distributed/test_actor.py.
 """
 
 import dataclasses
-import time
 
 import numpy as np
 import pytest
@@ -42,7 +41,7 @@ def models_and_layouts(draw: st.DrawFn) -> tuple[ModelArchitecture, ParallelConf
             dp *= 2
     else:
         ep = etp = 1
-    shape = model(
+    arch = model(
         family,
         layers=draw(st.integers(pp * vpp, 7)),
         hidden=draw(st.integers(1, 9)),
@@ -54,52 +53,52 @@ def models_and_layouts(draw: st.DrawFn) -> tuple[ModelArchitecture, ParallelConf
         tied=draw(st.booleans()),
         moe=moe,
     )
-    return shape, ParallelConfig(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, dp=dp)
+    return arch, ParallelConfig(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, dp=dp)
 
 
 @settings(max_examples=150)
 @given(models_and_layouts())
-def test_every_element_comes_from_exactly_one_place(case):
-    shape, layout = case
-    placements = plan(shape, layout)
+def test_every_element_comes_from_exactly_one_rank(case):
+    arch, layout = case
+    placements = plan(arch, layout)
     seen: dict[str, np.ndarray] = {}
     for entry in (placement.entry for placement in placements):
         seen |= {name: np.zeros(full, int) for name, full in zip(entry.tensors, entry.shapes, strict=True)}
     taken: dict[tuple[int, str], np.ndarray] = {}
-    parts = {p.entry.megatron: names.part_shape(p.entry, shape, ranks=p.parts) for p in placements}
-    for move in transfers(placements, shape):
-        where = (slice(None),) * move.dim
-        seen[move.tensor][(*where, slice(move.whole_start, move.whole_start + move.length))] += 1
-        part = taken.setdefault((move.rank, move.parameter), np.zeros(parts[move.parameter], dtype=int))
-        part[(*where, slice(move.part_start, move.part_start + move.length))] += 1
+    shard_shapes = {p.entry.megatron: names.shard_shape(p.entry, arch, ranks=p.num_shards) for p in placements}
+    for move in transfers(placements, arch):
+        leading = (slice(None),) * move.dim
+        seen[move.tensor][(*leading, slice(move.tensor_start, move.tensor_start + move.length))] += 1
+        shard = taken.setdefault((move.rank, move.parameter), np.zeros(shard_shapes[move.parameter], dtype=int))
+        shard[(*leading, slice(move.shard_start, move.shard_start + move.length))] += 1
         assert 0 <= move.rank < layout.world_size
     assert all((count == 1).all() for count in seen.values())
-    assert all(count.max() <= 1 for count in taken.values()), "no element of a part is two tensors'"
+    assert all(count.max() <= 1 for count in taken.values()), "no element of a shard is in two tensors"
 
 
 @settings(max_examples=100)
 @given(models_and_layouts(), st.integers(0, 2**31))
 def test_unshard_undoes_shard(case, seed):
-    shape, layout = case
+    arch, layout = case
     generator = torch.Generator().manual_seed(seed)
-    for placement in plan(shape, layout):
-        entry, ranks = placement.entry, placement.parts
+    for placement in plan(arch, layout):
+        entry, ranks = placement.entry, placement.num_shards
         tensors = [torch.randn(full, generator=generator) for full in entry.shapes]
-        parts = [names.shard(entry, tensors, shape, rank=rank, ranks=ranks) for rank in range(len(placement.ranks))]
+        shards = [names.shard(entry, tensors, arch, rank=rank, ranks=ranks) for rank in range(len(placement.ranks))]
         for name, tensor in zip(entry.tensors, tensors, strict=True):
-            assert torch.equal(names.unshard(entry, parts, shape)[name], tensor)
+            assert torch.equal(names.unshard(entry, shards, arch)[name], tensor)
 
 
-def test_the_fused_heads_lie_as_megatron_computes_with_them():
+def test_fused_heads_are_in_the_order_that_megatron_computes_with():
     """Two groups of two query heads: rank 1 of 2 holds group 1: its queries, then its key, then its value."""
-    shape = model("qwen2", 1, 1, 4, 4, 2, 3, 8)
-    entry = next(e for e in names.entries(shape) if e.megatron.endswith("linear_qkv.bias"))
+    arch = model("qwen2", 1, 1, 4, 4, 2, 3, 8)
+    entry = next(e for e in names.entries(arch) if e.megatron.endswith("linear_qkv.bias"))
     q, k, v = torch.arange(12.0), 100 + torch.arange(6.0), 200 + torch.arange(6.0)
-    part = names.shard(entry, [q, k, v], shape, rank=1, ranks=2)
-    assert part.tolist() == [6, 7, 8, 9, 10, 11, 103, 104, 105, 203, 204, 205]
+    shard = names.shard(entry, [q, k, v], arch, rank=1, ranks=2)
+    assert shard.tolist() == [6, 7, 8, 9, 10, 11, 103, 104, 105, 203, 204, 205]
 
 
-def test_layers_are_split_evenly_and_ends_get_no_more_than_others():
+def test_layers_are_split_evenly_and_the_ends_get_no_more_than_others():
     assert [len(r) for r in split_layers(28, 8)] == [3, 4, 4, 4, 4, 3, 3, 3]
     for count in range(1, 40):
         for stages in range(1, count + 1):
@@ -130,23 +129,22 @@ PUBLISHED: dict[str, tuple[ModelArchitecture, int]] = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_models_are_planned(name):
-    shape, num_parameters = PUBLISHED[name]
-    assert shape.num_parameters == num_parameters
-    layout = ParallelConfig(tp=8, pp=8, ep=8 if shape.moe else 1)
-    begin = time.process_time()
-    moves = list(transfers(plan(shape, layout), shape))
-    took = time.process_time() - begin
-    sizes = {n: full for e in names.entries(shape) for n, full in zip(e.tensors, e.shapes, strict=True)}
+    arch, num_parameters = PUBLISHED[name]
+    assert arch.num_parameters == num_parameters
+    layout = ParallelConfig(tp=8, pp=8, ep=8 if arch.moe else 1)
+    placements = plan(arch, layout)
+    moves = list(transfers(placements, arch))
+    sizes = {n: full for e in names.entries(arch) for n, full in zip(e.tensors, e.shapes, strict=True)}
     moved = sum(m.length * (int(np.prod(sizes[m.tensor])) // sizes[m.tensor][m.dim]) for m in moves)
     assert moved == num_parameters
     assert {move.rank for move in moves} == set(range(64))
-    # 0.5 s for the largest on a quiet core; the limit only catches a plan that grows faster than the model.
-    assert took < 10
+    # The plan does not grow faster than the model: a shard of query, key and value has most slices, which are three.
+    assert len(moves) <= 3 * sum(len(placement.ranks) for placement in placements)
 
 
 def test_an_uneven_cut_is_named():
-    shape = model("llama", 2, 8, 12, 4, 4, 8, 100)
+    arch = model("llama", 2, 8, 12, 4, 4, 8, 100)
     with pytest.raises(
         ConfigError, match=r"actor\.parallel\.tp=8 does not divide the 12 rows or columns of .*mlp\.linear_fc1"
     ):
-        plan(dataclasses.replace(shape, num_heads=8, num_query_groups=8), ParallelConfig(tp=8))
+        plan(dataclasses.replace(arch, num_heads=8, num_query_groups=8), ParallelConfig(tp=8))
