@@ -1,5 +1,5 @@
 # CPU image: the trainer, vLLM for CPU, the examples and the tests.
-#   docker build -t megatron-entropy . && docker run --rm -it megatron-entropy make demo
+#   docker build -t entropy-trainer . && docker run --rm -it entropy-trainer make demo
 #
 # GPU image (not built or run yet): start from a CUDA PyTorch image of Python 3.11 or newer instead, keep its torch, leave
 # requirements/cpu.txt out, and install `pip install '.[gpu]'` (Transformer Engine, vLLM). Run it with `--gpus all`,

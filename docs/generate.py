@@ -65,14 +65,15 @@ def metrics() -> str:
 
 
 def settings(method: str) -> str:
-    """Return a table of the settings that a method states itself, and below it one of those it inherits."""
+    """Return a table of the settings that a method states itself, and below it one of those it inherits and uses."""
     from megatron_entropy.methods import METHOD_CONFIGS
 
     config = METHOD_CONFIGS[method]
     stated = config.__dict__.get("__annotations__", {})
     own, inherited = [], []
+    unused = {name for base in config.__mro__ for name in base.__dict__.get("unused", ())}
     for name, field in config.model_fields.items():
-        if name != "name":
+        if name != "name" and name not in unused:
             default = json.dumps(field.get_default(call_default_factory=True))
             row = f"| `{name}` | `{default}` | {_cell(field.description or '')} |"
             (own if name in stated else inherited).append(row)
