@@ -1,9 +1,8 @@
 """Errors a user can act on: one base, one child per area.
 
-A user's mistake raises one of these, and its message is one line that names the key or file to change and
-what is allowed; the command line prints that line and exits with code 2. A fault of the run (a NaN loss, a
-lost engine) raises `Fault` and exits with code 1. Our own mistakes are asserts. To add an area: one class
-here, deriving from `UserError` (or `Fault`) with a docstring.
+A user's mistake raises a `UserError`: one line that names the key or file to change, the value found and what is
+allowed. The command line prints the line and exits with code 2. A fault of the run (a NaN loss, a lost engine) raises
+a `Fault` and exits with code 1. Our own mistakes are asserts. A new area needs one class here.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Sequence
 
 
 class UserError(ValueError):
-    """Something the user can mend; the message says what. Exit code 2."""
+    """Something the user can fix; the message says what to change. Exit code 2."""
 
 
 class ConfigError(UserError):
@@ -36,11 +35,11 @@ class CheckpointError(UserError):
 
 
 class MissingPackageError(UserError):
-    """A feature was asked for whose optional package is not installed."""
+    """An optional package that a setting needs is not installed."""
 
 
 class Fault(RuntimeError):
-    """The run cannot go on through no fault of the configuration. Exit code 1."""
+    """The run failed, but not because of its configuration. Exit code 1."""
 
 
 class NonFiniteLossError(Fault):
@@ -48,19 +47,19 @@ class NonFiniteLossError(Fault):
 
 
 class EngineFault(Fault):
-    """A rollout engine failed more often than it may be restarted."""
+    """A rollout engine could not start, or engines failed more often than `rollout.max_restarts` allows."""
 
 
 class TransportError(Fault):
-    """The group broke: a peer died or did not answer in time."""
+    """A transfer of weights broke: a peer died or did not answer in time."""
 
 
 class ChecksumError(Fault):
-    """A tensor arrived with other bytes than were sent; the message names it."""
+    """A tensor arrived with other bytes than the sender sent; the message names it."""
 
 
 class EngineLost(Fault):
-    """Rollout engines died or hung; `indices` says which, so that they can be restarted."""
+    """Rollout engines died or hung; `indices` names those to restart."""
 
     def __init__(self, indices: Sequence[int], reason: str) -> None:
         super().__init__(f"lost rollout engine {', '.join(map(str, indices))}: {reason}")
