@@ -1,22 +1,22 @@
-"""The nouns of a training step, filled from left to right.
+"""Records of a training step, filled from left to right.
 
 `Prompt -> Group[Sample]` (generate) `-> grade` (rewards) `-> logprob, entropy` (score) `-> reference_logprob`
-(teacher) `-> reward` `-> advantage, weight, kl_weight` (credit) `-> Batch` (packing) `-> update`. `Sample` is frozen;
-a stage returns copies with one more field (`dataclasses.replace`). Nothing here imports torch at run time, so that
-methods and configuration load in a moment.
+(score_reference) `-> reward` `-> advantage, weight, kl_weight` (compute_advantages) `-> Batch` (packing) `-> update`.
+`Sample` is frozen; each phase returns copies with more fields filled (`dataclasses.replace`). Nothing here imports
+torch at run time, so that methods and configuration load quickly.
 
 Shape letters used everywhere: `T` packed tokens of a micro-batch, `S` sequences in it, `n` tokens of one sample
-(prompt and response), `H` hidden size, `V` vocabulary.
+(prompt and response), `G` samples of a group, `H` hidden size, `V` vocabulary.
 
-Alignment: entry `t` of a per-token field of a `Sample` belongs to token `t` itself and to the distribution that
-produced it; prompt positions hold 0. A `Batch` is shifted by one: entry `i` belongs to `targets[i]`, the token that
-the hidden state at `i` predicts.
+Alignment: entry `t` of a per-token field of a `Sample` belongs to token `t` and to the distribution that produced it;
+prompt positions hold 0. A `Batch` is shifted by one: entry `i` belongs to `targets[i]`, the token that the hidden state
+at `i` predicts.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,16 +24,17 @@ import numpy as np
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
 class Prompt:
     """One question of the data set.
 
-    `index`: its row number over all files of the set, the identity used for seeds and order. `tokens`: the templated
+    `index`: its row number over all files of the set, which decides its seeds and order. `tokens`: the templated
     question. `answer`: the ground truth, or None. `target`: tokens of a worked solution with its end token, or None.
-    `given`: tokens of the answer that are given too, from which it is continued (a CURE branch). `semantic_entropy`:
-    nats, of the answers a policy gave to it (`tools/semantic_entropy.py`), or None.
+    `response_prefix`: tokens of a response that sampling continues (a CURE branch). `semantic_entropy`: nats, of the
+    answers that a policy gave to the question (subcommand `semantic-entropy`), or None.
     """
 
     index: int
@@ -41,13 +42,13 @@ class Prompt:
     tokens: tuple[int, ...]
     answer: str | None = None
     target: tuple[int, ...] | None = None
-    given: tuple[int, ...] = ()
+    response_prefix: tuple[int, ...] = ()
     semantic_entropy: float | None = None
 
 
 @dataclass(frozen=True)
 class Grade:
-    """What a verifier said of one answer: `correct`, or `error` (`timeout`, `crash`, ...) when it could not say."""
+    """Verdict of a verifier on one response: `correct`, or None with an `error` (`timeout`, `crash`, ...)."""
 
     correct: bool | None
     extracted: str | None = None
@@ -58,10 +59,10 @@ class Grade:
 class Sample:
     """One sequence: a prompt and its response.
 
-    `tokens`: [n] int32. `prompt_length`: tokens before this index are given, never trained (for a CURE branch the
-    re-used prefix is among them). `finish`: `stop` or `length`. Per-token fields are float32 [n] or None while no
-    stage has filled them. `text`: of the generated tokens. `parent`: index within the group of the sample this one
-    branched from. The reference is another set of weights of the same model: the policy as it began, or a teacher.
+    `tokens`: [n] int32. `prompt_length`: number of leading tokens that are never trained (for a CURE branch the
+    response prefix is among them). `finish_reason`: `stop` or `length`. Per-token fields are float32 [n], or None until
+    a phase has filled them. `text`: the generated tokens as text. `parent`: index within the group of the sample that
+    this one branched from. The reference is the same model with other weights: the initial policy, or a teacher.
     """
 
     tokens: np.ndarray
@@ -73,13 +74,13 @@ class Sample:
     rollout_logprob: np.ndarray | None = None  # by the engine, at the rollout temperature
     grade: Grade | None = None
     logprob: np.ndarray | None = None  # by `score`: the policy before the update
-    entropy: np.ndarray | None = None  # by `score`, nats, full vocabulary
-    reference_logprob: np.ndarray | None = None  # by `teacher`: under the reference, at `reference_temperature`
-    reference_temperature: np.ndarray | None = None  # of each token; None: that of the pass
+    entropy: np.ndarray | None = None  # by `score`: nats, full vocabulary
+    reference_logprob: np.ndarray | None = None  # by `score_reference`, at `reference_temperature`
+    reference_temperature: np.ndarray | None = None  # of each token; None: the temperature of the pass
     reward: float | None = None
     advantage: np.ndarray | None = None
-    weight: np.ndarray | None = None  # by `credit`: the share of each token in the step's loss
-    kl_weight: np.ndarray | None = None  # by `credit`: the coefficient of each token's divergence penalty
+    weight: np.ndarray | None = None  # by `compute_advantages`: weight of each token in the loss of the step
+    kl_weight: np.ndarray | None = None  # by `compute_advantages`: coefficient of each token's KL penalty
 
     @property
     def response_length(self) -> int:
@@ -87,13 +88,13 @@ class Sample:
         return len(self.tokens) - self.prompt_length
 
     def response(self, field: str) -> np.ndarray:
-        """The entries of a per-token field that belong to response tokens: [response_length]."""
+        """Return the entries of a per-token field at response tokens: [response_length]."""
         values = getattr(self, field)
-        assert values is not None, f"no stage has filled Sample.{field} yet"
+        assert values is not None, f"Sample.{field} is not filled yet"
         return values[self.prompt_length :]
 
     def constant(self, value: float) -> np.ndarray:
-        """A per-token field that is `value` on response tokens and 0 on given ones: [n] float32."""
+        """Return a per-token field that is `value` at response tokens and 0 at prompt tokens: [n] float32."""
         field = np.zeros(len(self.tokens), np.float32)
         field[self.prompt_length :] = value
         return field
@@ -107,17 +108,17 @@ class Group:
     samples: tuple[Sample, ...]
 
     def with_samples(self, samples: Iterable[Sample]) -> Group:
-        """The same group with other samples."""
+        """Return the group with other samples."""
         return dataclasses.replace(self, samples=tuple(samples))
 
 
 def samples_of(groups: Sequence[Group]) -> list[Sample]:
-    """All samples of all groups, in order."""
+    """Return all samples of all groups, in order."""
     return [sample for group in groups for sample in group.samples]
 
 
 def refill(groups: Sequence[Group], samples: Sequence[Sample]) -> list[Group]:
-    """The groups with other samples in the places of theirs; `samples` as `samples_of` lists them."""
+    """Return the groups with their samples replaced; `samples` in the order of `samples_of`."""
     assert len(samples) == sum(len(group.samples) for group in groups)
     following = iter(samples)
     return [group.with_samples([next(following) for _ in group.samples]) for group in groups]
@@ -125,11 +126,11 @@ def refill(groups: Sequence[Group], samples: Sequence[Sample]) -> list[Group]:
 
 @dataclass(frozen=True)
 class Batch:
-    """One packed micro-batch on one data-parallel rank; sequences lie end to end.
+    """One packed micro-batch of one data parallel rank; sequences lie end to end.
 
-    A sequence of n tokens takes n - 1 places: place `i` reads `tokens[i]` and predicts `targets[i]`. `targets` is -100
-    where nothing is trained or scored. `boundaries`: [S + 1] int32, where sequences start and end. `order`: [S] index
-    of each sequence in the list that was packed, -1 for padding. A loss is `(weight * per_token).sum()`.
+    A sequence of n tokens has n - 1 positions: position `i` reads `tokens[i]` and predicts `targets[i]`. `targets` is
+    -100 where nothing is trained or scored. `boundaries`: start of each sequence, and the end of the last one. `order`:
+    [S] index of each sequence in the packed list, -1 for padding. A loss is `(weight * per_token).sum()`.
     """
 
     tokens: torch.Tensor  # [T] int64
@@ -137,7 +138,7 @@ class Batch:
     positions: torch.Tensor  # [T] int64
     boundaries: torch.Tensor  # [S + 1] int32
     order: tuple[int, ...]
-    weight: torch.Tensor  # [T] float32; as all fields below
+    weight: torch.Tensor  # [T] float32, like all fields below
     advantage: torch.Tensor | None = None
     logprob: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
@@ -148,28 +149,24 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class GuidedTemperature:
-    """A temperature for every token, from the entropy of the reference's own distribution there.
+class HeadInputs:
+    """Inputs of the output layer for one micro-batch: the logits are `hidden @ weight.T`, never built as a whole."""
 
-    CurioSFT's entropy-guided temperature selection with the constants of its release (dp_actor.py,
-    compute_tau_from_logits); the rule is written in `entropy_kernels.guided_teacher`. `bounds`: bottom_k_mask and top_k_mask
-    temperature. `top`: entropies of the search are those of so many largest logits. The target entropy is the present
-    one plus `amplitude * sigmoid(slope * (entropy - pivot))`. Where the full entropy is at most `floor` nats the bottom_k_mask
-    temperature is taken.
-    """
+    hidden: torch.Tensor  # [T, H], or [T/tp, H] with sequence_parallel
+    weight: torch.Tensor  # [V/tp, H], this rank's rows
+    targets: torch.Tensor  # [T] int64, -100: nothing to compute
+    group: ProcessGroup | None  # tensor parallel ranks
+    sequence_parallel: bool
+    vocab_size: int  # without padding rows
 
-    bounds: tuple[float, float] = (1.1, 1.5)
-    top: int = 512
-    pivot: float = 1.2
-    slope: float = 2.0
-    amplitude: float = 0.5
-    floor: float = 0.03
-    iterations: int = 20
+
+TokenStatistics = Callable[[HeadInputs], Mapping[str, "torch.Tensor"]]
+"""Computes per-token fields of `Sample`, by name, each [T] float32, in one forward pass without gradients."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A mean in the making: `total / count` once all parts are added up, equal under every layout."""
+    """A mean `total / count` whose parts add up over samples, micro-batches and ranks, equal under every layout."""
 
     total: float
     count: float = 1.0
@@ -179,5 +176,5 @@ class Metric:
 
     @property
     def value(self) -> float:
-        """The mean, or NaN of nothing."""
+        """The mean, NaN where `count` is 0."""
         return self.total / self.count if self.count else float("nan")

@@ -1,9 +1,16 @@
-"""Training methods, one short file each. To add one: its file, and its line here."""
+"""Training methods, one short file each. A new method needs its file and a line in `METHOD_CONFIGS`.
+
+A method outside this package needs neither: `method.name = "package.module:ConfigClass"`, or an entry point of the
+group `megatron_entropy.methods`.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron_entropy.config.schema import Config
-from megatron_entropy.methods.base import Method, Registered
+from megatron_entropy.errors import ConfigError
+from megatron_entropy.methods.base import Method, MethodSettings
 from megatron_entropy.methods.cer import CerConfig
 from megatron_entropy.methods.cov import ClipCovConfig, KlCovConfig
 from megatron_entropy.methods.cure import CureConfig
@@ -12,8 +19,9 @@ from megatron_entropy.methods.dapo import DapoConfig
 from megatron_entropy.methods.grpo import GrpoConfig
 from megatron_entropy.methods.sent import SentConfig
 from megatron_entropy.methods.sft import SftConfig
+from megatron_entropy.plugins import load_plugin
 
-METHOD_CONFIGS: dict[str, type[Registered]] = {
+METHOD_CONFIGS: dict[str, type[MethodSettings]] = {
     "grpo": GrpoConfig,
     "dapo": DapoConfig,
     "cure": CureConfig,
@@ -25,10 +33,31 @@ METHOD_CONFIGS: dict[str, type[Registered]] = {
     "curiosft": CurioSftConfig,
     "curio_rl": CurioRlConfig,
 }
-"""Configuration class of every method, by the name it has in a configuration file."""
+"""Settings class of every built-in method, by its name in a configuration file."""
 
 
-def build_method(config: Config) -> Method:
-    """The method a stage asks for."""
-    assert isinstance(config.method, Registered)
+def load_method_config(name: str) -> type[MethodSettings]:
+    """Find the settings class of a method by a value of `method.name`.
+
+    Args:
+        name: a name of `METHOD_CONFIGS`, an entry point of `megatron_entropy.methods`, or `package.module:ConfigClass`.
+    Raises:
+        ConfigError: an unknown name (the known ones are listed), an import that fails, or not a settings class.
+    """
+    found = load_plugin(name, METHOD_CONFIGS, key="method.name", group="megatron_entropy.methods")
+    if not (isinstance(found, type) and issubclass(found, MethodSettings) and hasattr(found, "method")):
+        raise ConfigError(
+            f"method.name: {name!r} must be a subclass of MethodSettings with a class variable `method`, "
+            f"found {getattr(found, '__name__', found)!r}"
+        )
+    return found
+
+
+def build_method(config: Config) -> Method[Any]:
+    """Build the method of a stage.
+
+    Raises:
+        ConfigError: a setting without effect, or settings that do not fit each other or the stage.
+    """
+    assert isinstance(config.method, MethodSettings), f"load_method_config returns no {type(config.method).__name__}"
     return config.method.method(config)

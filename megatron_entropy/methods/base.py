@@ -1,77 +1,131 @@
-"""What a method is: six hooks, called in the order of a step.
+"""Base class of methods: the hooks that the trainer calls, and what the hooks can use.
 
-A method with a memory between steps adds `state` and `restore`; one that draws random numbers may use the global
-generators, which every step seeds anew, or seeds of its own (`config.derive_seed`).
+One training step calls the hooks in this order:
 
-A method imports records, objectives and nothing that knows of ranks, engines or models. Every rank calls every hook
-with the same records, so a hook is plain sequential code; what it needs from the outside it gets from `Rollouts`.
+1. `generate` returns groups of samples: responses of the current policy, or solutions of the data set.
+2. The trainer fills `logprob` and `entropy` of every sample, as `scores` declares.
+3. `score_reference` fills the log-probabilities of the reference.
+4. `reward` fills the reward of every sample.
+5. The trainer splits the groups into `batch.updates` mini-batches. For each of them `compute_advantages` fills the
+   advantage and the weight of every token, and then `loss` is called for every micro-batch of one optimizer step.
+
+`select` is called once, before the first step. A method that remembers something between steps implements `state` and
+`restore`. The trainer seeds the global random generators before every step; `distributed.seeds.derive_seed` makes seeds
+for a method's own draws.
+
+Every rank calls every hook with the same records, so a hook is plain sequential code. A method imports records and
+objectives; ranks, engines and models are behind `Rollouts`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar, cast
+
+from pydantic import SerializerFunctionWrapHandler, model_serializer
 
 from megatron_entropy.config.schema import Config, MethodConfig
-from megatron_entropy.errors import CheckpointError
-from megatron_entropy.records import Batch, Group, GuidedTemperature, Metric, Prompt
+from megatron_entropy.errors import CheckpointError, ConfigError
+from megatron_entropy.records import Batch, Group, Metric, Prompt, TokenStatistics
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from entropy_kernels import TokenStats
 
+ConfigT = TypeVar("ConfigT", bound="MethodSettings")
+
+
+class MethodSettings(MethodConfig):
+    """Base class of every method's settings.
+
+    `method`: the class that they configure. A settings class with two bases must state every default that both bases
+    have: pydantic takes that of the first base, even where it only inherits it.
+
+    Setting a key that has no effect is an error. `unused` lists the inherited keys that the method never reads,
+    `unused_with` the keys that one value of another key makes ineffective: `{("guided", True): ("temperature",)}`. The
+    entries of all base classes count. A written configuration leaves such keys out.
+    """
+
+    method: ClassVar[type[Method[Any]]]
+    unused: ClassVar[tuple[str, ...]] = ()
+    unused_with: ClassVar[Mapping[tuple[str, object], tuple[str, ...]]] = {}
+
+    def unused_keys(self) -> dict[str, str]:
+        """Return the keys that have no effect, each with the setting that makes it so."""
+        found = {}
+        for base in type(self).__mro__:
+            found |= dict.fromkeys(base.__dict__.get("unused", ()), f'method.name="{self.name}"')
+            for (switch, value), keys in base.__dict__.get("unused_with", {}).items():
+                if getattr(self, switch) == value:
+                    found |= dict.fromkeys(keys, f"method.{switch}={json.dumps(value)}")
+        return found
+
+    @model_serializer(mode="wrap")
+    def _without_unused_keys(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        unused = self.unused_keys()
+        return {key: value for key, value in write(self).items() if key not in unused}
+
 
 class Rollouts(Protocol):
-    """What the hooks may ask for."""
+    """What hooks can use: prompts, graded responses, and scores by the policy and by the reference."""
 
-    def take(self, count: int) -> list[Prompt]:
-        """The next prompts of the training data."""
+    def take_prompts(self, count: int) -> list[Prompt]:
+        """Return the next prompts of the training data."""
         ...
 
-    def sample(self, prompts: Sequence[Prompt], samples: int, *, grade_prefix: bool = False) -> list[Group]:
-        """So many graded responses to each prompt, by the current policy; continuations of `Prompt.response_prefix` if there is.
+    def sample(self, prompts: Sequence[Prompt], num_samples: int, *, grade_prefix: bool = False) -> list[Group]:
+        """Sample `num_samples` graded responses to each prompt from the current policy.
+
+        A response continues `Prompt.response_prefix`, if there is one.
 
         Args:
-            grade_prefix: the verifier sees the given part of an answer too, not only what was generated.
+            grade_prefix: the verifier sees the response prefix too, not only the generated tokens.
         """
         ...
 
     def score(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups with `logprob` and `entropy` filled by the actor at the rollout temperature.
+        """Fill `logprob` and `entropy` by the policy at the rollout temperature.
 
         Samples that have both keep them, so nothing is computed twice.
         """
         ...
 
     def score_reference(
-        self, groups: Sequence[Group], temperature: float | GuidedTemperature | None = None
+        self,
+        groups: Sequence[Group],
+        *,
+        temperature: float | None = None,
+        statistics: TokenStatistics | None = None,
     ) -> list[Group]:
-        """The groups with `reference_logprob` filled by the reference, without any gradient.
+        """Fill `reference_logprob` by the reference, without gradients.
 
         Args:
-            temperature: None: the rollout temperature (1 without rollouts). Guided, `reference_temperature` is filled
-                too.
+            temperature: of the reference's distribution. None: the rollout temperature (1 without rollouts).
+            statistics: computes other fields instead.
         """
         ...
 
-    def update_ema(self, share: float) -> None:
-        """The reference becomes `(1 - share) * reference + share * policy`."""
+    def update_ema(self, alpha: float) -> None:
+        """Move the reference towards the policy: `(1 - alpha) * reference + alpha * policy`."""
         ...
 
-    def text(self, token: int) -> str:
-        """The text of a single token; nothing for special tokens."""
+    def token_text(self, token: int) -> str:
+        """Return the text of one token; empty for end tokens."""
         ...
 
 
-class Method:
+class Method(Generic[ConfigT]):
     """A training method; a subclass overrides the hooks in which it differs.
 
+    `config`: the configuration of the stage. `settings`: the method's own settings in it.
+
     `uses_rollouts`: responses come from the engines. `scores`: what the actor computes for every response before
-    `reward` (`logprob`, `entropy`); nothing is computed when empty. `reference`: what `score_reference` asks: the
-    policy as the stage began (with LoRA its base, else a copy), a copy that `update_ema` moves, or the policy
-    itself. `divergence`: the full-vocabulary divergence between reference and policy that `loss` finds in its
-    statistics, `kl_forward` (from the reference) or `kl_reverse`.
+    `reward` (`logprob`, `entropy`, or nothing). `reference`: the weights behind `score_reference`: the `initial` policy
+    of the stage (with LoRA the base model), a copy that follows the policy (`ema`, see `Rollouts.update_ema`), or the
+    `policy` itself. `divergence`: a full-vocabulary divergence between reference and policy, which `loss` finds in its
+    statistics as `kl_forward` (expectation under the reference) or `kl_reverse` (under the policy).
     """
 
     uses_rollouts: ClassVar[bool] = True
@@ -80,33 +134,28 @@ class Method:
     divergence: Literal["none", "forward", "reverse"] = "none"
 
     def __init__(self, config: Config) -> None:
-        """Take the stage's settings.
+        """Check the settings; a subclass adds checks against the rest of the configuration.
 
         Raises:
-            ConfigError: the method's settings and the stage's do not fit.
+            ConfigError: a setting without effect, or settings that do not fit each other or the configuration.
         """
         self.config = config
-        self._counted: dict[str, Metric] = {}
-
-    def count(self, name: str, total: float, of: float = 1.0) -> None:
-        """Add to a metric of the step, the mean `total / of`; hooks may call it."""
-        self._counted[name] = self._counted.get(name, Metric(0.0, 0.0)) + Metric(total, of)
-
-    def counted(self) -> dict[str, Metric]:
-        """What has been counted since the last call."""
-        counted, self._counted = self._counted, {}
-        return counted
+        self.settings = cast(ConfigT, config.method)
+        self._metrics: dict[str, Metric] = {}
+        for key, reason in self.settings.unused_keys().items():
+            if key in self.settings.model_fields_set:
+                raise ConfigError(f"method.{key} has no effect with {reason}: remove it")
 
     def select(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Which prompts of the data set this stage trains on; called once. Default: all."""
+        """Return the prompts of the data set that the stage trains on; called once. Default: all."""
         return list(prompts)
 
     def generate(self, rollouts: Rollouts) -> list[Group]:
-        """The step's groups of samples."""
+        """Return the groups of a step."""
         raise NotImplementedError
 
     def score_reference(self, groups: list[Group], rollouts: Rollouts) -> list[Group]:
-        """Fill per-token fields that come from the reference. Default: `reference_logprob` where there is one."""
+        """Fill the per-token fields of the reference. Default: `reference_logprob`, if there is a reference."""
         return rollouts.score_reference(groups) if self.reference != "none" else groups
 
     def reward(self, groups: list[Group]) -> list[Group]:
@@ -114,49 +163,39 @@ class Method:
         return groups
 
     def compute_advantages(self, groups: list[Group]) -> list[Group]:
-        """Fill `advantage` and `weight` of every sample of one optimizer step; weights hold the normalisation.
+        """Fill `advantage` and `weight` of every sample of one optimizer step.
 
-        Whatever is chosen among the tokens of a step is chosen here, on all of them at once, so that the choice does
-        not depend on how ranks and micro-batches cut them.
+        Weights contain the normalization: the loss of the step is the sum of `weight * loss` over all tokens. A method
+        that selects tokens selects them here, among all tokens of the step. So the selection does not depend on the
+        layout of ranks and micro-batches.
         """
+        raise NotImplementedError
+
+    def loss(self, stats: TokenStats, batch: Batch) -> tuple[Tensor, dict[str, Metric]]:
+        """Return the loss of every token of a micro-batch before weights, [T], and metrics."""
         raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
-        """What the method knows from earlier steps, for a checkpoint: small, of JSON's types. Default: nothing."""
+        """Return what the method remembers between steps, for a checkpoint: small, JSON types. Default: nothing."""
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take back what `state` gave; called before the first step of a resumed stage.
+        """Take back a `state`; called before the first step of a resumed stage.
 
         Raises:
-            CheckpointError: it is another method's.
+            CheckpointError: the state of another method.
         """
         if state:
             raise CheckpointError(
-                f"the checkpoint holds what another method remembers ({', '.join(state)}), for which "
-                f"{type(self).__name__} has no use; resume with the method.name the stage began with"
+                f"the checkpoint holds the state of another method ({', '.join(state)}), which {type(self).__name__} "
+                "does not have; resume with the method.name that the stage began with"
             )
 
-    def loss(self, stats: TokenStats, batch: Batch) -> tuple[Tensor, dict[str, Metric]]:
-        """The loss of every token of a micro-batch, before weights: [T], and metrics."""
-        raise NotImplementedError
+    def count(self, name: str, total: float, of: float = 1.0) -> None:
+        """Add to a metric of the step, the mean `total / of`; hooks may call it."""
+        self._metrics[name] = self._metrics.get(name, Metric(0.0, 0.0)) + Metric(total, of)
 
-
-class Registered(MethodConfig):
-    """Base of method configurations: remembers the class it configures.
-
-    One that derives from several takes a setting's default from the first class, in Python's order, that states it, as
-    Python does with attributes; pydantic alone would take what the first base has only inherited.
-    """
-
-    method: ClassVar[type[Method]]
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        super().__pydantic_init_subclass__(**kwargs)
-        if len(cls.__bases__) > 1:
-            for base in reversed(cls.__mro__[1:]):
-                stated = base.__dict__.get("__annotations__", {}).keys() & cls.model_fields.keys()
-                for name in stated - cls.__dict__.get("__annotations__", {}).keys():
-                    cls.model_fields[name] = base.model_fields[name]
-            cls.model_rebuild(force=True)
+    def pop_metrics(self) -> dict[str, Metric]:
+        """Return the counted metrics since the last call."""
+        metrics, self._metrics = self._metrics, {}
+        return metrics

@@ -1,41 +1,36 @@
-"""CER (Cumulative Entropy Regulation, arXiv 2510.02249): right answers earn more when they were given with confidence.
+"""CER (Cumulative Entropy Regulation, arXiv 2510.02249): a correct response earns more if the policy was confident.
 
-Against GRPO: the reward of a right answer is (1 + (1 + exp(-TECA))) / 2, in (1, 1.5], that of a wrong one 0. TECA, the
-token entropy cumulative average, is the running mean of the full-vocabulary entropies of the response; the reward takes
-its last value, the mean over the response (end token included). The entropies are those of the old policy at the
-rollout temperature, before any top-p cut, from the pass that computes the old log-probs anyway. A k3 penalty holds the
-policy near the model without its adapters, which LoRA (`actor.lora`) trains.
+Against GRPO: a correct response has the reward (1 + (1 + exp(-TECA))) / 2, in (1, 1.5]; a wrong one has 0. TECA (token
+entropy cumulative average) is the running mean of the token entropies of the response. The reward uses its last value,
+the mean over the response, end token included. The entropies are those of the old policy over the full vocabulary, at
+the rollout temperature and before any top-p cut; the pass that computes the old log-probabilities gives them too. A k3
+penalty keeps the policy near the base model. LoRA (`actor.lora`) trains the policy.
 
-Read from the release (github AusertDream/CumulativeEntropyRegulation, reward_manager/cer_manager.py and the runs' own
-configurations); of the paper only summaries could be read. Different from it: the verifier is `reward.verifier` (the
-release: `boxed`); a response without a token is left out and counted (the release divides by its length); the
-reference's entropy is not computed (the release does, and drops it).
+Read from the release (github AusertDream/CumulativeEntropyRegulation, reward_manager/cer_manager.py and the
+configurations of the runs); only summaries of the paper could be read. Differences from the release: the verifier is
+`reward.verifier` (the release: `boxed`); a response without a token is left out and counted (the release divides by its
+length); the entropy of the reference is not computed (the release computes it and does not use it).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import Field
 
-from megatron_entropy.config.schema import Config
 from megatron_entropy.methods.base import Method
 from megatron_entropy.methods.grpo import Grpo, GrpoConfig
 from megatron_entropy.methods.objectives import running_mean
 from megatron_entropy.records import Sample
 
 
-class Cer(Grpo):
+class Cer(Grpo["CerConfig"]):
     """GRPO with the segmented entropy reward."""
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        assert isinstance(config.method, CerConfig)
-        self.settings: CerConfig = config.method
-
     def reward_sample(self, sample: Sample) -> Sample:
+        """Return the sample with the segmented reward; a sample without a token has no TECA."""
         rewarded = super().reward_sample(sample)
         if rewarded.reward is None or not sample.response_length:
             return rewarded
@@ -52,10 +47,10 @@ class Cer(Grpo):
 
 
 def segmented_reward(correct: bool, teca: float, *, accuracy_weight: float = 1.0, entropy_weight: float = 1.0) -> float:
-    """The reward of an answer, 0 when it is wrong.
+    """Return the reward of a response; 0 if it is wrong.
 
     Args:
-        teca: mean entropy of the response's tokens, nats.
+        teca: mean entropy of the tokens of the response, nats.
     Source:
         cer_manager.py: (w_acc * 1 + w_te * (exp(-TECA) + 1)) / 2.
     """
@@ -63,15 +58,16 @@ def segmented_reward(correct: bool, teca: float, *, accuracy_weight: float = 1.0
 
 
 class CerConfig(GrpoConfig):
-    """Settings of CER, those of the release's run_gsm8k_lora.sh and its recorded runs.
+    """Settings of CER; values of the release's run_gsm8k_lora.sh and its recorded runs."""
 
-    `correct_reward` and `wrong_reward` have no effect.
-    """
-
-    method: ClassVar[type[Method]] = Cer
-    name: Literal["cer"] = "cer"  # type: ignore[assignment]
+    method: ClassVar[type[Method[Any]]] = Cer
+    unused = ("correct_reward", "wrong_reward")
+    name: str = "cer"
     dual_clip: float = 3.0
+    """Bound of the loss at negative advantages, as a multiple of the advantage. 0: no bound."""
     kl_coefficient: float = Field(default=0.001, ge=0)
-    """k3 (low_var_kl) to the policy without its adapters."""
+    """Coefficient of the KL penalty (k3, the release's low_var_kl; nats) to the policy without its adapters."""
     accuracy_weight: float = 1.0
+    """Weight of the constant 1 in a correct response's reward; w_acc of cer_manager.py."""
     entropy_weight: float = 1.0
+    """Weight of 1 + exp(-TECA) in a correct response's reward; w_te of cer_manager.py."""

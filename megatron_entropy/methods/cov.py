@@ -1,23 +1,25 @@
-"""Clip-Cov and KL-Cov (Cui et al. 2025, arXiv 2505.22617): hold back the few tokens that use up the policy's entropy.
+"""Clip-Cov and KL-Cov (Cui et al. 2025, arXiv 2505.22617): restrain the few tokens that use up the policy's entropy.
 
-It is those whose log-probability and advantage vary together most. A token's part in that covariance is
-(log p - mean log p) (A - mean A), eq. 10, means over all tokens of the step. Against GRPO: Clip-Cov takes some of the
-tokens with a covariance within bounds out of the loss (eq. 11, 12); KL-Cov adds |log p - log p_old| to the loss of
-those with the largest and clips no ratio at all (eq. 13, 14).
+They are the tokens with the largest covariance of log-probability and advantage. The covariance of one token is
+(log p - mean log p) (A - mean A), eq. 10, with means over all tokens of the step. Against GRPO: Clip-Cov removes some
+of the tokens with a covariance within bounds from the loss (eq. 11, 12). KL-Cov adds |log p - log p_old| to the loss of
+the tokens with the largest covariance, and clips no ratio (eq. 13, 14).
 
-Read from verl (core_algos.py, compute_policy_loss_clip_cov and _kl_cov, and its recipe/entropy); of the paper only
-notes could be read. Different from it: tokens are chosen among those of the whole optimizer step, not of a micro-batch,
-by the policy before the step, where verl takes the policy of the moment; at `batch.updates = 1` the two are the same.
-verl never drops a token that PPO has clipped; at ratio 1, where the choice is made here, there is none. At least one
-token is chosen of every micro-batch there, of every step here. A |log p - log p_old| below 1e-4 is 0 here: before the
-first update there is none, and verl takes the sign of rounding errors for a gradient.
+Read from verl (core_algos.py, compute_policy_loss_clip_cov and _kl_cov, and its recipe/entropy); only notes on the
+paper could be read. Differences from verl:
+- Tokens are selected among all tokens of the optimizer step, by the policy before the step. verl selects within a
+  micro-batch, by the current policy. At `batch.updates = 1` the policies are the same.
+- verl never drops a token that PPO has clipped. Here the selection is made at ratio 1, where no token is clipped.
+- At least one token is selected in every step; in verl in every micro-batch.
+- |log p - log p_old| below 1e-4 is 0: before the first update there is no distance, and verl takes the sign of rounding
+  errors for a gradient.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -44,13 +46,11 @@ if TYPE_CHECKING:
     from entropy_kernels import TokenStats
 
 
-class ClipCov(Grpo):
-    """GRPO without a few tokens of high covariance, drawn at random."""
+class ClipCov(Grpo["ClipCovConfig"]):
+    """GRPO without a few random tokens of high covariance."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        assert isinstance(config.method, ClipCovConfig)
-        self.settings: ClipCovConfig = config.method
         if not self.settings.covariance_low < self.settings.covariance_high:
             raise ConfigError(
                 f"method.covariance_low={self.settings.covariance_low} must be below "
@@ -58,63 +58,57 @@ class ClipCov(Grpo):
             )
 
     def compute_advantages(self, groups: list[Group]) -> list[Group]:
-        """A dropped token has advantage 0; it keeps its place in the mean."""
+        """Set the advantage of dropped tokens to 0; they still count in the mean of the loss."""
         groups = super().compute_advantages(groups)
         samples = samples_of(groups)
         advantages, covariances = concat_response_tokens(samples, "advantage"), _covariances(samples)
         bounds = self.settings.covariance_low, self.settings.covariance_high
         seed = derive_seed(self.config.seed, self.config.name, "clip_cov", _digest(samples))
-        dropped = drawn_between(covariances, bounds, fraction=self.settings.clip_fraction, seed=seed)
-        self.count("train/dropped", float(dropped.sum()), len(dropped))
+        dropped = draw_between(covariances, bounds, fraction=self.settings.clip_fraction, seed=seed)
+        self.count("train/dropped_frac", float(dropped.sum()), len(dropped))
         self.count("policy/covariance", float(covariances.sum()), len(covariances))
         return refill(groups, scatter_to_samples(samples, "advantage", np.where(dropped, 0.0, advantages)))
 
 
-class KlCov(Grpo):
-    """GRPO without clipping, with a penalty on the tokens of top_k_mask covariance."""
+class KlCov(Grpo["KlCovConfig"]):
+    """GRPO without clipping, with a penalty on the tokens of largest covariance."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        assert isinstance(config.method, KlCovConfig)
-        self.settings: KlCovConfig = config.method
-        if self.settings.kl_coefficient:
-            raise ConfigError(
-                "method.kl_coefficient must be 0: kl_cov penalises chosen tokens, with method.penalty_coefficient"
-            )
         if config.batch.updates == 1:
             raise ConfigError(
-                "batch.updates=1: kl_cov penalises the distance to the policy before the step, which is 0 at a step's "
-                "only update; set batch.updates to 2 or more (the paper: 8)"
+                "batch.updates=1: kl_cov penalizes the distance to the policy before the step, which is 0 at the only "
+                "update of a step; set batch.updates to 2 or more (the paper: 8)"
             )
 
     def compute_advantages(self, groups: list[Group]) -> list[Group]:
-        """The penalty's coefficient on the tokens of top_k_mask covariance, 0 on the others."""
+        """Fill `kl_weight`: the coefficient for the tokens of largest covariance, 0 for the others."""
         groups = super().compute_advantages(groups)
         samples = samples_of(groups)
         covariances = _covariances(samples)
         chosen = top_k_mask(covariances, fraction_to_count(len(covariances), self.settings.penalty_fraction))
         self.count("policy/covariance", float(covariances.sum()), len(covariances))
-        self.count("policy/covariance_high", float(covariances[chosen].sum()), float(chosen.sum()))
+        self.count("policy/high_covariance", float(covariances[chosen].sum()), float(chosen.sum()))
         return refill(groups, scatter_to_samples(samples, "kl_weight", chosen * self.settings.penalty_coefficient))
 
-    def surrogate(self, stats: TokenStats, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Minus advantage times ratio; nothing is clipped."""
+    def policy_loss(self, stats: TokenStats, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Minus advantage times ratio, without clipping."""
         assert batch.logprob is not None and batch.advantage is not None
         return unclipped_surrogate(stats.logprob, batch.logprob, batch.advantage)
 
-    def penalty(self, stats: TokenStats, batch: Batch) -> Tensor:
+    def kl_penalty(self, stats: TokenStats, batch: Batch) -> Tensor:
         """The absolute log-ratio to the policy before the step."""
         assert batch.logprob is not None
         return absolute_log_ratio(stats.logprob, batch.logprob)
 
 
-def drawn_between(covariances: np.ndarray, bounds: tuple[float, float], *, fraction: float, seed: int) -> np.ndarray:
-    """A mask [N] of tokens whose covariance lies strictly between two bounds, drawn evenly without replacement.
+def draw_between(covariances: np.ndarray, bounds: tuple[float, float], *, fraction: float, seed: int) -> np.ndarray:
+    """Draw tokens with a covariance strictly between two bounds, uniformly without replacement: mask [N].
 
     Args:
         covariances: [N] of all tokens.
-        fraction: of the N tokens, how many are drawn (at least one), if there are so many to draw from.
-        seed: decides the draw; it sorts Philox words, whose stream is the same in every version of numpy.
+        fraction: number of drawn tokens as a fraction of N, at least one token; fewer if there are fewer candidates.
+        seed: of the draw. It sorts Philox words, whose stream is the same in every version of numpy.
     """
     mask = np.zeros(len(covariances), bool)
     candidates = np.flatnonzero((covariances > bounds[0]) & (covariances < bounds[1]))
@@ -128,7 +122,7 @@ def _covariances(samples: Sequence[Sample]) -> np.ndarray:
 
 
 def _digest(samples: Sequence[Sample]) -> str:
-    """Of the responses' tokens: what a step's draw is seeded with, so that a resumed run draws the same."""
+    """Hash the tokens of all samples: part of the seed of a step's draw, so that a resumed run draws the same."""
     digest = hashlib.blake2b(digest_size=8)
     for sample in samples:
         digest.update(sample.tokens.tobytes())
@@ -136,29 +130,29 @@ def _digest(samples: Sequence[Sample]) -> str:
 
 
 class ClipCovConfig(GrpoConfig):
-    """Settings of Clip-Cov, those of verl's recipe/entropy/7b_clip_cov.sh."""
+    """Settings of Clip-Cov; values of verl's recipe/entropy/7b_clip_cov.sh."""
 
-    method: ClassVar[type[Method]] = ClipCov
-    name: Literal["clip_cov"] = "clip_cov"  # type: ignore[assignment]
+    method: ClassVar[type[Method[Any]]] = ClipCov
+    name: str = "clip_cov"
     clip_low: float = 1.0
+    """The probability ratio is clipped below at `1 - clip_low`: at 1 never."""
     clip_high: float = 1.0
-    """Wide: ratios above 2 only are clipped."""
+    """The probability ratio is clipped above at `1 + clip_high`."""
     clip_fraction: float = Field(default=2e-4, gt=0, le=1)
-    """clip_cov_ratio, r of the paper's section 4.3: of all tokens, how many are dropped at most."""
+    """Largest fraction of all tokens that is dropped; clip_cov_ratio, r of the paper's section 4.3."""
     covariance_low: float = 1.0
+    """Covariance (nats) above which a token may be dropped; clip_cov_lb, the paper's lower omega."""
     covariance_high: float = 5.0
-    """clip_cov_lb, clip_cov_ub, the paper's omega."""
+    """Covariance (nats) below which a token may be dropped; clip_cov_ub, the paper's upper omega."""
 
 
 class KlCovConfig(GrpoConfig):
-    """Settings of KL-Cov, those of verl's recipe/entropy/7b_kl_cov.sh.
+    """Settings of KL-Cov; values of verl's recipe/entropy/7b_kl_cov.sh."""
 
-    `clip_low`, `clip_high` and `dual_clip` have no effect.
-    """
-
-    method: ClassVar[type[Method]] = KlCov
-    name: Literal["kl_cov"] = "kl_cov"  # type: ignore[assignment]
+    method: ClassVar[type[Method[Any]]] = KlCov
+    unused = ("clip_low", "clip_high", "dual_clip", "kl_coefficient")
+    name: str = "kl_cov"
     penalty_fraction: float = Field(default=2e-3, gt=0, le=1)
-    """kl_cov_ratio, k of the paper's section 4.3: of all tokens, how many are penalised; 2e-4 for the 32B model."""
+    """Fraction of all tokens that is penalized; kl_cov_ratio, k of the paper's section 4.3; 2e-4 for the 32B model."""
     penalty_coefficient: float = Field(default=1.0, ge=0)
-    """ppo_kl_coef, the paper's beta; verl's own default is 0.1."""
+    """Coefficient of the penalty (nats); ppo_kl_coef, the paper's beta. verl's own default is 0.1."""

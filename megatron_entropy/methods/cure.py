@@ -1,26 +1,27 @@
-"""CURE, stage 1 (Li et al. 2025, arXiv 2508.11016): branch where the policy is unsure.
+"""CURE, stage 1 (Li et al. 2025, arXiv 2508.11016): branch where the policy is uncertain.
 
-Against DAPO: of a group's G = n1 (1 + n2) samples only n1 start at the question. Each of these is cut once at a
-critical token, one of the K most uncertain by the actor's full-vocabulary entropy, and continued n2 times from the
-tokens before it; the critical token itself is sampled anew. All G are one group: one baseline, the same clipped loss,
-on generated tokens only (what is re-used of the parent is trained once, in the parent). Stage 2 is DAPO from stage 1's
-model.
+Against DAPO: of a group's G = n1 (1 + n2) samples only n1 start at the question. Each of these initial responses is cut
+once, at a critical token: one of the K tokens with the largest full-vocabulary entropy. It is continued n2 times from
+the tokens before the cut; the critical token itself is sampled again. All G samples are one group with one baseline and
+the same clipped loss. Only generated tokens are trained: the response prefix of a branch is trained once, in its
+parent. Stage 2 is DAPO from the model of stage 1.
 
-Read from the release (github bytedance/CURE, recipe/CURE_First_Stage/dapo_ray_trainer.py); of the paper only the
-abstract could be read. What the release leaves open is pinned here: equal entropies are ordered by position; the draw
-among the K is seeded by the run's seed, the prompt and the response. Different from it: tokens weigh the same over the
-whole optimizer step, not per micro-batch; a round draws `generation_prompts`, and after `max_rounds` rounds a step
-trains on what it has.
+Read from the release (github bytedance/CURE, recipe/CURE_First_Stage/dapo_ray_trainer.py); only the abstract of the
+paper could be read. The release leaves two choices open: here equal entropies are ordered by position, and the draw
+among the K is seeded by the run's seed, the prompt and the response. Differences from the release: every token of the
+optimizer step has the same weight, not of a micro-batch; a round draws `generation_prompts`, and after `max_rounds`
+rounds a step trains on what it has.
 
-A response without a candidate is continued from the question (`rollout/cut_at_start`, as in the release); a prefix
-longer than `data.max_prompt_tokens` loses its end (`rollout/cut_shortened`, the release does so silently).
+A response without a candidate is continued from the question (`rollout/cut_at_start`, as in the release). A prefix that
+exceeds `data.max_prompt_tokens` together with the question is shortened at its end (`rollout/cut_shortened`; the
+release does not report it).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import NonNegativeInt, PositiveInt
@@ -33,45 +34,48 @@ from megatron_entropy.methods.dapo import Dapo, DapoConfig
 from megatron_entropy.records import Group, Prompt, Sample
 
 
-class Cure(Dapo):
-    """DAPO whose groups branch at critical tokens."""
+class Cure(Dapo["CureConfig"]):
+    """DAPO with groups that branch at critical tokens."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        assert isinstance(config.method, CureConfig)
-        self.settings: CureConfig = config.method
-        wanted = self.settings.initial_responses * (1 + self.settings.branches)
-        if config.batch.samples != wanted:
+        needed = self.settings.initial_responses * (1 + self.settings.branches)
+        if config.batch.samples != needed:
             raise ConfigError(
                 f"batch.samples={config.batch.samples} must be method.initial_responses * (1 + method.branches) = "
-                f"{self.settings.initial_responses} * (1 + {self.settings.branches}) = {wanted}"
+                f"{self.settings.initial_responses} * (1 + {self.settings.branches}) = {needed}"
             )
 
-    def explore(self, rollouts: Rollouts, prompts: int) -> list[Group]:
-        """One round: first responses, their cuts, the branches; each group's branches stand behind its first ones."""
+    def sample_groups(self, rollouts: Rollouts, num_prompts: int) -> list[Group]:
+        """Return one round of groups: in each the initial responses, then the branches of each of them in order."""
         config = self.settings
-        initial_responses = rollouts.sample(rollouts.take(prompts), config.initial_responses)
+        groups = rollouts.sample(rollouts.take_prompts(num_prompts), config.initial_responses)
         if not config.branches:
-            return initial_responses
+            return groups
         if config.critical_token == "entropy":
-            initial_responses = rollouts.score(initial_responses)
+            groups = rollouts.score(groups)
         branch_prompts = [
-            self._branch_prompt(group.prompt, number, sample, rollouts.text)
-            for group in initial_responses
+            self.branch_prompt(group.prompt, number, sample, rollouts.token_text)
+            for group in groups
             for number, sample in enumerate(group.samples)
         ]
         branches = iter(rollouts.sample(branch_prompts, config.branches, grade_prefix=config.graded == "answer"))
-        return [_with_branches(group, [next(branches) for _ in group.samples]) for group in initial_responses]
+        return [_with_branches(group, [next(branches) for _ in group.samples]) for group in groups]
 
-    def _branch_prompt(self, prompt: Prompt, number: int, sample: Sample, text: Callable[[int], str]) -> Prompt:
-        """The prompt with the part of a response that its branches keep."""
+    def branch_prompt(self, prompt: Prompt, number: int, sample: Sample, token_text: Callable[[int], str]) -> Prompt:
+        """Return the prompt with the tokens before the cut as response prefix.
+
+        Args:
+            number: of the sample within its group, for the seed.
+            token_text: see `Rollouts.token_text`.
+        """
         response = sample.tokens[sample.prompt_length :].tolist()
         rng = np.random.default_rng(derive_seed(self.config.seed, "cut", prompt.index, number, *response))
         if self.settings.critical_token == "entropy":
             order = np.argsort(-sample.response("entropy"), kind="stable")
         else:
             order = rng.permutation(len(response))
-        candidates = critical_positions(order, response, text, self.settings.top, self.settings.min_characters)
+        candidates = critical_positions(order, response, token_text, self.settings.top, self.settings.min_characters)
         cut = candidates[rng.integers(len(candidates))] if candidates else 0
         room = max(self.config.data.max_prompt_tokens - len(prompt.tokens), 0)
         self.count("rollout/cut_at_start", not candidates)
@@ -84,50 +88,54 @@ class Cure(Dapo):
 
 
 def critical_positions(
-    order: np.ndarray, response: list[int], text: Callable[[int], str], top: int, min_characters: int
+    order: np.ndarray, response: list[int], token_text: Callable[[int], str], top: int, min_characters: int
 ) -> list[int]:
-    """The first `top` places in `order` at which a response may be cut.
+    """Return the first `top` positions in `order` at which a response may be cut.
 
-    Never the first token, a special token, or one of fewer than `min_characters` visible characters (digits, signs,
-    brackets, line breaks, bytes that are no text). Places that may not be cut do not count towards `top`.
+    Not allowed are the first token, a special token, and a token of fewer than `min_characters` visible characters
+    (digits, signs, brackets, line breaks, bytes that are not text). They do not count towards `top`.
 
     Args:
-        order: places of the response, the most wanted first.
-        text: of a token id; nothing for special tokens.
+        order: positions of the response, best first.
+        token_text: text of a token id; empty for special tokens.
     """
     chosen: list[int] = []
-    for place in order:
+    for position in order:
         if len(chosen) == top:
             break
-        if place > 0 and len(text(response[place]).strip()) >= min_characters:
-            chosen.append(int(place))
+        if position > 0 and len(token_text(response[position]).strip()) >= min_characters:
+            chosen.append(int(position))
     return chosen
 
 
 def _with_branches(group: Group, branches: list[Group]) -> Group:
-    grown = [
+    children = [
         dataclasses.replace(sample, parent=number)
         for number, branch in enumerate(branches)
         for sample in branch.samples
     ]
-    return group.with_samples([*group.samples, *grown])
+    return group.with_samples([*group.samples, *children])
 
 
 class CureConfig(DapoConfig):
-    """Settings of CURE's first stage, those of the release's run_cure_stage_1.sh."""
+    """Settings of CURE's first stage; values of the release's run_cure_stage_1.sh."""
 
-    method: ClassVar[type[Method]] = Cure
-    name: Literal["cure"] = "cure"  # type: ignore[assignment]
+    method: ClassVar[type[Method[Any]]] = Cure
+    unused_with = {("branches", 0): ("critical_token", "top", "min_characters", "graded")}
+    name: str = "cure"
     initial_responses: PositiveInt = 4
-    """n1."""
+    """Responses of a group that start at the question; n1."""
     branches: NonNegativeInt = 3
-    """n2, of each first response; 0 is plain DAPO."""
+    """Continuations of each initial response; n2. 0 is plain DAPO."""
     critical_token: Literal["entropy", "random"] = "entropy"
-    """`random`: any place that may be cut, the release's ablation."""
+    """`entropy`: cut at a token of large entropy. `random`: at any token where a cut is allowed, the release's
+    ablation."""
     top: PositiveInt = 20
-    """K, critical_top_k."""
+    """Number of candidate tokens that the cut is drawn from; K, critical_top_k."""
     min_characters: PositiveInt = 2
+    """Fewest visible characters of a token at which a response may be cut, as in the release."""
     graded: Literal["generated", "answer"] = "generated"
-    """What the verifier sees of a branch: as released its own tokens only, or the re-used ones too."""
+    """What the verifier sees of a branch: its own tokens only, as in the release, or the response prefix too."""
     overlong_buffer: int = 512
-    """Over generated tokens; what a branch re-uses does not count, as in the release."""
+    """Number of generated tokens before the length limit over which the penalty grows. The response prefix of a branch
+    does not count, as in the release. 0: no penalty."""

@@ -1,28 +1,31 @@
-"""CurioSFT (arXiv 2602.02244): supervised tuning that a tempered copy of the student keeps curious.
+"""CurioSFT (arXiv 2602.02244): supervised fine-tuning that keeps the policy open by distilling from a tempered teacher.
 
-Against plain SFT: every target token has a second term, alpha/2 (log p - log q)^2, the K2 loss to a teacher. The
-teacher is a copy of the student that follows it in steps; q is its distribution at a temperature of the token's own,
-chosen so that its entropy rises where it is already high (entropy-guided temperature selection,
-`records.GuidedTemperature`). The student is held back where it is surer of the label than the softened teacher, and
-pushed where it is less sure.
+Against plain SFT: the loss of every target token has a second term, coefficient/2 (log p - log q)^2, the k2 divergence
+to a teacher. The teacher is a copy of the policy that follows it in jumps. q is the teacher's distribution at a
+temperature of its own for every token, chosen so that its entropy grows where it is already large (`GuidedTemperature`,
+the entropy-guided temperature selection). The gradient shrinks where the policy is more certain of the label than the
+tempered teacher, and grows where it is less certain.
 
-Read from the release (github HaoooWang/CurioSFT, core_algos.py, dp_actor.py); of the paper only the abstract could be
-read. The release moves 99 % of the way to the student every 5 steps (`ema_alpha`), a lagging copy; whoever reads
-"EMA 0.99" as a slow teacher sets 0.01. Different from it: every target token of the step weighs the same (the release
-takes the mean within micro-batches of 2 sequences first, `micro_batch = 2`); temperatures are searched in fp32 (there
-in the logits' type); solutions over the length limit are left out (there cut, without an end token). Its script drops
-the first `<think>` of a solution, which its template has written already; here the data must come so.
+Read from the release (github HaoooWang/CurioSFT, core_algos.py, dp_actor.py); only the abstract of the paper could be
+read. The release moves the teacher 99 % of the way to the policy every 5 steps (`ema_alpha`), so it is a lagging copy;
+to read "EMA 0.99" as a slow teacher, set 0.01. Differences from the release:
+- Every target token of the step has the same weight; the release first takes the mean within micro-batches of 2
+  sequences (`micro_batch = 2`).
+- Temperatures are searched in float32; in the release in the type of the logits.
+- Solutions above the length limit are left out; in the release they are cut, without an end token.
+- Its script drops the first `<think>` of a solution, because its template has written one. Here the data must come so.
 
-Switches: `distillation = "forward"` or `"reverse"` is the full-vocabulary divergence in place of K2, `"none"` plain SFT
-(with `entropy_coefficient` the bonus baseline); `guided = false` a fixed temperature; `teacher = "policy"` the student
-itself.
+Switches: `distillation = "forward"` or `"reverse"` is a full-vocabulary divergence instead of k2, `"none"` is plain SFT
+(with `entropy_coefficient` the entropy bonus baseline); `guided = false` is one fixed temperature; `teacher = "policy"`
+is the policy itself.
 
-After it comes reinforcement learning: GRPO, or `curio_rl`, GRPO with the loss the release computes.
+Reinforcement learning follows: GRPO, or `curio_rl`, GRPO with the loss that the release computes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -33,7 +36,7 @@ from megatron_entropy.methods.base import Method, Rollouts
 from megatron_entropy.methods.grpo import Grpo, GrpoConfig
 from megatron_entropy.methods.objectives import LOG_RATIO_LIMIT, k2, masked_mean, token_mean
 from megatron_entropy.methods.sft import Sft, SftConfig
-from megatron_entropy.records import Batch, Group, GuidedTemperature, Metric, Sample, refill, samples_of
+from megatron_entropy.records import Batch, Group, HeadInputs, Metric, Sample, refill, samples_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,26 +44,62 @@ if TYPE_CHECKING:
     from entropy_kernels import TokenStats
 
 
-class CurioSft(Sft):
-    """SFT plus distillation from a teacher that follows the student."""
+@dataclass(frozen=True)
+class GuidedTemperature:
+    """The `TokenStatistics` of the teacher: a temperature for every token, from the teacher's own entropy there.
+
+    The rule (`entropy_kernels.guided_teacher`) and its constants are those of the release (dp_actor.py,
+    compute_tau_from_logits). The goal is the present entropy plus `amplitude * sigmoid(slope * (entropy - pivot))`;
+    bisection finds the temperature with that entropy.
+    """
+
+    bounds: tuple[float, float] = (1.1, 1.5)
+    """Lowest and highest temperature."""
+    top: int = 512
+    """The search takes the entropy of this many of the largest logits."""
+    pivot: float = 1.2
+    """Entropy (nats) at which half of `amplitude` is added."""
+    slope: float = 2.0
+    """Growth of the added entropy around `pivot`, per nat."""
+    amplitude: float = 0.5
+    """Largest added entropy, nats."""
+    floor: float = 0.03
+    """Where the full entropy is at most this (nats), the temperature is the lowest."""
+    iterations: int = 20
+    """Steps of the bisection."""
+
+    def __call__(self, head: HeadInputs) -> dict[str, Tensor]:
+        """Return `reference_logprob` (nats) and `reference_temperature`, [T] each."""
+        from entropy_kernels import guided_teacher
+
+        guided = guided_teacher(
+            head.hidden,
+            head.weight,
+            head.targets,
+            **dataclasses.asdict(self),
+            group=head.group,
+            sequence_parallel=head.sequence_parallel,
+            vocab_size=head.vocab_size,
+        )
+        return {"reference_logprob": guided.logprob, "reference_temperature": guided.temperature}
+
+
+class CurioSft(Sft["CurioSftConfig"]):
+    """SFT with distillation from a teacher that follows the policy."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        assert isinstance(config.method, CurioSftConfig)
-        self.settings: CurioSftConfig = config.method
         self._passes = 0
         low, high = self.settings.temperature_bounds
         if not 0 < low <= high:
-            raise ConfigError(
-                f"method.temperature_bounds=[{low}, {high}] must be two positive numbers, the lower first"
-            )
+            raise ConfigError(f"method.temperature_bounds=[{low}, {high}] must be two positive numbers, lowest first")
         if self.settings.distillation != "none":
             self.reference = self.settings.teacher
         if self.settings.distillation in ("forward", "reverse"):
             self.divergence = self.settings.distillation
 
     def score_reference(self, groups: list[Group], rollouts: Rollouts) -> list[Group]:
-        """Move the teacher when it is time, then ask it; it moves before its pass, first after `every` of them."""
+        """Score by the teacher; before that, update it after every `ema_every` passes."""
         config = self.settings
         if self.reference == "none":
             return groups
@@ -68,8 +107,8 @@ class CurioSft(Sft):
             rollouts.update_ema(config.ema_alpha)
         self._passes += 1
         if config.guided:
-            return rollouts.score_reference(groups, GuidedTemperature(bounds=config.temperature_bounds))
-        groups = rollouts.score_reference(groups, config.temperature)
+            return rollouts.score_reference(groups, statistics=GuidedTemperature(bounds=config.temperature_bounds))
+        groups = rollouts.score_reference(groups, temperature=config.temperature)
         fixed = [
             dataclasses.replace(sample, reference_temperature=sample.constant(config.temperature))
             for sample in samples_of(groups)
@@ -77,15 +116,16 @@ class CurioSft(Sft):
         return refill(groups, fixed)
 
     def compute_advantages(self, groups: list[Group]) -> list[Group]:
-        """Every target token weighs the same, or as released the same within `micro_batch` sequences."""
-        if not self.settings.micro_batch:
+        """Fill the weights: the same for every target token, of the step or within `micro_batch` sequences."""
+        size = self.settings.micro_batch
+        if not size:
             return super().compute_advantages(groups)
         samples = samples_of(groups)
-        parts = [samples[i : i + self.settings.micro_batch] for i in range(0, len(samples), self.settings.micro_batch)]
-        return refill(groups, [sample for part in parts for sample in token_mean(part, parts=len(parts))])
+        chunks = [samples[start : start + size] for start in range(0, len(samples), size)]
+        return refill(groups, [s for chunk in chunks for s in token_mean(chunk, num_chunks=len(chunks))])
 
     def loss(self, stats: TokenStats, batch: Batch) -> tuple[Tensor, dict[str, Metric]]:
-        """Negative log-likelihood plus `coefficient` times the distance to the teacher."""
+        """Negative log-likelihood, plus `coefficient` times the distance to the teacher."""
         loss, metrics = super().loss(stats, batch)
         if self.reference == "none":
             return loss, metrics
@@ -103,46 +143,64 @@ class CurioSft(Sft):
         return loss + self.settings.coefficient * distance, metrics
 
     def state(self) -> dict[str, Any]:
-        """How often the teacher was asked; its weights are the actor's to keep."""
+        """Return the number of teacher passes; the actor keeps the teacher's weights."""
         return {"passes": self._passes}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take the count back."""
+        """Take back the number of teacher passes."""
         super().restore({name: value for name, value in state.items() if name != "passes"})
         self._passes = state.get("passes", 0)
 
 
 class CurioSftConfig(SftConfig):
-    """Settings of CurioSFT, hard-coded in the release or set by its scripts/1_sft.sh."""
+    """Settings of CurioSFT; values of the release: constants of its code, or set by its scripts/1_sft.sh."""
 
-    method: ClassVar[type[Method]] = CurioSft
-    name: Literal["curiosft"] = "curiosft"  # type: ignore[assignment]
+    method: ClassVar[type[Method[Any]]] = CurioSft
+    unused_with = {
+        ("guided", True): ("temperature",),
+        ("guided", False): ("temperature_bounds",),
+        ("teacher", "policy"): ("ema_alpha", "ema_every"),
+        ("distillation", "none"): (
+            "coefficient",
+            "teacher",
+            "ema_alpha",
+            "ema_every",
+            "guided",
+            "temperature",
+            "temperature_bounds",
+        ),
+    }
+    name: str = "curiosft"
     distillation: Literal["k2", "forward", "reverse", "none"] = "k2"
+    """Distance to the teacher: k2 of the target token, a full-vocabulary divergence, or none."""
     coefficient: float = Field(default=1.0, ge=0)
-    """alpha."""
+    """Coefficient of the distance (nats); alpha."""
     teacher: Literal["ema", "policy"] = "ema"
+    """`ema`: a copy that follows the policy. `policy`: the policy itself."""
     ema_alpha: float = Field(default=0.99, ge=0, le=1)
-    """ref_model_mixup_alpha: how far the teacher goes towards the student."""
+    """Fraction of the way to the policy that the teacher moves; ref_model_mixup_alpha."""
     ema_every: PositiveInt = 5
-    """ref_model_sync_steps."""
+    """Training steps between two moves of the teacher; ref_model_sync_steps."""
     guided: bool = True
+    """Choose the teacher's temperature for every token from the teacher's entropy."""
     temperature: float = Field(default=1.0, gt=0)
-    """The teacher's where it is not guided."""
+    """Temperature of the teacher if it is not guided."""
     temperature_bounds: tuple[float, float] = (1.1, 1.5)
+    """Lowest and highest temperature of a guided teacher."""
     micro_batch: NonNegativeInt = 0
-    """Sequences over which the mean is taken first; 0: all of the step. The release: 2."""
+    """Sequences whose tokens are averaged first, before the mean over the step. 0: all of the step. The release: 2."""
 
 
-class CurioRl(Grpo):
-    """The release's reinforcement learning, loss branch "rl" of its core_algos.py.
+class CurioRl(Grpo["CurioRlConfig"]):
+    """The reinforcement learning of the release, loss branch "rl" of its core_algos.py.
 
-    Not PPO's loss: max(A log p, A clip(r)) is maximised, with the log-probability where PPO has the ratio. As log p is
-    never positive, a good answer is learned only while its ratio lies within the clip range, a bad one is unlearned
-    without ratio or clip. A sequence's sum is divided by the length limit, not by its length.
+    It is not PPO's loss: it maximizes max(A log p, A clip(r)), with the log-probability where PPO has the ratio. As
+    log p is never positive, a good response is learned only while its ratio lies within the clip range; a bad one is
+    unlearned without ratio or clip. The sum over a sequence is divided by the length limit, not by its length.
     """
 
-    def surrogate(self, stats: TokenStats, batch: Batch) -> tuple[Tensor, Tensor]:
-        """See the class."""
+    def policy_loss(self, stats: TokenStats, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Minimum of -A log p and -A clip(r), see the class."""
         assert batch.logprob is not None and batch.advantage is not None
         ratio = (stats.logprob - batch.logprob).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
         clipped = -batch.advantage * ratio.clamp(1 - self.settings.clip_low, 1 + self.settings.clip_high)
@@ -151,14 +209,16 @@ class CurioRl(Grpo):
         return plain.minimum(clipped), (clipped < plain) & outside
 
     def compute_weights(self, samples: list[Sample]) -> list[Sample]:
-        return token_mean(samples, tokens=self.config.rollout.max_response_tokens * len(samples))
+        """Return the samples with equal weights: 1 / (length limit * number of samples)."""
+        return token_mean(samples, num_tokens=self.config.rollout.max_response_tokens * len(samples))
 
 
 class CurioRlConfig(GrpoConfig):
-    """Settings of the release's scripts/2_rl.sh; clip bounds, rewards and advantages are GRPO's own.
+    """Settings of the release's scripts/2_rl.sh; clip bounds, rewards and advantages are those of GRPO.
 
-    `aggregation` and `dual_clip` have no effect. The release's reward also asks for a `</think>`.
+    The release's reward also requires a `</think>`.
     """
 
-    method: ClassVar[type[Method]] = CurioRl
-    name: Literal["curio_rl"] = "curio_rl"  # type: ignore[assignment]
+    method: ClassVar[type[Method[Any]]] = CurioRl
+    unused = ("aggregation", "dual_clip")
+    name: str = "curio_rl"

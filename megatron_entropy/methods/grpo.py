@@ -1,24 +1,26 @@
-"""GRPO: advantages from the group, PPO's clipped loss (Shao et al. 2024, arXiv 2402.03300).
+"""GRPO: advantages relative to the group, PPO's clipped loss (Shao et al. 2024, arXiv 2402.03300).
 
-For each prompt G responses are sampled; a response's advantage is its reward standardised within the group and the
-same for all its tokens. Differences to the paper, which are what the field runs today: the weight of a token is the
-same over the whole optimizer step (`aggregation = "token"`, DAPO eq. 12; `"sequence"` is the paper's), and there is no
-KL term to a reference policy unless `kl_coefficient` asks for it (the paper's is 0.04; k3 against the policy as the
-stage began).
+Each prompt gets G responses. The advantage of a response is its reward, standardized within the group, and it is the
+same for all tokens of the response.
 
-Counted, not trained on: answers the verifier could not judge (`reward/errors`), responses without a token
-(`train/empty`); groups whose rewards are all equal, or of one member, have no advantage (`train/zero_advantage`).
+Differences from the paper, which are usual today: every token of the optimizer step has the same weight
+(`aggregation = "token"`, DAPO eq. 12; `"sequence"` is the paper's), and there is no KL term by default
+(`kl_coefficient`; the paper has 0.04, k3 against the initial policy).
+
+Some samples are counted but not trained on: responses that the verifier could not grade (`reward/errors`) and responses
+without a token (`train/empty`). A group with equal rewards, or with one member, has zero advantage
+(`train/zero_advantage`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field
 
 from megatron_entropy.config.schema import Config
-from megatron_entropy.methods.base import Method, Registered, Rollouts
+from megatron_entropy.methods.base import Method, MethodSettings, Rollouts
 from megatron_entropy.methods.objectives import (
     clipped_surrogate,
     group_advantage,
@@ -35,27 +37,35 @@ if TYPE_CHECKING:
 
     from entropy_kernels import TokenStats
 
+ConfigT = TypeVar("ConfigT", bound="GrpoConfig")
 
-class Grpo(Method):
-    """Plain GRPO; other reinforcement-learning methods derive from it."""
+
+class Grpo(Method[ConfigT]):
+    """Plain GRPO; the other reinforcement learning methods derive from it."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        assert isinstance(config.method, GrpoConfig)
-        self.settings = config.method
         if self.settings.kl_coefficient:
             self.reference = "initial"
 
     def generate(self, rollouts: Rollouts) -> list[Group]:
-        """One group per prompt, straight from the policy."""
-        return rollouts.sample(rollouts.take(self.config.batch.prompts), self.config.batch.samples)
+        """Sample one group for each prompt."""
+        return rollouts.sample(rollouts.take_prompts(self.config.batch.prompts), self.config.batch.samples)
 
     def reward(self, groups: list[Group]) -> list[Group]:
-        """`correct_reward` or `wrong_reward`; None where the verifier could not say."""
+        """Fill the reward of every sample; it stays None where the verifier could not grade."""
         return [group.with_samples([self.reward_sample(sample) for sample in group.samples]) for group in groups]
 
+    def reward_sample(self, sample: Sample) -> Sample:
+        """Return the sample with `correct_reward` or `wrong_reward`."""
+        assert sample.grade is not None, "rollouts are graded"
+        if sample.grade.correct is None:
+            return sample
+        reward = self.settings.correct_reward if sample.grade.correct else self.settings.wrong_reward
+        return dataclasses.replace(sample, reward=reward)
+
     def compute_advantages(self, groups: list[Group]) -> list[Group]:
-        """Group-standardised advantages; ungraded and empty samples take part in no mean and are left out."""
+        """Standardize rewards within each group; ungraded and empty samples are left out before."""
         kept = []
         for group in groups:
             graded = [s for s in group.samples if s.reward is not None and s.response_length > 0]
@@ -75,16 +85,15 @@ class Grpo(Method):
             samples = [dataclasses.replace(s, kl_weight=s.constant(self.settings.kl_coefficient)) for s in samples]
         return refill(kept, samples)
 
-    def penalty(self, stats: TokenStats, batch: Batch) -> Tensor:
-        """Divergence of every token [T] whose coefficient is `kl_weight`: k3 to the reference."""
-        assert batch.reference_logprob is not None
-        return k3(stats.logprob, batch.reference_logprob)
+    def compute_weights(self, samples: list[Sample]) -> list[Sample]:
+        """Return the samples of an optimizer step with the weight of every token, as `aggregation` sets it."""
+        return (token_mean if self.settings.aggregation == "token" else sequence_mean)(samples)
 
     def loss(self, stats: TokenStats, batch: Batch) -> tuple[Tensor, dict[str, Metric]]:
-        """Clipped surrogate, plus `kl_weight` times the penalty, less `entropy_coefficient` times the entropy."""
+        """Policy loss, plus `kl_weight` times the KL penalty, minus `entropy_coefficient` times the entropy."""
         assert batch.logprob is not None and batch.advantage is not None and stats.entropy is not None
         config = self.settings
-        loss, is_clipped = self.surrogate(stats, batch)
+        loss, is_clipped = self.policy_loss(stats, batch)
         trained = batch.weight != 0
         metrics = {
             "policy/entropy": masked_mean(stats.entropy, trained),
@@ -96,48 +105,49 @@ class Grpo(Method):
             if config.tis_cap:
                 loss = loss * tis_weight(batch.logprob, batch.rollout_logprob, config.tis_cap)
         if batch.kl_weight is not None:
-            penalty = self.penalty(stats, batch)
-            chosen = trained & (batch.kl_weight > 0)
-            metrics["policy/penalty"] = masked_mean(penalty, chosen)
-            metrics["policy/penalised"] = masked_mean(chosen.float(), trained)
+            penalty = self.kl_penalty(stats, batch)
+            penalized = trained & (batch.kl_weight > 0)
+            metrics["policy/kl_penalty"] = masked_mean(penalty, penalized)
+            metrics["policy/penalized_frac"] = masked_mean(penalized.float(), trained)
             loss = loss + batch.kl_weight * penalty
         if config.entropy_coefficient:
             loss = loss - config.entropy_coefficient * stats.entropy
         return loss, metrics
 
-    def surrogate(self, stats: TokenStats, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Policy loss of every token [T], and where clipping took its gradient away [T]."""
+    def policy_loss(self, stats: TokenStats, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the policy loss of every token [T], and where clipping removed its gradient [T] (bool)."""
         assert batch.logprob is not None and batch.advantage is not None
         low, high, dual = self.settings.clip_low, self.settings.clip_high, self.settings.dual_clip
         return clipped_surrogate(stats.logprob, batch.logprob, batch.advantage, low=low, high=high, dual=dual)
 
-    def compute_weights(self, samples: list[Sample]) -> list[Sample]:
-        return (token_mean if self.settings.aggregation == "token" else sequence_mean)(samples)
-
-    def reward_sample(self, sample: Sample) -> Sample:
-        assert sample.grade is not None, "rollouts are graded"
-        if sample.grade.correct is None:
-            return sample
-        reward = self.settings.correct_reward if sample.grade.correct else self.settings.wrong_reward
-        return dataclasses.replace(sample, reward=reward)
+    def kl_penalty(self, stats: TokenStats, batch: Batch) -> Tensor:
+        """Return the divergence of every token [T] that `kl_weight` multiplies: k3 to the reference."""
+        assert batch.reference_logprob is not None
+        return k3(stats.logprob, batch.reference_logprob)
 
 
-class GrpoConfig(Registered):
+class GrpoConfig(MethodSettings):
     """Settings of GRPO."""
 
-    method: ClassVar[type[Method]] = Grpo
-    name: Literal["grpo"] = "grpo"
+    method: ClassVar[type[Method[Any]]] = Grpo
+    name: str = "grpo"
     clip_low: float = 0.2
+    """The probability ratio is clipped below at `1 - clip_low`; PPO's epsilon (DeepSeekMath does not state its own)."""
     clip_high: float = 0.2
-    """PPO's epsilon, both sides (DeepSeekMath does not state its own)."""
+    """The probability ratio is clipped above at `1 + clip_high`."""
     dual_clip: float = 0.0
-    """Bound for negative advantages, as a multiple of the advantage; 0: none."""
+    """Bound of the loss at negative advantages, as a multiple of the advantage (Ye et al. 2020). 0: no bound."""
     norm_adv_by_std: bool = True
+    """Divide advantages by the standard deviation of the group; false is Dr. GRPO (arXiv 2503.20783)."""
     aggregation: Literal["token", "sequence"] = "token"
+    """`token`: every token of the optimizer step has the same weight. `sequence`: every response has."""
     correct_reward: float = 1.0
+    """Reward of a correct response."""
     wrong_reward: float = 0.0
+    """Reward of a wrong response."""
     kl_coefficient: float = Field(default=0.0, ge=0)
-    """Of the KL penalty to the policy as the stage began, for every token."""
+    """Coefficient of the KL penalty (k3, nats) to the initial policy, on every token; the paper: 0.04."""
     entropy_coefficient: float = 0.0
+    """Coefficient of the entropy bonus (nats) in the loss. 0: none."""
     tis_cap: float = 0.0
-    """Truncated importance sampling between engine and trainer; 0: off. 2.0 is usual."""
+    """Cap of truncated importance sampling between engine and trainer; 2.0 is usual. 0: off."""

@@ -1,11 +1,11 @@
-"""Semantic entropy of a question, and the curriculum that goes from low to high (SENT, arXiv 2512.04359).
+"""Semantic entropy of a question, and the curriculum from low to high (SENT, arXiv 2512.04359).
 
-A policy answers a question M times; answers that mean the same form a cluster; the entropy of the clusters' shares is
-how uncertain the policy is about the answer, whatever words it uses. The paper computes it once, before training, with
-the policy that training starts from, and trains stage by stage from certain to uncertain questions.
+A policy answers a question M times. Answers with the same meaning form a cluster. The entropy of the cluster
+probabilities measures how uncertain the policy is about the answer, whatever words it uses. The paper computes it once,
+before training, with the initial policy, and trains stage by stage from certain to uncertain questions.
 
-Sampling and clustering are in `tools/semantic_entropy.py`. Of the paper only a summary of these formulas could be read,
-and the release ships no code for them; what is unknown is chosen here: natural logarithms, ties by place in the data.
+The subcommand `semantic-entropy` samples and clusters. Only a summary of the paper's formulas could be read, and the
+release has no code for them. What is unknown is chosen here: natural logarithms, and ties ordered by row number.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ def semantic_entropy(
     logprobs: Sequence[float] | None = None,
     lengths: Sequence[int] | None = None,
 ) -> float:
-    """Entropy of the clusters' shares, in nats: at least 0, at most the logarithm of their number.
+    """Return the entropy of the cluster probabilities, in nats: between 0 and the logarithm of their number.
 
     Args:
-        clusters: for every answer, of at least one, which cluster it is in.
-        weight: what an answer counts. `count`: 1. `likelihood`: its probability, the paper's formula; of answers of
-            hundreds of tokens one takes all, whatever it says, and the entropy is 0. `length_norm`: the geometric mean
-            of its tokens' probabilities.
-        logprobs: of every answer, summed over its tokens; not needed to count.
-        lengths: of every answer in tokens; for `length_norm`.
+        clusters: the cluster of every answer; at least one answer.
+        weight: weight of an answer in its cluster. `count`: 1. `likelihood`: its probability, the paper's formula;
+            among answers of hundreds of tokens one has almost all of it, and the entropy is 0. `length_norm`: the
+            geometric mean of its token probabilities.
+        logprobs: log-probability of every answer, summed over its tokens; not needed for `count`.
+        lengths: tokens of every answer; for `length_norm`.
     """
     assert clusters, "a question without answers has no semantic entropy"
     logs = _log_weights(len(clusters), weight, logprobs, lengths)
@@ -41,8 +41,8 @@ def semantic_entropy(
     for cluster, log in zip(clusters, logs, strict=True):
         members.setdefault(cluster, []).append(log)
     masses = np.array([np.logaddexp.reduce(logs) for logs in members.values()])
-    shares = masses - np.logaddexp.reduce(masses)
-    return max(0.0, -float(np.sum(np.exp(shares) * shares)))
+    log_probs = masses - np.logaddexp.reduce(masses)
+    return max(0.0, -float(np.sum(np.exp(log_probs) * log_probs)))
 
 
 def _log_weights(
@@ -61,15 +61,15 @@ def _log_weights(
 def split_curriculum(
     entropies: Sequence[float], *, stages: int = 1, thresholds: Sequence[float] = ()
 ) -> list[np.ndarray]:
-    """Cut questions into the stages of a curriculum, low entropies first.
+    """Split questions into the stages of a curriculum, low entropies first.
 
     Args:
-        entropies: of all questions; equal ones keep their order.
-        stages: so many parts of equal size (the later ones one longer where it does not divide).
-        thresholds: ascending, in place of `stages`: the first stage lies below the first of them, the last not below
-            the last.
+        entropies: of all questions, nats; equal ones keep their order.
+        stages: number of ranges of equal size (later ones may have one question more).
+        thresholds: ascending, instead of `stages`: the first range is below the first threshold, the last one at or
+            above the last.
     Returns:
-        For every stage the places of its questions, ascending by entropy; a stage may be empty.
+        For every stage the indices of its questions, ascending by entropy; a stage may be empty.
     """
     values = np.asarray(entropies, np.float64)
     order = np.argsort(values, kind="stable")

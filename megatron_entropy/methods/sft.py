@@ -1,38 +1,33 @@
-"""Supervised fine-tuning: the negative log-likelihood of worked solutions, every target token weighing the same."""
+"""Supervised fine-tuning: the negative log-likelihood of worked solutions, with the same weight for every token."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
-from megatron_entropy.config.schema import Config
 from megatron_entropy.errors import DataError
-from megatron_entropy.methods.base import Method, Registered, Rollouts
+from megatron_entropy.methods.base import Method, MethodSettings, Rollouts
 from megatron_entropy.methods.objectives import masked_mean, token_mean
 from megatron_entropy.records import Batch, Group, Metric, Prompt, Sample, refill, samples_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
 
     from entropy_kernels import TokenStats
 
+ConfigT = TypeVar("ConfigT", bound="SftConfig")
 
-class Sft(Method):
-    """Imitate the data set's solutions."""
+
+class Sft(Method[ConfigT]):
+    """Train on the solutions of the data set."""
 
     uses_rollouts: ClassVar[bool] = False
     scores: ClassVar[frozenset[str]] = frozenset()
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        assert isinstance(config.method, SftConfig)
-        self.settings = config.method
-
     def select(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """All prompts; each must have a solution.
+        """Return all prompts; each must have a solution.
 
         Raises:
             DataError: naming the first row without one.
@@ -46,15 +41,15 @@ class Sft(Method):
         return list(prompts)
 
     def generate(self, rollouts: Rollouts) -> list[Group]:
-        """The next prompts with their solutions as the one response."""
-        return [Group(prompt, (_solution(prompt),)) for prompt in rollouts.take(self.config.batch.prompts)]
+        """Return the next prompts, each with its solution as the only sample."""
+        return [Group(prompt, (_solution(prompt),)) for prompt in rollouts.take_prompts(self.config.batch.prompts)]
 
     def compute_advantages(self, groups: list[Group]) -> list[Group]:
-        """Every target token weighs the same."""
+        """Fill the weights: the same for every target token. There are no advantages."""
         return refill(groups, token_mean(samples_of(groups)))
 
     def loss(self, stats: TokenStats, batch: Batch) -> tuple[Tensor, dict[str, Metric]]:
-        """Negative log-likelihood, less `entropy_coefficient` times the entropy."""
+        """Negative log-likelihood, minus `entropy_coefficient` times the entropy."""
         assert stats.entropy is not None
         metrics = {"policy/entropy": masked_mean(stats.entropy, batch.weight != 0)}
         loss = -stats.logprob
@@ -69,9 +64,10 @@ def _solution(prompt: Prompt) -> Sample:
     return Sample(tokens, len(prompt.tokens), "stop", "")
 
 
-class SftConfig(Registered):
+class SftConfig(MethodSettings):
     """Settings of supervised fine-tuning."""
 
-    method: ClassVar[type[Method]] = Sft
-    name: Literal["sft"] = "sft"
+    method: ClassVar[type[Method[Any]]] = Sft
+    name: str = "sft"
     entropy_coefficient: float = 0.0
+    """Coefficient of the entropy bonus (nats) in the loss. 0: none."""

@@ -145,7 +145,7 @@ def test_advantages_of_a_group():
         [0.684205, 0.563235, 0.464194, -1.613339, 0.620698, -1.613339, 0.383106, 0.511241],
         atol=1e-6,
     )
-    assert chosen.counted()["reward/teca"].count == 8
+    assert chosen.pop_metrics()["reward/teca"].count == 8
 
 
 @given(st.lists(st.floats(0.01, 5), min_size=2, max_size=8, unique_by=lambda teca: round(teca, 2)))
@@ -188,7 +188,7 @@ def test_a_response_without_a_token_is_left_out_and_counted(correct):
     samples = (answer([], correct=correct), answer([1, 2]), answer([1], correct=False))
     (group,) = chosen.compute_advantages(chosen.reward([Group(PROMPT, samples)]))
     assert [s.response_length for s in group.samples] == [2, 1]
-    counted = chosen.counted()
+    counted = chosen.pop_metrics()
     assert counted["train/empty"] == Metric(1, 3) and counted["reward/teca"].count == 2
     for s in group.samples:
         assert np.isfinite(s.advantage).all() and np.isfinite(s.weight).all()
@@ -210,7 +210,7 @@ def test_a_group_without_signal_is_counted(samples):
     chosen = cer()
     (group,) = chosen.compute_advantages(chosen.reward([Group(PROMPT, samples)]))
     assert not any(s.advantage.any() for s in group.samples)
-    assert chosen.counted()["train/zero_advantage"] == Metric(1, 1)
+    assert chosen.pop_metrics()["train/zero_advantage"] == Metric(1, 1)
 
 
 def test_an_answer_that_could_not_be_judged_is_no_wrong_one():

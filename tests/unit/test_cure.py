@@ -1,13 +1,13 @@
 """CURE against the worked numbers of its release (arXiv 2508.11016, github bytedance/CURE), and its invariants.
 
-Rollouts are scripted, but everything around them is real: the sampler's grading and texts, packing, the verifier, the
-head's statistics of a toy policy whose logits depend on the token before.
+Rollouts are scripted, but everything around them is real: grading and texts, packing, the verifier, the head's
+statistics of a toy policy whose logits depend on the token before.
 """
 
 import dataclasses
 import math
 from collections import Counter
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from entropy_kernels import TokenStats, token_stats_from_logits
 from megatron_entropy.actor.optimizer import build_schedule
 from megatron_entropy.config.schema import BatchConfig, Config, DataConfig, OptimizerConfig, RolloutConfig
-from megatron_entropy.data.packing import IGNORED, pack, plan
+from megatron_entropy.data.packing import IGNORE_INDEX, pack, plan_microbatches
 from megatron_entropy.errors import ConfigError
 from megatron_entropy.methods import build_method, objectives
 from megatron_entropy.methods.cer import Cer, CerConfig
@@ -28,7 +28,7 @@ from megatron_entropy.methods.sent import Sent, SentConfig
 from megatron_entropy.records import Batch, Grade, Group, Metric, Prompt, Sample, refill, samples_of
 from megatron_entropy.rewards.pool import RewardPool
 from megatron_entropy.rollout.engine import Completion
-from megatron_entropy.trainer.rollouts import Sampler
+from megatron_entropy.trainer.rollouts import build_groups, grade_groups
 
 EOS, PAD = 0, 1
 CPU = torch.device("cpu")
@@ -47,38 +47,40 @@ class Words:
 
 
 class Script:
-    """Rollouts whose responses are written down: `answer(prompt, number)` is a list of tokens."""
+    """Rollouts with scripted responses: `answer(prompt, number)` is a list of tokens."""
 
     def __init__(self, prompts, answer, texts=(), logits: torch.Tensor | None = None, budget: int = 10**6) -> None:
         self.prompts, self.answer, self.logits, self.budget = list(prompts), answer, logits, budget
-        self.asked: list[list[Prompt]] = []
+        self.sampled: list[list[Prompt]] = []
         self.scored = 0
-        self.sampler = object.__new__(Sampler)
-        self.sampler.version = 1
-        self.sampler._tokenizer = Words(dict(texts))  # type: ignore[assignment]
-        self.sampler._grader = RewardPool(verifier="dapo")
-        self.text = self.sampler.text
+        self.tokenizer = Words(dict(texts))
+        self.reward_pool = RewardPool(verifier="dapo")
 
-    def take(self, count: int) -> list[Prompt]:
+    def take_prompts(self, count: int) -> list[Prompt]:
         taken, self.prompts = self.prompts[:count], self.prompts[count:]
         return taken
 
-    def sample(self, prompts, samples: int, *, grade_prefix: bool = False) -> list[Group]:
-        self.asked.append(list(prompts))
-        completions = {}
-        for place, prompt in enumerate(prompts):
-            for number in range(samples):
+    def token_text(self, token: int) -> str:
+        return self.tokenizer.decode([token])
+
+    def sample(self, prompts, num_samples: int, *, grade_prefix: bool = False) -> list[Group]:
+        self.sampled.append(list(prompts))
+        completions = []
+        for index, prompt in enumerate(prompts):
+            for number in range(num_samples):
                 tokens = np.array(self.answer(prompt, number), np.int32)
-                completions[place, number] = Completion((place, number), tokens, np.zeros(len(tokens)), "stop")
-        return self.sampler._graded(prompts, samples, completions, grade_prefix)
+                completions.append(Completion((index, number), tokens, np.zeros(len(tokens), np.float32), "stop"))
+        groups = build_groups(prompts, num_samples, completions, tokenizer=self.tokenizer, policy_version=1)
+        return grade_groups(groups, reward_pool=self.reward_pool, tokenizer=self.tokenizer, grade_prefix=grade_prefix)
 
     def score(self, groups) -> list[Group]:
-        """As the actor: packed in micro-batches of `budget` places, then put back in order."""
+        """As the actor: packed in micro-batches of `budget` positions, then put back in order."""
         self.scored += 1
         assert self.logits is not None
         samples = samples_of(groups)
         filled = list(samples)
-        (micro_batches,) = plan([len(s.tokens) - 1 for s in samples], max_tokens_per_microbatch=self.budget, ranks=1)
+        lengths = [len(s.tokens) - 1 for s in samples]
+        (micro_batches,) = plan_microbatches(lengths, max_tokens_per_microbatch=self.budget, ranks=1)
         for indices in micro_batches:
             batch = pack(samples, indices, device=CPU)
             stats = token_stats_from_logits(self.logits[batch.tokens], batch.targets)
@@ -95,20 +97,20 @@ def prompts(count: int, length: int = 3) -> list[Prompt]:
     return [Prompt(i, "q", tuple(range(11, 11 + length)), "12") for i in range(count)]
 
 
-def stage(
-    config=None, *, samples: int = 16, wanted: int = 1, limit: int = 2596, room: int = 1500, **settings
+def config_of(
+    method=None, *, samples: int = 16, num_prompts: int = 1, limit: int = 2596, room: int = 1500, **settings
 ) -> Config:
     return Config(
         steps=1,
-        method=config or CureConfig(**settings),
-        batch=BatchConfig(prompts=wanted, samples=samples),
+        method=method or CureConfig(**settings),
+        batch=BatchConfig(prompts=num_prompts, samples=samples),
         rollout=RolloutConfig(max_response_tokens=limit),
         data=DataConfig(max_prompt_tokens=room),
     )
 
 
 def cure(**settings) -> Cure:
-    built = build_method(stage(**settings))
+    built = build_method(config_of(**settings))
     assert isinstance(built, Cure)
     return built
 
@@ -125,9 +127,9 @@ def graded(*verdicts: bool, length: int = 4) -> Group:
 
 
 def cuts(chosen: Cure, sample: Sample, text, draws: int) -> Counter:
-    """Where so many draws cut a response; a draw differs from another by its question."""
-    found = [chosen._branch_prompt(Prompt(i, "q", (11, 12, 13)), 0, sample, text) for i in range(draws)]
-    return Counter(len(stem.given) for stem in found)
+    """Count the cuts of a response over many draws; every draw has another question."""
+    found = [chosen.branch_prompt(Prompt(i, "q", (11, 12, 13)), 0, sample, text) for i in range(draws)]
+    return Counter(len(branch.response_prefix) for branch in found)
 
 
 # TV1
@@ -159,7 +161,7 @@ WORDS = dict(zip(TOKENS[:10], TEXTS, strict=False))
 
 
 def text_of(token: int) -> str:
-    return Script([], None, WORDS).text(token) if token != PAD else ""
+    return Script([], None, WORDS).token_text(token) if token != PAD else ""
 
 
 @pytest.mark.parametrize("top,expected", [(3, [4, 5, 6]), (20, [4, 5, 6, 8, 9, 1])])
@@ -176,9 +178,9 @@ def test_candidates_are_the_first_k_that_may_be_cut(top, expected):
 def test_without_a_candidate_branches_start_at_the_question(texts):
     words = dict(enumerate(texts, start=20))
     chosen = cure()
-    stem = chosen._branch_prompt(prompts(1)[0], 0, response(words, range(len(words))), lambda token: words[token])
-    assert stem == prompts(1)[0] and stem.given == ()
-    counted = chosen.counted()
+    branch = chosen.branch_prompt(prompts(1)[0], 0, response(words, range(len(words))), lambda token: words[token])
+    assert branch == prompts(1)[0] and branch.response_prefix == ()
+    counted = chosen.pop_metrics()
     assert counted["rollout/cut_at_start"].value == 1 and counted["rollout/cut_shortened"].value == 0
     assert "rollout/cut_position" not in counted
 
@@ -191,38 +193,38 @@ def test_only_the_k_most_uncertain_are_drawn_and_each_as_often():
         assert count / 6000 == pytest.approx(0.05, abs=5 * math.sqrt(0.05 * 0.95 / 6000))
 
 
-def test_equal_entropies_are_ordered_by_place():
+def test_equal_entropies_are_ordered_by_position():
     found = cuts(cure(top=2), response(range(20, 30), [1.0] * 10), lambda token: "word", 50)
     assert set(found) == {1, 2}
 
 
 def peaked(flat: int, size: int = 40) -> torch.Tensor:
-    """A toy policy, logits [before, next], unsure only after token `flat`."""
+    """A toy policy, logits [token, next token], uncertain only after token `flat`."""
     logits = torch.eye(size).roll(1, 1) * 20
     logits[flat] = 0
     return logits
 
 
-def test_a_cut_is_where_the_unsure_distribution_was_drawn_from():
+def test_the_token_drawn_from_the_uncertain_distribution_is_critical():
     """The distribution after response[3] produced response[4]."""
     script = Script(prompts(1), lambda prompt, number: [21, 22, 23, 24, 25, 26, EOS], logits=peaked(24))
     chosen = cure(top=1, initial_responses=1, branches=1, samples=2)
-    (group,) = chosen.explore(script, 1)
-    assert script.asked[1][0].given == (21, 22, 23, 24)
+    (group,) = chosen.sample_groups(script, 1)
+    assert script.sampled[1][0].response_prefix == (21, 22, 23, 24)
     assert group.samples[0].entropy.argmax() == 3 + 4
-    assert chosen.counted()["rollout/cut_entropy"].value == pytest.approx(math.log(40), abs=1e-5)
+    assert chosen.pop_metrics()["rollout/cut_entropy"].value == pytest.approx(math.log(40), abs=1e-5)
     np.testing.assert_allclose(group.samples[0].entropy[3 + 4], math.log(40), rtol=1e-6)
 
 
-def test_random_mode_draws_among_all_that_may_be_cut_and_asks_no_entropy():
+def test_random_mode_draws_among_all_allowed_positions_and_needs_no_entropy():
     chosen = cure(critical_token="random", top=2)
     found = cuts(chosen, response(TOKENS[:11]), text_of, 6 * 300)
     assert set(found) == {1, 4, 5, 6, 8, 9}
     for count in found.values():
         assert count == pytest.approx(300, abs=5 * math.sqrt(300))
     script = Script(prompts(2), lambda prompt, number: [21, 22, EOS])
-    chosen.explore(script, 2)
-    assert script.scored == 0 and "rollout/cut_entropy" not in chosen.counted()
+    chosen.sample_groups(script, 2)
+    assert script.scored == 0 and "rollout/cut_entropy" not in chosen.pop_metrics()
 
 
 @given(
@@ -233,11 +235,11 @@ def test_a_cut_is_always_allowed_and_among_the_k_most_uncertain(pairs, top):
     entropy, texts = [h for h, _ in pairs], dict(enumerate([text for _, text in pairs], start=20))
     sample = response(texts, entropy)
     chosen = cure(top=top)
-    stem = chosen._branch_prompt(prompts(1)[0], 1, sample, texts.__getitem__)
-    assert stem == chosen._branch_prompt(prompts(1)[0], 1, sample, texts.__getitem__), "drawn by seed"
+    branch = chosen.branch_prompt(prompts(1)[0], 1, sample, texts.__getitem__)
+    assert branch == chosen.branch_prompt(prompts(1)[0], 1, sample, texts.__getitem__), "drawn by seed"
     allowed = [i for i, text in enumerate(texts.values()) if i and len(text.strip()) > 1]
-    cut = len(stem.given)
-    assert stem.given == tuple(texts)[:cut]
+    cut = len(branch.response_prefix)
+    assert branch.response_prefix == tuple(texts)[:cut]
     if not allowed:
         assert cut == 0
     else:
@@ -258,13 +260,13 @@ def test_cuts_do_not_depend_on_the_order_of_rows_or_their_micro_batches(order, b
 
     def branch_prompts(order, budget):
         script = Script([prompts(6)[i] for i in order], answer, logits=table, budget=budget)
-        cure(initial_responses=2, branches=1, samples=4, top=3).explore(script, 6)
-        return {(s.index, i % 2): s.given for i, s in enumerate(script.asked[1])}
+        cure(initial_responses=2, branches=1, samples=4, top=3).sample_groups(script, 6)
+        return {(s.index, i % 2): s.response_prefix for i, s in enumerate(script.sampled[1])}
 
     assert branch_prompts(order, budget) == branch_prompts(range(6), 10**6)
 
 
-# TV7, TV14: what a branch is given, and what of it is trained
+# TV7, TV14: the response prefix of a branch, and its trained tokens
 
 
 @pytest.mark.parametrize(
@@ -276,11 +278,11 @@ def test_a_branch_keeps_the_tokens_before_its_cut(room, cut, given_part):
     entropy[cut] = 1
     chosen = cure(room=room, top=1)
     only = {21 + cut} if cut else set()
-    stem = chosen._branch_prompt(
+    branch = chosen.branch_prompt(
         prompts(1)[0], 0, response(range(21, 26), entropy), lambda t: "word" if t in only else "x"
     )
-    assert stem.given == given_part and stem.tokens == (11, 12, 13)
-    assert chosen.counted()["rollout/cut_shortened"].value == (cut > room - 3)
+    assert branch.response_prefix == given_part and branch.tokens == (11, 12, 13)
+    assert chosen.pop_metrics()["rollout/cut_shortened"].value == (cut > room - 3)
 
 
 def test_a_branch_trains_the_tokens_it_generates_and_no_others():
@@ -289,14 +291,14 @@ def test_a_branch_trains_the_tokens_it_generates_and_no_others():
 
     script = Script(prompts(1), answer, logits=peaked(23))
     chosen = cure(top=1, initial_responses=1, branches=1, samples=2)
-    parent, branch = chosen.compute_advantages(chosen.reward(chosen.explore(script, 1)))[0].samples
+    parent, branch = chosen.compute_advantages(chosen.reward(chosen.sample_groups(script, 1)))[0].samples
     assert branch.tokens.tolist() == [11, 12, 13, 21, 22, 23, 31, 32, 33, 34, EOS]
     assert branch.prompt_length == 6 and branch.parent == 0 and parent.parent is None
     assert np.count_nonzero(branch.weight) == np.count_nonzero(parent.weight) == 5
     assert branch.text == " word" * 4, "generated tokens only"
     batch = pack([branch], [0], device=CPU)
     assert batch.positions.tolist() == list(range(10))
-    assert batch.targets.tolist() == [IGNORED] * 5 + [31, 32, 33, 34, EOS]
+    assert batch.targets.tolist() == [IGNORE_INDEX] * 5 + [31, 32, 33, 34, EOS]
     assert (batch.weight != 0).tolist() == [False] * 5 + [True] * 5
 
 
@@ -308,10 +310,10 @@ def test_a_group_holds_its_first_responses_and_then_their_branches_in_order(firs
     numbers = iter(range(10**6))
     script = Script(prompts(2), lambda prompt, number: [next(numbers) + 100, 30, 31], logits=torch.zeros(200, 200))
     chosen = cure(initial_responses=first, branches=branches, samples=first * (1 + branches))
-    groups = chosen.explore(script, 2)
-    for place, group in enumerate(groups):
+    groups = chosen.sample_groups(script, 2)
+    for index, group in enumerate(groups):
         tags = [s.tokens[s.prompt_length] - 100 for s in group.samples]
-        rows = range(place * first, (place + 1) * first)
+        rows = range(index * first, (index + 1) * first)
         assert tags == [*rows, *(2 * first + branches * row + i for row in rows for i in range(branches))]
         assert [s.parent for s in group.samples] == [None] * first + [p for p in range(first) for _ in range(branches)]
         assert group.prompt.response_prefix == () and len(group.samples) == first * (1 + branches)
@@ -337,7 +339,7 @@ def test_originals_and_branches_share_one_baseline(right, expected):
     advantages = [s.response("advantage") for s in group.samples]
     np.testing.assert_allclose(advantages[0], expected[0], atol=1e-6)
     np.testing.assert_allclose(advantages[-1], expected[1], atol=1e-6)
-    assert chosen.counted()["train/zero_advantage"].value == (right in (0, 16))
+    assert chosen.pop_metrics()["train/zero_advantage"].value == (right in (0, 16))
 
 
 @pytest.mark.parametrize("limit,length,expected", [
@@ -350,27 +352,27 @@ def test_overlong_penalty_adds_to_the_verdict(limit, length, expected, correct):
     assert group.samples[0].reward == (1 if correct else -1) + expected
 
 
-def test_a_reused_prefix_is_no_length():
+def test_a_response_prefix_does_not_count_as_length():
     long = dataclasses.replace(response(range(2000), prompt_length=1003), grade=Grade(True))
     (group,) = cure().reward([Group(prompts(1)[0], (long,))])
     assert group.samples[0].reward == 1
 
 
 @pytest.mark.parametrize("right,kept", [(0, False), (1, True), (15, True), (16, False)])
-def test_unanimous_groups_are_dropped_whatever_their_lengths(right, kept):
+def test_unanimous_groups_are_dropped_at_any_length(right, kept):
     """The right answers come last, among the branches: originals all wrong but a branch right is a mixed group."""
     groups = [graded(*[False] * (16 - right), *[True] * right, length=2500)]
     chosen = cure(max_rounds=1)
-    chosen.explore = lambda rollouts, count: groups
+    chosen.sample_groups = lambda rollouts, count: groups
     assert bool(chosen.generate(Script([], None))) == kept
-    assert chosen.counted()["rollout/mixed_groups"].value == kept
+    assert chosen.pop_metrics()["rollout/mixed_groups"].value == kept
 
 
 def test_a_step_trains_on_the_first_groups_that_were_kept():
     mixed, unanimous = graded(True, *[False] * 15), graded(*[False] * 16)
     made = [Group(Prompt(i, "q", (1,)), (mixed if i % 5 < 3 else unanimous).samples) for i in range(1000)]
-    chosen = cure(wanted=512, generation_prompts=1000)
-    chosen.explore = lambda rollouts, count: made[:count]
+    chosen = cure(num_prompts=512, generation_prompts=1000)
+    chosen.sample_groups = lambda rollouts, count: made[:count]
     groups = chosen.generate(Script([], None))
     assert [g.prompt.index for g in groups] == [i for i in range(1000) if i % 5 < 3][:512]
     assert sum(len(g.samples) for g in groups) == 8192
@@ -428,10 +430,10 @@ ANSWERS = {20: " So\nAnswer", 21: ":", 22: " 12", 23: "\nAnswer: 12\n", 24: r"An
 def test_a_branch_is_graded_by_its_own_tokens_or_the_whole_answer(reused, generated, graded_as, correct):
     first = [*reused, 39, EOS]
     logits = peaked(reused[-1] if reused else 13)
-    script = Script(prompts(1), lambda p, n: generated if len(script.asked) == 2 else first, ANSWERS, logits)
+    script = Script(prompts(1), lambda p, n: generated if len(script.sampled) == 2 else first, ANSWERS, logits)
     chosen = cure(top=1, initial_responses=1, branches=1, samples=2, graded=graded_as, min_characters=1)
-    (group,) = chosen.explore(script, 1)
-    assert script.asked[1][0].given == reused
+    (group,) = chosen.sample_groups(script, 1)
+    assert script.sampled[1][0].response_prefix == reused
     assert group.samples[1].grade.correct == correct
     (rewarded,) = chosen.reward([group])
     assert rewarded.samples[1].reward == (1 if correct else -1)
@@ -471,14 +473,21 @@ def test_without_branches_it_is_dapo():
 
     def run(config):
         script = Script(prompts(40), lambda p, n: [int(numbers[p.index, n]), EOS], {20: "Answer: 12"})
-        built = build_method(stage(config, wanted=8))
+        built = build_method(config_of(config, num_prompts=8))
         groups = built.generate(script)
         filled = [g.with_samples(dataclasses.replace(s, logprob=s.constant(-1)) for s in g.samples) for g in groups]
         samples = samples_of(built.compute_advantages(built.reward(filled)))
         batch = pack(samples, range(len(samples)), device=CPU)
         stats = TokenStats(logprob=torch.linspace(-3, 0, len(batch.tokens)), entropy=torch.zeros(len(batch.tokens)))
         loss, _ = built.loss(stats, batch)
-        return script.asked, [s.tokens.tolist() for s in samples], batch.weight, batch.advantage, loss, built.counted()
+        return (
+            script.sampled,
+            [s.tokens.tolist() for s in samples],
+            batch.weight,
+            batch.advantage,
+            loss,
+            built.pop_metrics(),
+        )
 
     left = run(CureConfig(initial_responses=16, branches=0))
     right = run(DapoConfig(overlong_buffer=512))
@@ -493,87 +502,87 @@ def test_without_branches_it_is_dapo():
 def test_responses_of_no_or_one_token_are_branched_at_the_question():
     script = Script(prompts(2), lambda p, n: [[], [EOS]][p.index], logits=torch.zeros(40, 40))
     chosen = cure(initial_responses=2, branches=1, samples=4)
-    groups = chosen.compute_advantages(chosen.reward(chosen.explore(script, 2)))
+    groups = chosen.compute_advantages(chosen.reward(chosen.sample_groups(script, 2)))
     assert [len(g.samples) for g in groups] == [0, 4] and not any(s.advantage.any() for s in samples_of(groups))
-    counted = chosen.counted()
+    counted = chosen.pop_metrics()
     assert counted["rollout/cut_at_start"] == Metric(4, 4) and counted["train/empty"] == Metric(4, 8)
     assert counted["train/zero_advantage"] == Metric(2, 2)
 
 
-def test_k_larger_than_the_response_takes_every_place_that_may_be_cut():
+def test_k_larger_than_the_response_takes_every_allowed_position():
     assert critical_positions(np.array([2, 0, 1]), [20, 21, 22], lambda token: "word", 10**6, 2) == [2, 1]
 
 
 def test_a_group_of_one_has_zero_advantage():
     chosen = cure(initial_responses=1, branches=0, samples=1)
     (group,) = chosen.compute_advantages(chosen.reward([graded(True)]))
-    assert not group.samples[0].advantage.any() and chosen.counted()["train/zero_advantage"].value == 1
+    assert not group.samples[0].advantage.any() and chosen.pop_metrics()["train/zero_advantage"].value == 1
 
 
 def test_special_tokens_have_no_text():
     script = Script([], None, {20: " word"})
-    assert [script.text(token) for token in (EOS, PAD, 20)] == ["", "", " word"]
+    assert [script.token_text(token) for token in (EOS, PAD, 20)] == ["", "", " word"]
 
 
 # Two methods in one
 
 
 class CureCer(Cure, Cer):
-    """Branches at critical tokens, rewarded for confidence."""
+    """Groups branch at critical tokens; confidence is rewarded."""
 
 
 class CureCerConfig(CureConfig, CerConfig):
     method: ClassVar[type] = CureCer
-    name: Literal["cure_cer"] = "cure_cer"
-    kl_coefficient: float = 0.001  # CER's: pydantic takes what the first base has, even if it only inherited it
+    name: str = "cure_cer"
+    kl_coefficient: float = 0.001  # CER's; CureConfig inherits another default
 
 
-def test_a_method_can_be_made_of_two():
+def test_two_methods_combine_in_one_class():
     config = CureCerConfig(initial_responses=1, branches=1, top=1, graded="answer", entropy_weight=2)
-    chosen = build_method(stage(config, samples=2, wanted=1))
-    assert isinstance(chosen, CureCer) and chosen.config is config and chosen.reference == "initial"
-    script = Script(prompts(1), lambda p, n: [30, EOS] if p.given else [23, 31, 32, EOS], ANSWERS, peaked(31))
-    (group,) = chosen.explore(script, 1)
-    assert script.asked[1][0].given == (23, 31)
+    chosen = build_method(config_of(config, samples=2))
+    assert isinstance(chosen, CureCer) and chosen.settings is config and chosen.reference == "initial"
+    script = Script(prompts(1), lambda p, n: [30, EOS] if p.response_prefix else [23, 31, 32, EOS], ANSWERS, peaked(31))
+    (group,) = chosen.sample_groups(script, 1)
+    assert script.sampled[1][0].response_prefix == (23, 31)
     scored = script.score([group])
     (rewarded,) = chosen.reward(scored)
     for s in rewarded.samples:
         teca = s.response("entropy").mean()
         assert s.reward == pytest.approx((1 + 2 * (1 + math.exp(-teca))) / 2)
-    assert chosen.counted()["rollout/cut_entropy"].value > 3
+    assert chosen.pop_metrics()["rollout/cut_entropy"].value > 3
     with pytest.raises(ConfigError, match=r"batch\.samples"):
-        build_method(stage(config, samples=3))
+        build_method(config_of(config, samples=3))
 
 
 class CureSent(Cure, Sent):
-    """Branches at critical tokens, penalised where they are sure."""
+    """Groups branch at critical tokens; tokens of low entropy are penalized."""
 
 
 class CureSentConfig(CureConfig, SentConfig):
     method: ClassVar[type] = CureSent
-    name: Literal["cure_sent"] = "cure_sent"
+    name: str = "cure_sent"
 
 
 @pytest.mark.parametrize("form", ["paper", "release"])
-def test_a_method_can_branch_as_one_and_credit_as_another(form):
+def test_a_method_can_sample_as_one_and_penalize_as_another(form):
     config = CureSentConfig.model_validate(
         {"form": form, "initial_responses": 1, "branches": 1, "top": 1, "low_fraction": 0.5, "overlong_buffer": 0}
     )
-    built = build_method(stage(config, samples=2).model_copy(update={"batch": BatchConfig(samples=2, updates=2)}))
-    assert isinstance(built, CureSent) and built.reference == "initial" and built.config is config
+    built = build_method(config_of(config, samples=2).model_copy(update={"batch": BatchConfig(samples=2, updates=2)}))
+    assert isinstance(built, CureSent) and built.reference == "initial" and built.settings is config
     assert config.clip == (form == "paper") and config.clip_high == 0.28
-    script = Script(prompts(1), lambda p, n: [30, EOS] if p.given else [23, 31, 32, EOS], ANSWERS, peaked(31))
-    (group,) = built.compute_advantages(built.reward(script.score(built.explore(script, 1))))
+    script = Script(prompts(1), lambda p, n: [30, EOS] if p.response_prefix else [23, 31, 32, EOS], ANSWERS, peaked(31))
+    (group,) = built.compute_advantages(built.reward(script.score(built.sample_groups(script, 1))))
     advantages = [s.response("advantage")[0] for s in group.samples]
     np.testing.assert_allclose(advantages, [math.sqrt(0.5), -math.sqrt(0.5)], atol=1e-5)
-    penalised = np.concatenate([s.response("kl_weight") for s in group.samples])
-    assert set(penalised) <= {np.float32(b) for b in (0, config.beta_low, config.beta_high)}
-    counted = built.counted()
-    assert counted["train/low_entropy"].value == 0.5 and counted["rollout/cut_entropy"].value > 3
+    penalized = np.concatenate([s.response("kl_weight") for s in group.samples])
+    assert set(penalized) <= {np.float32(b) for b in (0, config.beta_low, config.beta_high)}
+    counted = built.pop_metrics()
+    assert counted["train/low_entropy_frac"].value == 0.5 and counted["rollout/cut_entropy"].value > 3
 
 
-def test_the_penalty_of_the_one_adds_to_the_reward_of_the_other():
-    chosen = build_method(stage(CureCerConfig(), limit=2596))
+def test_the_length_penalty_of_one_adds_to_the_reward_of_the_other():
+    chosen = build_method(config_of(CureCerConfig(), limit=2596))
     long = dataclasses.replace(graded(True, length=2596).samples[0], entropy=np.zeros(2599, np.float32))
     (group,) = chosen.reward([Group(prompts(1)[0], (long,))])
     assert group.samples[0].reward == 1.5 - 1

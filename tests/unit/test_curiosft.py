@@ -1,6 +1,7 @@
 """CurioSFT and its reinforcement learning against the worked numbers of their release (arXiv 2602.02244).
 
-The search for temperatures is proved in `tests/kernels`; here are the losses, the teacher's moves and the schedule.
+The search for temperatures is proved in `tests/kernels`; here are the losses, the moves of the teacher and the
+schedule.
 """
 
 import dataclasses
@@ -11,14 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from entropy_kernels import TokenStats, token_stats_from_logits
+from entropy_kernels import TokenStats, guided_teacher, token_stats_from_logits
 from megatron_entropy.actor.optimizer import build_schedule
-from megatron_entropy.actor.reference import Reference
 from megatron_entropy.config.schema import BatchConfig, Config, OptimizerConfig, RolloutConfig
 from megatron_entropy.data.packing import pack
-from megatron_entropy.errors import CheckpointError, DataError
+from megatron_entropy.errors import CheckpointError, ConfigError, DataError
 from megatron_entropy.methods import METHOD_CONFIGS, build_method
-from megatron_entropy.records import Batch, Grade, Group, GuidedTemperature, Prompt, Sample, refill, samples_of
+from megatron_entropy.methods.curiosft import GuidedTemperature
+from megatron_entropy.records import Batch, Grade, Group, HeadInputs, Prompt, Sample, refill, samples_of
 
 LOGITS_A = [2.0, 1.0, 0.0, -1.0]
 TAU_A = 1.438572
@@ -49,19 +50,19 @@ def batch_of(reference_logprob=None, weight=None, **fields) -> Batch:
 
 
 class Teacher:
-    """Rollouts that write down what is asked of the teacher."""
+    """Rollouts that log the calls for the teacher: temperatures and statistics of passes, alphas of updates."""
 
     def __init__(self, *prompts: Prompt) -> None:
         self.prompts, self.log = list(prompts), []
 
-    def take(self, count: int) -> list[Prompt]:
+    def take_prompts(self, count: int) -> list[Prompt]:
         return self.prompts[:count]
 
-    def update_ema(self, share: float) -> None:
-        self.log.append(share)
+    def update_ema(self, alpha: float) -> None:
+        self.log.append(alpha)
 
-    def score_reference(self, groups, temperature=None) -> list[Group]:
-        self.log.append(temperature)
+    def score_reference(self, groups, *, temperature=None, statistics=None) -> list[Group]:
+        self.log.append(statistics or temperature)
         return refill(groups, [dataclasses.replace(s, reference_logprob=s.constant(-1.0)) for s in samples_of(groups)])
 
 
@@ -148,14 +149,14 @@ def test_distance_counts_on_trained_tokens_only():
 @pytest.mark.parametrize(
     "settings,reference,divergence",
     [
-        ({}, "moving", "none"),
+        ({}, "ema", "none"),
         ({"teacher": "policy"}, "policy", "none"),
         ({"distillation": "none"}, "none", "none"),
-        ({"distillation": "forward"}, "moving", "forward"),
+        ({"distillation": "forward"}, "ema", "forward"),
         ({"distillation": "reverse", "teacher": "policy"}, "policy", "reverse"),
     ],
 )
-def test_what_a_switch_asks_of_the_trainer(settings, reference, divergence):
+def test_reference_and_divergence_of_a_switch(settings, reference, divergence):
     chosen = method(**settings)
     assert (chosen.reference, chosen.divergence) == (reference, divergence)
 
@@ -177,15 +178,45 @@ def test_without_distillation_it_is_sft_with_an_entropy_bonus():
     assert loss.equal(plain) and metrics == plain_metrics
     np.testing.assert_allclose(loss, [0.95, 1.975])
     teacher = Teacher()
-    assert method(distillation="none").teacher([], teacher) == [] and not teacher.log
+    assert method(distillation="none").score_reference([], teacher) == [] and not teacher.log
 
 
-@pytest.mark.parametrize("guided,expected", [(True, GuidedTemperature(bounds=(1.1, 1.5))), (False, 1.3)])
-def test_temperature_of_the_teacher(guided, expected):
+@pytest.mark.parametrize(
+    "settings,expected",
+    [
+        ({"temperature_bounds": (1.2, 1.4)}, GuidedTemperature(bounds=(1.2, 1.4))),
+        ({"guided": False, "temperature": 1.3}, 1.3),
+    ],
+)
+def test_temperature_of_the_teacher(settings, expected):
     teacher = Teacher(*worked(2, 3))
-    chosen = method(guided=guided, temperature=1.3)
-    chosen.teacher(chosen.generate(teacher), teacher)
+    chosen = method(**settings)
+    chosen.score_reference(chosen.generate(teacher), teacher)
     assert teacher.log == [expected]
+
+
+def test_guided_statistics_are_those_of_the_kernel():
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(6, 8, generator=generator), torch.randn(32, 8, generator=generator)
+    head = HeadInputs(hidden, weight, torch.arange(6), group=None, sequence_parallel=False, vocab_size=30)
+    expected = guided_teacher(hidden, weight, head.targets, bounds=(1.2, 1.4), top=16, vocab_size=30)
+    fields = GuidedTemperature(bounds=(1.2, 1.4), top=16)(head)
+    assert fields["reference_logprob"].equal(expected.logprob)
+    assert fields["reference_temperature"].equal(expected.temperature)
+
+
+@pytest.mark.parametrize(
+    "settings,key,reason",
+    [
+        ({"temperature": 1.3}, "temperature", "guided=true"),
+        ({"guided": False, "temperature_bounds": (1.1, 1.5)}, "temperature_bounds", "guided=false"),
+        ({"teacher": "policy", "ema_every": 1}, "ema_every", 'teacher="policy"'),
+        ({"distillation": "none", "coefficient": 0.5}, "coefficient", 'distillation="none"'),
+    ],
+)
+def test_a_setting_without_effect_is_an_error(settings, key, reason):
+    with pytest.raises(ConfigError, match=f"^method.{key} has no effect with method.{reason}: remove it$"):
+        method(**settings)
 
 
 @pytest.mark.parametrize("kind", ["forward", "reverse"])
@@ -193,7 +224,7 @@ def test_a_fixed_temperature_reaches_the_divergence(kind):
     """`Actor.update` takes the teacher's temperature from the batch."""
     teacher = Teacher(*worked(2, 3))
     chosen = method(guided=False, temperature=1.3, distillation=kind)
-    for s in samples_of(chosen.teacher(chosen.generate(teacher), teacher)):
+    for s in samples_of(chosen.score_reference(chosen.generate(teacher), teacher)):
         np.testing.assert_allclose(s.reference_temperature, s.constant(1.3))
 
 
@@ -204,33 +235,33 @@ def test_the_teacher_moves_before_its_sixth_pass_and_every_fifth_after_it():
     teacher = Teacher()
     chosen = method(guided=False)
     for _ in range(12):
-        chosen.teacher([], teacher)
+        chosen.score_reference([], teacher)
     assert teacher.log == [1.0] * 5 + [0.99] + [1.0] * 5 + [0.99] + [1.0] * 2
 
 
 def test_the_policy_as_its_own_teacher_never_moves():
     teacher = Teacher()
-    chosen = method(guided=False, teacher="policy", every=1)
-    for _ in range(4):
-        chosen.teacher([], teacher)
-    assert teacher.log == [1.0] * 4
+    chosen = method(guided=False, teacher="policy")
+    for _ in range(7):
+        chosen.score_reference([], teacher)
+    assert teacher.log == [1.0] * 7
 
 
 @given(st.integers(0, 25), st.integers(1, 7))
 def test_a_resumed_teacher_moves_when_it_would_have(passed, every):
     whole, begun = Teacher(), Teacher()
-    straight, first, second = (method(guided=False, every=every) for _ in range(3))
+    straight, first, second = (method(guided=False, ema_every=every) for _ in range(3))
     for _ in range(30):
-        straight.teacher([], whole)
+        straight.score_reference([], whole)
     for _ in range(passed):
-        first.teacher([], begun)
+        first.score_reference([], begun)
     second.restore(first.state())
     for _ in range(30 - passed):
-        second.teacher([], begun)
+        second.score_reference([], begun)
     assert begun.log == whole.log
 
 
-def test_memory_of_other_methods_is_refused():
+def test_the_state_of_other_methods_is_refused():
     chosen = method()
     chosen.restore({})
     assert chosen.state() == {"passes": 0}
@@ -240,22 +271,11 @@ def test_memory_of_other_methods_is_refused():
         method("sft").restore(chosen.state())
 
 
-def test_the_reference_takes_the_students_place_and_gives_it_back():
-    student = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
-    reference = Reference({"w": student}, moving=True, on_host=False)
-    own = student.data
-    own.fill_(2)
-    with pytest.raises(ZeroDivisionError), reference.in_place():
-        assert student.dtype == torch.bfloat16 and student.tolist() == [1, 1]
-        raise ZeroDivisionError
-    assert student.data_ptr() == own.data_ptr() and student.tolist() == [2, 2]
-
-
-# Normalisation
+# Normalization
 
 
 @pytest.mark.parametrize("micro_batch,expected", [(1, 1.493612), (0, 2.011584), (2, 2.011584)])
-def test_normalisation(micro_batch, expected):
+def test_normalization(micro_batch, expected):
     """One token of loss a and three of loss b: the mean of means is the release's, the global mean the default."""
     chosen = method(micro_batch=micro_batch)
     samples = samples_of(chosen.compute_advantages(chosen.generate(Teacher(*worked(1, 3)))))
@@ -347,7 +367,7 @@ def test_advantages_and_the_constant_divisor(rewards, expected):
     np.testing.assert_allclose([s.response("advantage")[0] for s in group.samples], expected, atol=1e-6)
     for s in group.samples:
         np.testing.assert_allclose(s.response("weight"), 1 / (8192 * len(rewards)), rtol=1e-6)
-    assert chosen.counted()["train/zero_advantage"].value == (not any(expected))
+    assert chosen.pop_metrics()["train/zero_advantage"].value == (not any(expected))
 
 
 # Hard cases
@@ -373,5 +393,5 @@ def test_empty_answers_of_the_released_loss_are_left_out_and_counted():
     groups = [answers(True, False, length=0), answers(True, False)]
     first, second = chosen.compute_advantages(chosen.reward(groups))
     assert not first.samples and len(second.samples) == 2
-    counted = chosen.counted()
+    counted = chosen.pop_metrics()
     assert counted["train/empty"].value == 0.5 and counted["train/zero_advantage"].value == 0.5

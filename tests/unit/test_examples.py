@@ -1,9 +1,9 @@
 """The examples: every file is valid; the tiny ones train the same under TP2 and PP2 on the same rollouts.
 
-The files with the papers' settings are checked against the published sizes of their models, without the models. The
-tiny ones run whole with `-m exhaustive`: three steps of each stage under TP2 with what the engines
-answer recorded, then under PP2 on the recording. Losses within 1e-4: layouts sum in another order, and three steps of
-Adam at these learning rates carry that on.
+The files with the papers' settings are checked against the published architectures of their models, without weights.
+The tiny ones run as a whole with `-m exhaustive`: three steps of each stage under TP2 with recorded responses, then
+under PP2 on the recording. Losses agree within 1e-4: layouts sum in another order, and three steps of Adam at these
+learning rates amplify the difference.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ import pytest
 from test_plan import PUBLISHED, model
 
 from megatron_entropy.config import check, load
-from megatron_entropy.methods import METHOD_CONFIGS, build_method
+from megatron_entropy.methods import build_method, load_method_config
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-SHAPES = {
+ARCHITECTURES = {
     "Qwen2.5-Math-7B": dataclasses.replace(PUBLISHED["Qwen2.5-Math-7B"][0], max_positions=4096),
     "Qwen2.5-Math-7B-16k-think": dataclasses.replace(PUBLISHED["Qwen2.5-Math-7B"][0], max_positions=16384),
     "Qwen3-4B": dataclasses.replace(PUBLISHED["Qwen3-4B"][0], max_positions=40960),
@@ -33,25 +33,28 @@ TOLERANCE = 1e-4
 
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "papers").glob("*.toml")), ids=lambda path: path.stem)
 def test_settings_of_the_papers_fit_eight_gpus(path):
-    stages = load.load(path, [], METHOD_CONFIGS)
+    stages = load.load(path, [], load_method_config)
     check.check_stages(stages)
     for stage in stages:
-        check.check(stage, SHAPES[Path(stage.model.path).name], world_size=8)
+        check.check(stage, ARCHITECTURES[Path(stage.model.path).name], world_size=8)
         build_method(stage)
 
 
-def test_tiny_examples_have_the_shape_of_the_papers():
+def test_tiny_examples_have_the_stages_of_the_papers():
     assert TINY == sorted(["start", *(path.stem for path in (EXAMPLES / "papers").glob("*.toml"))])
     for name in set(TINY) - {"start"}:
-        tiny, paper = (load.load(EXAMPLES / kind / f"{name}.toml", [], METHOD_CONFIGS) for kind in ("tiny", "papers"))
+        tiny, paper = (
+            load.load(EXAMPLES / kind / f"{name}.toml", [], load_method_config) for kind in ("tiny", "papers")
+        )
         assert [s.method.name for s in tiny] == [s.method.name for s in paper]
         for stage in tiny:
-            shape = dataclasses.replace(model("qwen3", 4, 160, 480, 4, 2, 32, 17), max_positions=512)
-            check.check(stage, shape, world_size=2)
+            arch = dataclasses.replace(model("qwen3", 4, 160, 480, 4, 2, 32, 17), max_positions=512)
+            check.check(stage, arch, world_size=2)
+            build_method(stage)
 
 
 def train(name: str, inputs: Path, run: Path, *flags: str) -> dict[tuple[str, int], float]:
-    """Run a tiny example for three steps a stage; the losses by stage and step."""
+    """Run a tiny example for three steps of each stage; return the losses by stage and step."""
     path = EXAMPLES / "tiny" / f"{name}.toml"
     steps = ["--steps=3"]
     data = json.dumps([str(inputs / "train.jsonl")])
@@ -67,7 +70,7 @@ def train(name: str, inputs: Path, run: Path, *flags: str) -> dict[tuple[str, in
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
-    """Arithmetic with a column of semantic entropies, and a model that has seen a little of it."""
+    """Arithmetic data with a column of semantic entropies, and a model trained on a little of it."""
     folder = tmp_path_factory.mktemp("inputs")
     script = [sys.executable, str(EXAMPLES / "make_arithmetic.py"), "--out", str(folder), "--train", "600"]
     subprocess.run(script, check=True, env=ENVIRONMENT)
@@ -92,5 +95,5 @@ def test_a_tiny_example_trains_the_same_under_another_layout(name, inputs, tmp_p
     layers = ["--actor.parallel.tp=1", "--actor.parallel.pp=2", f"--rollout.replay={recorded}"]
     pipeline = train(name, inputs, tmp_path / "pp2", *layers)
     assert tensor.keys() == pipeline.keys() and len(tensor) >= 3
-    for place, loss in tensor.items():
-        assert pipeline[place] == pytest.approx(loss, abs=TOLERANCE), place
+    for step, loss in tensor.items():
+        assert pipeline[step] == pytest.approx(loss, abs=TOLERANCE), step

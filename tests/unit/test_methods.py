@@ -1,4 +1,4 @@
-"""Methods against worked numbers: DAPO's and GRPO's formulas, and what a hook does with hard cases.
+"""Methods against worked numbers: the formulas of GRPO and DAPO, hard cases of the hooks, settings without effect.
 
 Vectors are those of the DAPO paper's formulas worked by hand (advantages with ddof = 1 and eps 1e-6, as in verl).
 """
@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from entropy_kernels import TokenStats
+from megatron_entropy.config import load
 from megatron_entropy.config.schema import BatchConfig, Config, RolloutConfig
-from megatron_entropy.errors import CheckpointError, DataError
-from megatron_entropy.methods import METHOD_CONFIGS, build_method, objectives
+from megatron_entropy.errors import CheckpointError, ConfigError, DataError
+from megatron_entropy.methods import METHOD_CONFIGS, build_method, load_method_config, objectives
 from megatron_entropy.records import Batch, Grade, Group, Metric, Prompt, Sample
 
 PROMPT = Prompt(0, "q", (1, 2, 3), "7", (4, 5))
@@ -103,14 +104,14 @@ class Stub:
         self.rounds = iter(rounds)
         self.taken = 0
 
-    def take(self, count: int) -> list[Prompt]:
+    def take_prompts(self, count: int) -> list[Prompt]:
         self.taken += count
         return [PROMPT] * count
 
-    def sample(self, prompts, samples) -> list[Group]:
+    def sample(self, prompts, num_samples) -> list[Group]:
         return [group(*verdicts) for verdicts in next(self.rounds)]
 
-    def score_reference(self, groups, temperature=None) -> list[Group]:
+    def score_reference(self, groups) -> list[Group]:
         return [
             g.with_samples(dataclasses.replace(s, reference_logprob=s.constant(-1)) for s in g.samples) for g in groups
         ]
@@ -124,9 +125,9 @@ def test_dapo_drops_unanimous_groups_and_refills():
     chosen = method("dapo")
     groups = chosen.generate(stub)
     assert len(groups) == 2 and stub.taken == 6
-    counted = chosen.counted()
-    assert counted["rollout/rounds"].value == 3 and counted["rollout/mixed_groups"].value == 0.5
-    assert not chosen.counted(), "a step counts from nothing"
+    metrics = chosen.pop_metrics()
+    assert metrics["rollout/rounds"].value == 3 and metrics["rollout/mixed_groups"].value == 0.5
+    assert not chosen.pop_metrics(), "metrics are counted per step"
 
 
 def test_dapo_trains_on_what_it_has_after_max_rounds():
@@ -134,17 +135,17 @@ def test_dapo_trains_on_what_it_has_after_max_rounds():
     assert len(groups) == 1
 
 
-def test_dapo_filter_looks_at_verdicts_not_at_penalties():
+def test_dapo_filters_by_verdicts_not_by_penalties():
     chosen = method("dapo", overlong_buffer=512)
     long = dataclasses.replace(sample(True), tokens=np.zeros(3 + 2596, np.int32))
     rewarded = chosen.reward([Group(PROMPT, (sample(True), long))])[0]
     assert [s.reward for s in rewarded.samples] == [1.0, 0.0]
     stub = Stub()
-    stub.sample = lambda prompts, samples: [Group(PROMPT, (sample(True), long))]
+    stub.sample = lambda prompts, num_samples: [Group(PROMPT, (sample(True), long))]
     assert method("dapo", max_rounds=1, overlong_buffer=512).generate(stub) == []
 
 
-def test_credit_normalises_over_the_tokens_of_the_step():
+def test_weights_are_normalized_over_the_tokens_of_the_step():
     chosen = method("grpo")
     groups = chosen.compute_advantages(
         chosen.reward([group(*MIXED), Group(PROMPT, (sample(True, 10), sample(False, 2)))])
@@ -157,18 +158,17 @@ def test_credit_normalises_over_the_tokens_of_the_step():
         assert not s.weight[:3].any() and not s.advantage[:3].any()
 
 
-def test_sequence_aggregation_gives_every_response_the_same_say():
+def test_sequence_aggregation_gives_every_response_the_same_weight():
     chosen = method("grpo", aggregation="sequence")
     groups = chosen.compute_advantages(chosen.reward([Group(PROMPT, (sample(True, 10), sample(False, 2)))]))
     for s in groups[0].samples:
         assert s.weight.sum() == pytest.approx(0.5)
 
 
-def test_an_answer_the_verifier_could_not_judge_is_no_zero():
+def test_an_ungraded_response_is_left_out():
     chosen = method("grpo")
     groups = chosen.compute_advantages(chosen.reward([group(True, None, False)]))
-    judged = [s.grade.correct for s in groups[0].samples]
-    assert judged == [True, False]
+    assert [s.grade.correct for s in groups[0].samples] == [True, False]
     advantages = [s.response("advantage")[0] for s in groups[0].samples]
     np.testing.assert_allclose(advantages, [0.70710578, -0.70710578], atol=1e-5)
 
@@ -179,53 +179,53 @@ def test_an_empty_response_is_left_out():
         chosen.reward([Group(PROMPT, (sample(True, 0), sample(True, 4), sample(False, 4)))])
     )
     assert [s.response_length for s in groups[0].samples] == [4, 4]
-    assert chosen.counted()["train/empty"].value == pytest.approx(1 / 3)
+    assert chosen.pop_metrics()["train/empty"].value == pytest.approx(1 / 3)
 
 
 def test_groups_without_signal_are_counted():
     chosen = method("grpo")
     groups = chosen.compute_advantages(chosen.reward([group(*MIXED), group(*RIGHT), group(True), group(None, None)]))
     assert not any(s.advantage.any() for g in groups[1:] for s in g.samples)
-    assert chosen.counted()["train/zero_advantage"] == Metric(3, 4)
+    assert chosen.pop_metrics()["train/zero_advantage"] == Metric(3, 4)
 
 
-def test_a_penalty_needs_a_reference_and_asks_it():
-    plain, held = method("grpo"), method("grpo", kl_coefficient=0.04)
+def test_a_kl_penalty_uses_the_reference():
+    plain, with_kl = method("grpo"), method("grpo", kl_coefficient=0.04)
     groups = [group(*MIXED)]
-    assert plain.reference == "none" and plain.teacher(groups, Stub()) is groups
-    assert held.reference == "initial"
-    trained = held.compute_advantages(held.reward(held.teacher(groups, Stub())))[0].samples
+    assert plain.reference == "none" and plain.score_reference(groups, Stub()) is groups
+    assert with_kl.reference == "initial"
+    trained = with_kl.compute_advantages(with_kl.reward(with_kl.score_reference(groups, Stub())))[0].samples
     for s in trained:
         np.testing.assert_allclose(s.kl_weight, s.constant(0.04))
         assert s.reference_logprob is not None
     assert plain.compute_advantages(plain.reward(groups))[0].samples[0].kl_weight is None
 
 
-@pytest.mark.parametrize("penalised", [True, False])
-def test_loss_adds_the_weighted_penalty(penalised):
-    chosen = method("grpo", kl_coefficient=0.5 if penalised else 0.0)
+@pytest.mark.parametrize("penalized", [True, False])
+def test_loss_adds_the_weighted_penalty(penalized):
+    chosen = method("grpo", kl_coefficient=0.5 if penalized else 0.0)
     logprob = torch.tensor([-1.0, -2.0])
     batch = Batch(
         *(torch.zeros(2) for _ in range(4)), order=(0,), weight=torch.tensor([1.0, 0.0]), advantage=torch.zeros(2),
         logprob=logprob, reference_logprob=torch.tensor([-1.5, -9.0]),
-        kl_weight=torch.tensor([0.5, 0.5]) if penalised else None,
+        kl_weight=torch.tensor([0.5, 0.5]) if penalized else None,
     )  # fmt: skip
     loss, metrics = chosen.loss(TokenStats(logprob=logprob, entropy=torch.ones(2)), batch)
     k3 = np.exp(-0.5) - 1 + 0.5
-    assert loss[0].item() == pytest.approx(0.5 * k3 if penalised else 0.0)
-    assert ("policy/penalty" in metrics) == penalised
-    if penalised:
-        assert metrics["policy/penalty"].value == pytest.approx(k3) and metrics["policy/penalised"].value == 1
+    assert loss[0].item() == pytest.approx(0.5 * k3 if penalized else 0.0)
+    assert ("policy/kl_penalty" in metrics) == penalized
+    if penalized:
+        assert metrics["policy/kl_penalty"].value == pytest.approx(k3) and metrics["policy/penalized_frac"].value == 1
 
 
-def test_what_another_method_remembers_is_refused():
+def test_the_state_of_another_method_is_refused():
     chosen = method("grpo")
     chosen.restore(chosen.state())
     with pytest.raises(CheckpointError, match="passes"):
         chosen.restore({"passes": 3})
 
 
-def test_sft_imitates_targets():
+def test_sft_trains_on_targets():
     chosen = method("sft")
     groups = chosen.compute_advantages(chosen.generate(Stub()))
     only = groups[0].samples[0]
@@ -233,3 +233,33 @@ def test_sft_imitates_targets():
     assert only.weight.tolist() == [0, 0, 0, 0.25, 0.25]
     with pytest.raises(DataError, match="row 9"):
         chosen.select([dataclasses.replace(PROMPT, index=9, target=None)])
+
+
+def settings_without_effect():
+    """(method, key without effect, the settings that make it so) of every method, base classes included."""
+    for name, config in METHOD_CONFIGS.items():
+        for base in config.__mro__:
+            yield from ((name, key, {}) for key in base.__dict__.get("unused", ()))
+            for (switch, value), keys in base.__dict__.get("unused_with", {}).items():
+                yield from ((name, key, {switch: value}) for key in keys)
+
+
+@pytest.mark.parametrize("name,key,switches", settings_without_effect())
+def test_a_setting_without_effect_is_an_error(name, key, switches):
+    settings = {**switches, key: METHOD_CONFIGS[name].model_fields[key].get_default()}
+    assert key in METHOD_CONFIGS[name](**settings).unused_keys()
+    with pytest.raises(ConfigError, match=r"^method\.\w+ has no effect with method\.\w+=\S+: remove it$"):
+        method(name, **settings)
+
+
+@pytest.mark.parametrize("name", METHOD_CONFIGS)
+def test_a_written_configuration_loads_again(name, tmp_path):
+    """A dump has every key except those without effect, for every switch of the method."""
+    for switches in [{}, *(switches for other, _, switches in settings_without_effect() if other == name)]:
+        config = Config(steps=1, method=METHOD_CONFIGS[name](**switches))
+        load.write([config], tmp_path / "config.toml")
+        (read,) = load.load(tmp_path / "config.toml", [], load_method_config)
+        assert read == config and type(read.method) is type(config.method)
+        assert read.fingerprint() == config.fingerprint()
+        unused = read.method.unused_keys().keys()
+        assert set(type(read.method).model_fields) - unused == read.method.model_fields_set
