@@ -232,6 +232,17 @@ def test_words_are_the_fields(pattern):
     assert not found, f"say {FIELD_WORDS[pattern]}:\n" + "\n".join(found)
 
 
+def test_the_changelog_names_present_keys_and_metrics():
+    from megatron_entropy.monitor.metric_names import METRICS
+
+    known = {metric.name for metric in METRICS} | set(keys(Config)) | {"timing/NAME"}
+    known |= {f"method.{key}" for config in METHOD_CONFIGS.values() for key in config.model_fields}
+    rows = re.findall(r"^\| `[^|]+ \| `([^`]+)`", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    named = [name.split(" = ")[0] for name in rows if re.match(r"[a-z]+/[a-z_]+$|(method|data|actor)\.", name)]
+    assert len(named) >= 25
+    assert not [name for name in named if name not in known and not name.startswith("tests/")]
+
+
 def test_documents_name_no_registry_and_no_machine():
     for path in [
         *TEXTS,
