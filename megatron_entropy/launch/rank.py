@@ -1,10 +1,11 @@
-"""What every trainer rank runs: `torchrun ... -m megatron_entropy train CONFIG.toml [flags and overrides]`."""
+"""Train on one rank of `torchrun ... -m megatron_entropy train CONFIG.toml [flags and overrides]`."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 
+from megatron_entropy.errors import ConfigError
 from megatron_entropy.launch.failures import LAUNCHER_VARIABLE, report_failure
 from megatron_entropy.launch.prepare import check_rows, prepare_run_folder, resolve
 
@@ -14,19 +15,30 @@ def is_rank() -> bool:
     return "RANK" in os.environ and "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def run_rank(config: str, overrides: Sequence[str], *, resume: bool, overwrite: bool) -> int:
+def run_rank(
+    config: str, overrides: Sequence[str], *, resume: bool = False, overwrite: bool = False, dry_run: bool = False
+) -> int:
     """Train on this rank.
 
+    Args:
+        config: path of the TOML file.
+        overrides: `--key.path=value` arguments.
+        resume: continue from the newest checkpoint in the run folder.
+        overwrite: delete what an earlier run left in the run folder.
+        dry_run: refused with an error, because ranks are running already.
+
     Returns:
-        Exit code: 0, 2 after a user's mistake, 1 after a fault, 143 after a stop signal that was obeyed.
+        Exit code: 0, 2 after a user's mistake, 1 after a fault, 143 after a stop signal was obeyed.
     """
     from megatron_entropy.distributed import process_groups
     from megatron_entropy.monitor.console import setup_logging
 
-    rank = int(os.environ.get("RANK", 0))
+    rank = int(os.environ["RANK"])
     setup_logging(rank)
     try:
         process_groups.init_process_group()
+        if dry_run:
+            raise ConfigError("--dry-run starts no ranks; run megatron-entropy train without torchrun")
         return _train(config, overrides, resume=resume, overwrite=overwrite)
     except Exception as error:  # every failure ends in one line, printed by the launcher or here
         return report_failure(error, rank=rank)
@@ -39,24 +51,24 @@ def _train(config: str, overrides: Sequence[str], *, resume: bool, overwrite: bo
 
     from megatron_entropy.config.load import write
     from megatron_entropy.distributed import process_groups
-    from megatron_entropy.methods import METHOD_CONFIGS
     from megatron_entropy.monitor.report import print_table
-    from megatron_entropy.trainer.loop import Stopped, log, train
+    from megatron_entropy.trainer.loop import log, train
+    from megatron_entropy.trainer.stop_signal import Stopped
 
-    stages = resolve(config, overrides, METHOD_CONFIGS, world_size=dist.get_world_size())
+    spec = resolve(config, overrides, world_size=dist.get_world_size())
 
     def prepare() -> None:
-        if LAUNCHER_VARIABLE not in os.environ:
-            check_rows(stages)
-            prepare_run_folder(stages, resume=resume, overwrite=overwrite)
-        write(stages.configs, stages.folder.config)
+        if LAUNCHER_VARIABLE not in os.environ:  # the launcher has done it before the ranks started
+            check_rows(spec)
+            prepare_run_folder(spec, resume=resume, overwrite=overwrite)
+        write(spec.configs, spec.folder.config)
 
     process_groups.run_on_rank_zero(prepare)
     try:
-        train(stages.configs, resume=resume)
+        train(spec.configs, resume=resume)
     except Stopped as stop:
         log.warning("%s", stop)
         return 143
     if process_groups.rank() == 0:
-        print_table(stages.folder)
+        print_table(spec.folder)
     return 0

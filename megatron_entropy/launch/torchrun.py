@@ -1,9 +1,8 @@
-"""From a configuration file to running ranks: checks that need no torch, the run folder's policy, torchrun.
+"""Start the ranks of one machine through torchrun, forward stop signals to them, and report the first failure.
 
-`megatron-entropy train` runs torchrun's agent in its own process, so that Ctrl-C and `kill` reach the ranks as a
-request to stop after the step (torchrun alone kills them after 30 seconds), and so that a failure ends in the one
-line of the rank that failed first. Under plain torchrun the ranks use `resolve`, `prepare_run_folder` and
-`report_failure` themselves. Importing this module imports no torch.
+torchrun's agent runs in this process, so Ctrl-C and `kill` reach the ranks as a request to stop after the step
+(torchrun alone kills them after 30 seconds), and a failure ends in the one line of the rank that failed first.
+Importing this module imports no torch.
 """
 
 from __future__ import annotations
@@ -20,30 +19,30 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from megatron_entropy.launch.failures import LAUNCHER_VARIABLE, STOPPED, RankFailure, first_failure
+
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from megatron_entropy.launch.failures import LAUNCHER_VARIABLE, STOPPED, RankFailure, first_failure
-
 RANK_MODULE = "megatron_entropy"
-"""What every rank runs."""
+"""Module that every rank runs (`python -m`)."""
 
 
 def launch(arguments: Sequence[str], *, world_size: int) -> int:
-    """Run `world_size` ranks of `RANK_MODULE` on this machine through torchrun and wait for them.
+    """Run `world_size` ranks of `RANK_MODULE` on this machine and wait for them.
 
-    SIGINT, SIGTERM and SIGHUP ask the ranks (by SIGTERM) to finish their step, save and end; a second one kills them.
+    SIGINT, SIGTERM and SIGHUP make the ranks finish their step, save and end (by SIGTERM); a second signal kills them.
 
     Args:
-        arguments: command line of each rank: the configuration file, overrides and flags.
+        arguments: command line of each rank: `train`, the configuration file, flags and overrides.
         world_size: number of ranks.
 
     Returns:
-        0; 128 + the signal's number after a stop; else the exit code of the rank that failed first, whose message
-        has been printed.
+        0; 128 + the signal's number after a stop; otherwise the exit code of the rank that failed first, after its
+        message has been printed.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // world_size)))
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: fresh buffers of host memory fill 3 times faster
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: new buffers of host memory fill 3 times faster
     os.environ[LAUNCHER_VARIABLE] = "1"
     ranks = _Ranks(world_size)
     previous = {number: signal.signal(number, ranks.stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
@@ -65,11 +64,11 @@ def launch(arguments: Sequence[str], *, world_size: int) -> int:
 
 
 class _StoppedEarly(BaseException):
-    """A stop signal came before there were ranks to stop."""
+    """A stop signal came before all ranks had started."""
 
 
 class _Ranks:
-    """Handler of stop signals: forwards the first to the ranks, kills them on the second."""
+    """Handler of stop signals: forwards the first one to the ranks and kills them on the second."""
 
     def __init__(self, world_size: int) -> None:
         self.stop_signal: int | None = None
@@ -78,7 +77,7 @@ class _Ranks:
         self._started = False
 
     def stop(self, number: int, frame: FrameType | None) -> None:
-        """Act on signal `number`."""
+        """Handle signal `number`."""
         first, self.stop_signal = self.stop_signal is None, self.stop_signal or number
         ranks = self._processes()
         self._started = self._started or len(ranks) == self._world_size
@@ -87,7 +86,7 @@ class _Ranks:
                 for rank in ranks:
                     rank.kill()
                 raise _StoppedEarly
-            _say("stopping after this step; once more kills the run at once")
+            _print_from_handler("stopping after this step; once more kills the run at once")
             for rank in ranks:
                 rank.send_signal(signal.SIGTERM)
         else:
@@ -102,12 +101,12 @@ class _Ranks:
             try:
                 if RANK_MODULE in child.cmdline():
                     found.append(child)
-            except psutil.Error:  # it ended meanwhile
+            except psutil.Error:  # it has ended
                 continue
         return found
 
 
-def _say(text: str) -> None:
+def _print_from_handler(text: str) -> None:
     os.write(sys.stderr.fileno(), f"{text}\n".encode())  # unbuffered, allowed in a signal handler
 
 
@@ -116,27 +115,24 @@ def _run_agent(arguments: list[str], world_size: int) -> list[RankFailure]:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    logging.disable(logging.CRITICAL)  # of this process: torchrun's own account of a failure
+    logging.disable(logging.CRITICAL)  # of this process: torchrun would log every failure as well
     with tempfile.TemporaryDirectory(prefix="megatron_entropy_") as folder:
         options = ["--nnodes=1", f"--nproc-per-node={world_size}", "--max-restarts=0", f"--log-dir={folder}"]
         options += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", f"--rdzv-id={uuid.uuid4()}"]
         options += ["--signals-to-handle=SIGQUIT", "--module", RANK_MODULE]
         parsed = torchrun.parse_args(options)
-        parsed.training_script_args = [
-            "train",
-            *arguments,
-        ]  # not parsed along: torchrun would take --run for one of its own
+        parsed.training_script_args = arguments  # torchrun's parser would take `--run` for an option of its own
         config, command, command_arguments = torchrun.config_from_args(parsed)
         try:
             elastic_launch(config, command)(*command_arguments)
         except ChildFailedError as error:
-            return [_failure_of(rank, failure) for rank, failure in error.failures.items()]
+            return [_to_rank_failure(rank, failure) for rank, failure in error.failures.items()]
         finally:
             logging.disable(logging.NOTSET)
     return []
 
 
-def _failure_of(rank: int, failure: ProcessFailure) -> RankFailure:
+def _to_rank_failure(rank: int, failure: ProcessFailure) -> RankFailure:
     record = failure.error_file_data
     if isinstance(record, dict) and "megatron_entropy" in record:
         return RankFailure(**record["megatron_entropy"])

@@ -16,12 +16,12 @@ import threading
 from pathlib import Path
 
 import check_layouts
-import inspect_checkpoint
 import numpy as np
 import pytest
 from local_ranks import run_on_ranks
 from rich.console import Console
 
+from megatron_entropy.checkpoint import inspection
 from megatron_entropy.config.architecture import read_architecture
 from megatron_entropy.config.schema import ActorConfig, OptimizerConfig, ParallelConfig
 from megatron_entropy.distributed import process_groups
@@ -298,7 +298,7 @@ def test_there_is_nothing_to_resume_before_the_first_checkpoint(tmp_path):
 
 def inspect(folder: Path, checksums: bool | None = None) -> tuple[int, str]:
     console = Console(file=io.StringIO(), width=140)
-    code = inspect_checkpoint.inspect(folder, checksums, console)
+    code = inspection.inspect(folder, checksums, console)
     return code, console.file.getvalue()
 
 
@@ -314,14 +314,14 @@ def test_inspection_shows_the_content_of_a_checkpoint(run, path):
         "saved under  1 rank",
         "fingerprint  settings",
         "Qwen3ForCausalLM, 4 layers, hidden 64, 301 words, 172,736 parameters",
-        "whole (checksums right)",
+        "intact (checksums match)",
     ):
         assert expected in shown, expected
 
 
 def test_inspection_shows_a_hugging_face_folder(run):
     code, shown = inspect(run / "model")
-    assert code == 0 and "model.layers.*.mlp.up_proj.weight" in shown and "96 x 64" in shown and "sizes right" in shown
+    assert code == 0 and "model.layers.*.mlp.up_proj.weight" in shown and "96 x 64" in shown and "sizes match" in shown
 
 
 def test_inspection_finds_damage(run, tmp_path):

@@ -1,6 +1,6 @@
-"""A configuration says what is wrong with it: the key to change, the numbers, the nearest right name.
+"""Configuration errors name the key to change, the numbers and the nearest right name; every key is described.
 
-Checks against a model use a made-up shape; that the trainer obeys the settings is tested where they are used.
+Checks against a model use a made-up architecture; that the trainer obeys the settings is tested where they are used.
 """
 
 import dataclasses
@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_entropy.config import check
+from megatron_entropy.config import check, describe
 from megatron_entropy.config.architecture import ModelArchitecture
-from megatron_entropy.config.load import load
+from megatron_entropy.config.load import load, suggest, write
 from megatron_entropy.config.schema import Config, MethodConfig
 from megatron_entropy.distributed import seeds
 from megatron_entropy.errors import ConfigError
-from megatron_entropy.methods import METHOD_CONFIGS
+from megatron_entropy.methods import METHOD_CONFIGS, load_method_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,6 +36,14 @@ class OtherConfig(MethodConfig):
 
 
 METHODS = {"plain": PlainConfig, "other": OtherConfig}
+
+
+def load_method(name):
+    if name not in METHODS:
+        raise ConfigError(f"method.name={name!r} is unknown{suggest(name, METHODS)}")
+    return METHODS[name]
+
+
 MINIMAL = 'steps = 5\nmodel.path = "m"\nmethod.name = "plain"\ndata.train = ["t.jsonl"]\n'
 TWO_STAGES = (
     MINIMAL
@@ -51,7 +59,7 @@ method = {name = "other", teacher = "t"}
 actor.parallel.tp = 2
 """
 )
-SHAPE = ModelArchitecture(
+ARCH = ModelArchitecture(
     architecture="Qwen3ForCausalLM",
     family="qwen3",
     num_layers=6,
@@ -79,7 +87,7 @@ def load_text(tmp_path):
     def load_it(text, *overrides):
         path = tmp_path / "config.toml"
         path.write_text(text)
-        return load(path, overrides, METHODS)
+        return load(path, overrides, load_method)
 
     return load_it
 
@@ -98,6 +106,8 @@ def one(load_text, *overrides):
         ("rollout.temprature = 0.7", "rollout.temprature: unknown key; did you mean rollout.temperature?"),
         ("method.clipp = 1.0", "method.clipp: unknown key; did you mean method.clip?"),
         ("checkpoint.xyzzy = 1", "checkpoint.xyzzy: unknown key; known are asynchronous, every, keep"),
+        ('data.test = ["t.jsonl"]', "data.test: unknown key; did you mean data.eval?"),
+        ("evaluation.every = 5", "evaluation: unknown key; did you mean eval?"),
     ],
 )
 def test_unknown_key_names_the_nearest(load_text, line, message):
@@ -129,7 +139,7 @@ def test_wrong_value_names_the_key_and_what_was_given(load_text, override, messa
     ("text", "message"),
     [
         ("steps = ", "not valid TOML"),
-        ('steps = 1\ndata.train = ["t"]', r"method\.name is missing; choose one of other, plain"),
+        ('steps = 1\ndata.train = ["t"]', r"method\.name is missing; set it to a method such as"),
         ('method.name = "plain"', "steps: field required"),
         ("stages = 3", r"written as \[\[stages\]\]"),
         (MINIMAL + '[[stages]]\nname = "a"\n[[stages]]\nname = "a"', "different names, found a, a"),
@@ -142,7 +152,7 @@ def test_broken_file_says_how_to_write_it(load_text, text, message):
 
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere\.toml: no such file"):
-        load(tmp_path / "nowhere.toml", [], METHODS)
+        load(tmp_path / "nowhere.toml", [], load_method)
 
 
 @pytest.mark.parametrize("override", ["steps=3", "--steps", "--=3", "-steps=3"])
@@ -194,8 +204,11 @@ def test_stages_that_cannot_run_in_a_row_are_refused(load_text):
     ("overrides", "message"),
     [
         (["--actor.parallel.tp=3"], r"actor\.parallel\.tp=3 does not divide the model's 8 attention heads"),
-        (["--actor.parallel.pp=7"], r"actor\.parallel\.pp \* actor\.parallel\.vpp = 7 stages for the model's 6 layers"),
-        (["--actor.parallel.pp=4", "--actor.parallel.vpp=2"], r"vpp = 8 stages for the model's 6 layers"),
+        (
+            ["--actor.parallel.pp=7"],
+            r"actor\.parallel\.pp \* actor\.parallel\.vpp = 7 pipeline stages for the model's 6 layers",
+        ),
+        (["--actor.parallel.pp=4", "--actor.parallel.vpp=2"], r"vpp = 8 pipeline stages for the model's 6 layers"),
         (["--actor.parallel.ep=2"], r"actor\.parallel\.ep=2, etp=1: the model has no experts"),
         (["--actor.parallel.vpp=2"], r"actor\.parallel\.vpp=2 needs actor\.parallel\.pp of at least 2"),
         (["--actor.parallel.sequence_parallel=true"], r"sequence_parallel=true needs actor\.parallel\.tp of at least"),
@@ -211,14 +224,14 @@ def test_stages_that_cannot_run_in_a_row_are_refused(load_text):
 )
 def test_what_does_not_fit_the_model_names_key_and_numbers(load_text, overrides, message):
     with pytest.raises(ConfigError, match=message):
-        check.check(one(load_text, *overrides), SHAPE)
+        check.check(one(load_text, *overrides), ARCH)
 
 
-def test_ranks_that_run_must_be_those_of_the_layout(load_text):
+def test_number_of_running_ranks_must_be_that_of_the_layout(load_text):
     config = one(load_text, "--actor.parallel.tp=2", "--actor.parallel.dp=3")
-    check.check(config, SHAPE, world_size=6)
+    check.check(config, ARCH, world_size=6)
     with pytest.raises(ConfigError, match=r"started 4 ranks, but .* 2\*1\*1\*3 = 6"):
-        check.check(config, SHAPE, world_size=4)
+        check.check(config, ARCH, world_size=4)
 
 
 @given(tp=st.integers(1, 9), pp=st.integers(1, 7), vpp=st.integers(1, 3), dp=st.integers(1, 3), sequence=st.booleans())
@@ -232,10 +245,10 @@ def test_a_layout_passes_exactly_when_it_fits_the_model(tp, pp, vpp, dp, sequenc
         and (tp > 1 or not sequence)
     )
     if fits:
-        check.check(config, SHAPE, world_size=tp * pp * dp)
+        check.check(config, ARCH, world_size=tp * pp * dp)
     else:
         with pytest.raises(ConfigError):
-            check.check(config, SHAPE)
+            check.check(config, ARCH)
 
 
 @given(
@@ -250,11 +263,11 @@ def test_written_configuration_reads_back_equal(tmp_path_factory, seed, lr, outp
     first = Config(name="a", output=output, seed=seed, steps=3, method=PlainConfig(), actor={"optimizer": optimizer})
     second = first.model_copy(update={"name": "b", "method": OtherConfig(teacher=teacher)})
     path = tmp_path_factory.mktemp("config") / "config.toml"
-    load.write([first, second], path)
-    assert load(path, [], METHODS) == [first, second]
+    write([first, second], path)
+    assert load(path, [], load_method) == [first, second]
 
 
-def test_fingerprint_follows_what_changes_the_numbers_only(load_text):
+def test_fingerprint_changes_with_settings_that_change_the_numbers(load_text):
     base = one(load_text)
     same = one(load_text, "--output=elsewhere", "--steps=9", "--actor.parallel.dp=2", "--log.rollouts_every=5")
     assert same.fingerprint() == base.fingerprint()
@@ -262,21 +275,21 @@ def test_fingerprint_follows_what_changes_the_numbers_only(load_text):
         assert one(load_text, override).fingerprint() != base.fingerprint()
 
 
-def test_seeds_differ_with_every_part_and_stay_in_range():
-    seeds = {seeds.derive_seed(1, "sample", a, b) for a in range(20) for b in range(20)}
-    assert len(seeds) == 400 and all(0 <= seed < 2**31 - 1 for seed in seeds)
+def test_seeds_differ_with_every_argument_and_stay_in_range():
+    derived = {seeds.derive_seed(1, "sample", a, b) for a in range(20) for b in range(20)}
+    assert len(derived) == 400 and all(0 <= seed < 2**31 - 1 for seed in derived)
     assert seeds.derive_seed(1, 23) != seeds.derive_seed(12, 3)
 
 
-def test_parameter_count_of_a_shape():
+def test_parameter_count_of_an_architecture():
     embedding, attention, norms = 50 * 64, 8 * 64 * 2 * (8 + 4) + 2 * 8, 2 * 64
-    assert SHAPE.num_parameters == embedding + 6 * (attention + 3 * 64 * 96 + norms) + 64
-    assert dataclasses.replace(SHAPE, tied_embeddings=False).num_parameters == SHAPE.num_parameters + embedding
+    assert ARCH.num_parameters == embedding + 6 * (attention + 3 * 64 * 96 + norms) + 64
+    assert dataclasses.replace(ARCH, tied_embeddings=False).num_parameters == ARCH.num_parameters + embedding
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("**/*.toml")), ids=lambda path: path.name)
 def test_every_example_loads(path):
-    configs = load(path, [], METHOD_CONFIGS)
+    configs = load(path, [], load_method_config)
     check.check_stages(configs)
 
 
@@ -288,7 +301,37 @@ def test_every_method_has_defaults_of_its_own_name(name):
 
 def test_importing_the_configuration_imports_no_torch():
     heavy = ("torch", "transformers", "vllm", "ray", "megatron", "matplotlib")
-    code = "import sys, megatron_entropy.config, megatron_entropy.methods\n"
+    code = "import sys, megatron_entropy.launch.prepare, megatron_entropy.methods, megatron_entropy.config.describe\n"
     code += f"print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_every_key_has_a_meaning():
+    tables = describe.list_tables(METHOD_CONFIGS)
+    assert {"", "data", "actor.parallel", "actor.lora", "method"} <= {table.name for table in tables}
+    without = [f"{table.title}: {key.name}" for table in tables for key in table.keys if not key.meaning]
+    assert not without
+
+
+def test_description_shows_type_and_default():
+    (lr,) = (key for table in describe.select(describe.list_tables({}), "actor.optimizer.lr") for key in table.keys)
+    assert (lr.type, lr.default, lr.meaning) == ("float >= 0", "1e-06", "Peak learning rate.")
+    (top_level,) = describe.select(describe.list_tables({}), "steps")
+    assert top_level.keys[0].default is None and top_level.keys[0].type == "int > 0"
+    (betas,) = describe.select(describe.list_tables({}), "actor.optimizer.betas")
+    assert (betas.keys[0].type, betas.keys[0].default) == ("2 x float", "[0.9, 0.999]")
+
+
+def test_unknown_prefix_names_the_nearest_key():
+    with pytest.raises(ConfigError, match=r"actor\.paralel: no such key; did you mean actor\.parallel\?"):
+        describe.select(describe.list_tables({}), "actor.paralel")
+
+
+@pytest.mark.parametrize("name", METHOD_CONFIGS)
+def test_toml_template_holds_the_defaults(tmp_path, name):
+    text = describe.to_toml(describe.list_tables({name: METHOD_CONFIGS[name]}))
+    path = tmp_path / "config.toml"
+    path.write_text(text.replace("# steps =  (required)", "steps = 3"))
+    (config,) = load(path, [], load_method_config)
+    assert config == Config(steps=3, method=METHOD_CONFIGS[name]())

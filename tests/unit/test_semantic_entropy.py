@@ -1,7 +1,7 @@
-"""Semantic entropy and the tool that measures it: formulas, clusters, files, and a real engine once.
+"""Semantic entropy and the command that measures it: formulas, clusters, files, and a real engine once.
 
-Proves: the vectors of the specification; clusters by text and by mathematics, with comparisons that hang; that rows
-come out untouched, and that a run that was broken off goes on where it was. Not proved here: GPUs.
+Proves: the vectors of the specification; clusters by text and by mathematics, with comparisons that hang; rows stay
+unchanged; a stopped measurement continues where it stopped. Not proved here: GPUs.
 """
 
 from __future__ import annotations
@@ -11,25 +11,30 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import semantic_entropy as tool
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from megatron_entropy.cli import main as cli
 from megatron_entropy.config.architecture import read_architecture
+from megatron_entropy.config.schema import RewardConfig
 from megatron_entropy.data.dataset import load_prompts
 from megatron_entropy.data.tokenizer import load_tokenizer
-from megatron_entropy.evaluation.evaluate import _pass_at
+from megatron_entropy.evaluation.evaluate import pass_at_k
 from megatron_entropy.methods.semantic_entropy import semantic_entropy, split_curriculum
 from megatron_entropy.records import Grade, Group, Prompt, Sample
 from megatron_entropy.rollout.engine import Completion, Request
+from megatron_entropy.semantic_entropy import measure as measuring
+from megatron_entropy.semantic_entropy.clusters import AnswerJudge, assign_clusters
+from megatron_entropy.semantic_entropy.measure import COLUMNS, Answers, FolderSource
 
 ROOT = Path(__file__).parents[2]
 LIMITS = ["--max-tokens", "24", "--max-prompt-tokens", "16", "--verifier", "final_marker"]
@@ -57,7 +62,7 @@ def test_by_likelihood():
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.floats(-900, 0)), min_size=1, max_size=20), st.randoms())
-def test_lies_between_0_and_the_logarithm_and_knows_no_order(answers, random):
+def test_lies_between_0_and_the_logarithm_and_ignores_the_order(answers, random):
     for weight in ("count", "likelihood"):
         clusters, logprobs = zip(*answers, strict=True)
         value = semantic_entropy(clusters, weight=weight, logprobs=logprobs)
@@ -78,7 +83,7 @@ ENTROPIES = [0, 2.079442, 0.693147, 0, 1.386294, 0.900256, 0.735622, 0.376770]
         (4, [[0, 3], [7, 2], [6, 5], [4, 1]]),
     ],
 )
-def test_curriculum_in_equal_parts(stages, expected):
+def test_curriculum_in_stages_of_equal_size(stages, expected):
     assert [part.tolist() for part in split_curriculum(ENTROPIES, stages=stages)] == expected
 
 
@@ -101,23 +106,23 @@ def test_every_question_is_in_one_stage_and_stages_ascend(entropies, stages):
 @pytest.mark.parametrize("n,right,k,expected", [(16, 0, 16, 0.0), (16, 1, 16, 1.0), (16, 3, 8, 0.9)])
 def test_pass_at_k(n, right, k, expected):
     samples = [Sample(np.zeros(1, np.int32), 0, "stop", "", grade=Grade(i < right)) for i in range(n)]
-    assert _pass_at(Group(Prompt(0, "", ()), tuple(samples)), k) == pytest.approx(expected)
+    assert pass_at_k(Group(Prompt(0, "", ()), tuple(samples)), k) == pytest.approx(expected)
 
 
-def test_merging():
-    assert tool.merge(["a", None, "b", "a", "c"], {("a", "c"): True, ("b", "c"): True}) == [0, -1, 1, 0, 0]
-    assert tool.merge([None, None], {}) == [-1, -1]
-    assert tool.merge(["a", "b", "c"], {("b", "c"): True}) == [0, 1, 1]
+def test_answers_join_the_earliest_equal_cluster():
+    assert assign_clusters(["a", None, "b", "a", "c"], {("a", "c"): True, ("b", "c"): True}) == [0, -1, 1, 0, 0]
+    assert assign_clusters([None, None], {}) == [-1, -1]
+    assert assign_clusters(["a", "b", "c"], {("b", "c"): True}) == [0, 1, 1]
 
 
-def test_answers_that_cannot_be_read_are_one_cluster_or_their_own():
-    answers = tool.Answers(0, [0, -1, -1, 0], [-1.0] * 4, [1] * 4, [True, None, None, False])
+def test_unreadable_answers_share_a_cluster_or_have_their_own():
+    answers = Answers(0, [0, -1, -1, 0], [-1.0] * 4, [1] * 4, [True, None, None, False])
     shared, own = (answers.columns(weight="count", invalid=invalid) for invalid in ("shared", "own"))
     assert (shared["semantic_clusters"], own["semantic_clusters"]) == (2, 3)
     assert shared["semantic_entropy"] == pytest.approx(math.log(2))
     assert own["semantic_entropy"] == pytest.approx(1.5 * math.log(2))
     assert shared["semantic_accuracy"] == 0.5 and shared["semantic_samples"] == 4
-    assert tuple(shared) == tool.COLUMNS
+    assert tuple(shared) == COLUMNS
 
 
 @pytest.mark.parametrize(
@@ -129,15 +134,15 @@ def test_answers_that_cannot_be_read_are_one_cluster_or_their_own():
     ],
 )
 def test_clusters_by_text(verifier, texts, clusters):
-    judged = tool.Judge(verifier, workers=1, timeout=5.0).judge([("4", texts), (None, texts)])
+    judged = AnswerJudge(RewardConfig(verifier=verifier, workers=1, timeout=5.0)).judge([("4", texts), (None, texts)])
     assert [found for _, found in judged] == [clusters, clusters]
     assert judged[0][0][0] is True and set(judged[1][0]) == {None}
 
 
 def test_clusters_by_mathematics():
-    """Different texts, the same number; without a ground truth too; what hangs costs itself only."""
+    """Different texts, the same number; also without a ground truth; an answer that hangs costs only itself."""
     texts = [r"so \boxed{0.5}", r"thus $\frac{1}{2}$", "no idea", r"\boxed{\frac{2}{4}}", r"\boxed{3}", r"\boxed{3.0}"]
-    judge = tool.Judge("math_verify", workers=2, timeout=4.0)
+    judge = AnswerJudge(RewardConfig(verifier="math_verify", workers=2, timeout=4.0))
     try:
         known, unknown = judge.judge([("1/2", texts), (None, texts[::-1])])
         assert known == ([True, True, False, True, False, False], [0, 0, -1, 0, 1, 1])
@@ -148,37 +153,38 @@ def test_clusters_by_mathematics():
         judge.close()
 
 
-class FakeEngines:
-    """Answers that depend on the request's seed alone; breaks off after so many calls."""
+class FakeService:
+    """Answers that depend on the request's seed alone; stops after so many calls."""
 
     calls = 0
-    breaks_after = 1000
+    stops_after = 1000
 
-    def __init__(self, chosen, shape, tokenizer) -> None:
+    def __init__(self, tokenizer) -> None:
         self.tokenizer = tokenizer
 
-    def answer(self, requests: Sequence[Request], description: str) -> dict[tuple[int, ...], Completion]:
-        if FakeEngines.calls == FakeEngines.breaks_after:
+    def generate(self, requests: Sequence[Request], *, description: str, file: Path) -> list[Completion]:
+        if FakeService.calls == FakeService.stops_after:
             raise KeyboardInterrupt
-        FakeEngines.calls += 1
-        answered = {}
+        FakeService.calls += 1
+        completions = []
         for request in requests:
             text = f"1+1=2\n#{request.seed % 3}" if request.seed % 4 else "0"
             tokens = np.array([*self.tokenizer.encode(text), self.tokenizer.eos_ids[0]], np.int32)
             logprobs = np.full(len(tokens), -0.5 - request.seed % 7, np.float32)
-            answered[request.key] = Completion(request.key, tokens, logprobs, "stop")
-        return answered
-
-    def close(self) -> None:
-        """Nothing."""
+            completions.append(Completion(request.key, tokens, logprobs, "stop"))
+        return completions
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeEngines]]:
-    monkeypatch.setattr(tool, "Engines", FakeEngines)
-    monkeypatch.setattr(tool, "REQUESTS_AT_A_TIME", 8)
-    FakeEngines.calls, FakeEngines.breaks_after = 0, 1000
-    yield FakeEngines
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeService]]:
+    @contextmanager
+    def open_fake(config, arch, tokenizer):
+        yield FakeService(tokenizer)
+
+    monkeypatch.setattr(measuring, "open_service", open_fake)
+    monkeypatch.setattr(measuring, "REQUESTS_AT_A_TIME", 8)
+    FakeService.calls, FakeService.stops_after = 0, 1000
+    yield FakeService
 
 
 @pytest.fixture(scope="module")
@@ -186,23 +192,25 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     command = [sys.executable, str(ROOT / "examples" / "make_arithmetic.py"), "--out", str(folder)]
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    subprocess.run([*command, "--train", "60", "--test", "10"], check=True, env=environment, stdout=subprocess.DEVNULL)
+    subprocess.run([*command, "--train", "60", "--eval", "10"], check=True, env=environment, stdout=subprocess.DEVNULL)
     return folder
 
 
 def measure(inputs: Path, out: Path, *options: str, data: Sequence[Path] = ()) -> int:
-    files = map(str, data or [inputs / "test.jsonl"])
-    return tool.main([str(inputs / "model"), *files, "--out", str(out), "--samples", "4", *LIMITS, *options])
+    files = map(str, data or [inputs / "eval.jsonl"])
+    return cli.main(
+        ["semantic-entropy", str(inputs / "model"), *files, "--out", str(out), "--samples", "4", *LIMITS, *options]
+    )
 
 
 def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_rows_come_out_untouched(inputs, fake, tmp_path, capsys):
+def test_rows_stay_unchanged(inputs, fake, tmp_path, capsys):
     assert measure(inputs, tmp_path / "out.jsonl", "--plot", str(tmp_path / "out.png")) == 0
-    before, after = read(inputs / "test.jsonl"), read(tmp_path / "out.jsonl")
-    assert [{name: row[name] for name in row if name not in tool.COLUMNS} for row in after] == before
+    before, after = read(inputs / "eval.jsonl"), read(tmp_path / "out.jsonl")
+    assert [{name: row[name] for name in row if name not in COLUMNS} for row in after] == before
     assert all(
         row["semantic_entropy"] == row["semantic_entropy_count"] and row["semantic_samples"] == 4 for row in after
     )
@@ -212,7 +220,7 @@ def test_rows_come_out_untouched(inputs, fake, tmp_path, capsys):
 
 
 def test_parquet_keeps_its_types_and_the_order_of_files(inputs, fake, tmp_path):
-    rows = read(inputs / "test.jsonl")[:3]
+    rows = read(inputs / "eval.jsonl")[:3]
     table = pyarrow.table(
         {
             "question": [row["question"] for row in rows],
@@ -231,17 +239,17 @@ def test_parquet_keeps_its_types_and_the_order_of_files(inputs, fake, tmp_path):
     assert written["semantic_entropy"].to_pylist() != [9.0] * 3
 
     both = tmp_path / "both.jsonl"
-    assert measure(inputs, both, data=[tmp_path / "one.parquet", inputs / "test.jsonl"]) == 0
-    questions = [row["question"] for row in rows] + [row["question"] for row in read(inputs / "test.jsonl")]
+    assert measure(inputs, both, data=[tmp_path / "one.parquet", inputs / "eval.jsonl"]) == 0
+    questions = [row["question"] for row in rows] + [row["question"] for row in read(inputs / "eval.jsonl")]
     assert [row["question"] for row in read(both)] == questions
     prompts = load_prompts([both], load_tokenizer(inputs / "model"), max_prompt_tokens=16).prompts
     assert [prompt.semantic_entropy for prompt in prompts] == [row["semantic_entropy"] for row in read(both)]
 
 
-def test_a_run_that_was_broken_off_goes_on(inputs, fake, tmp_path, capsys):
+def test_a_stopped_measurement_continues(inputs, fake, tmp_path, capsys):
     assert measure(inputs, tmp_path / "whole.jsonl") == 0
     assert fake.calls == 5
-    fake.calls, fake.breaks_after = 0, 3
+    fake.calls, fake.stops_after = 0, 3
     out = tmp_path / "out.jsonl"
     assert measure(inputs, out) == 130
     partial = tmp_path / "out.jsonl.partial"
@@ -250,14 +258,14 @@ def test_a_run_that_was_broken_off_goes_on(inputs, fake, tmp_path, capsys):
     capsys.readouterr()
     assert measure(inputs, out, "--temperature", "0.5") == 2
     assert "temperature=1.0, this one has 0.5" in capsys.readouterr().err
-    fake.calls, fake.breaks_after = 0, 1000
+    fake.calls, fake.stops_after = 0, 1000
     assert measure(inputs, out) == 0
     assert fake.calls == 3 and not partial.exists()  # 5 of 10 were left
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_limits(inputs, fake, tmp_path, capsys):
-    rows = read(inputs / "test.jsonl")
+    rows = read(inputs / "eval.jsonl")
     rows[1]["question"] = "1" + "+1" * 20
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert measure(inputs, tmp_path / "out.jsonl", "--limit", "4", data=[tmp_path / "data.jsonl"]) == 0
@@ -272,10 +280,10 @@ def test_limits(inputs, fake, tmp_path, capsys):
         (["--samples", "0"], "--samples: must be a whole number of at least 1, got 0"),
         (["--top-p", "1.5"], "--top-p: must be at most 1"),
         (["--temperature", "0"], "--temperature: must be a number above 0"),
-        (["--verifier", "bxed"], "unknown verifier 'bxed'"),
+        (["--verifier", "bxed"], "reward.verifier: unknown name 'bxed'"),
         (["--max-tokens", "600"], "--max-tokens 600 are more than the model's 512 positions"),
         (["--tensor-parallel", "3"], "--tensor-parallel 3 does not divide the model's 4 attention heads"),
-        (["--columns", "dapo"], "column 'prompt' is missing"),
+        (["--format", "dapo"], "column 'prompt' is missing"),
     ],
 )
 def test_wrong_options_are_one_line(inputs, fake, tmp_path, capsys, options, message):
@@ -289,7 +297,7 @@ def test_wrong_options_are_one_line(inputs, fake, tmp_path, capsys, options, mes
 
 
 def test_wrong_files_are_one_line(inputs, fake, tmp_path, capsys):
-    model, data = str(inputs / "model"), str(inputs / "test.jsonl")
+    model, data = str(inputs / "model"), str(inputs / "eval.jsonl")
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "there.jsonl").write_text("{}")
     (tmp_path / "bare").mkdir()
@@ -297,20 +305,20 @@ def test_wrong_files_are_one_line(inputs, fake, tmp_path, capsys):
         ([str(tmp_path / "absent"), data, "out.jsonl"], "no such folder"),
         ([str(tmp_path / "bare"), data, "out.jsonl"], "config.json: no such file"),
         ([model, str(tmp_path / "absent.jsonl"), "out.jsonl"], "absent.jsonl: no such file"),
-        ([model, str(tmp_path / "empty.jsonl"), "out.jsonl"], "holds no rows"),
+        ([model, str(tmp_path / "empty.jsonl"), "out.jsonl"], "the file has no rows"),
         ([model, data, "out.csv"], "must end in .parquet or .jsonl"),
         ([model, data, "there.jsonl"], "exists; add --overwrite"),
         ([model, str(tmp_path / "there.jsonl"), "there.jsonl"], "is one of the data files"),
     ):
         out = ["--out", str(tmp_path / arguments[2])]
-        assert tool.main([*arguments[:2], *out, *LIMITS]) == 2
+        assert cli.main(["semantic-entropy", *arguments[:2], *out, *LIMITS]) == 2
         said = capsys.readouterr().err
         assert message in said and said.count("\n") == 1, said
 
 
-def test_the_folder_is_pushed_as_it_is(inputs):
+def test_engines_get_the_weights_of_the_folder(inputs):
     arch = read_architecture(inputs / "model")
-    source = tool.FolderSource(str(inputs / "model"), arch, torch.bfloat16)
+    source = FolderSource(str(inputs / "model"), arch, torch.bfloat16)
     stored = load_file(inputs / "model" / "model.safetensors")
     assert {meta.name for meta in source.metadata()} == set(stored)
     for number, meta in enumerate(source.metadata()):

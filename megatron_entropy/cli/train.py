@@ -1,0 +1,74 @@
+"""`megatron-entropy train`: train as a TOML file describes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from megatron_entropy.cli.arguments import Subparsers
+
+if TYPE_CHECKING:
+    from megatron_entropy.launch.prepare import RunSpec
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Define the command line."""
+    parser = subparsers.add_parser(
+        "train",
+        help="train as a TOML file describes",
+        description="Train as a TOML file describes, on as many ranks of this machine as its layout needs. Every key "
+        "can be overridden: --actor.parallel.tp=2 for all stages, --stages.NAME.steps=10 for one.",
+        usage="megatron-entropy train CONFIG [--resume | --overwrite] [--dry-run] [--KEY.PATH=VALUE ...]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="TOML file")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint, if there is one")
+    parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in the run folder")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print settings and plan, then exit")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check the run and start its ranks, or be one of them under torchrun."""
+    from megatron_entropy.launch import prepare, rank, torchrun
+
+    flags = {"resume": args.resume, "overwrite": args.overwrite}
+    if rank.is_rank():
+        return rank.run_rank(args.config, args.overrides, **flags, dry_run=args.dry_run)
+    spec = prepare.resolve(args.config, args.overrides)
+    prepare.check_rows(spec)
+    if args.dry_run:
+        _print_plan(spec)
+        return 0
+    prepare.prepare_run_folder(spec, **flags)
+    given = [f"--{name}" for name, value in flags.items() if value]
+    return torchrun.launch(["train", args.config, *given, *args.overrides], world_size=spec.world_size)
+
+
+def _print_plan(spec: RunSpec) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from megatron_entropy.config.load import to_toml
+    from megatron_entropy.methods import build_method
+    from megatron_entropy.monitor.summary import layout_label
+
+    print(to_toml(spec.configs))
+    table = Table(title=f"{spec.arch.architecture}, {spec.arch.num_parameters:,} parameters")
+    for heading in ("stage", "method", "steps", "ranks", "layout", "sequences per step", "tokens per step, at most"):
+        table.add_column(heading)
+    for config in spec.configs:
+        layout = config.actor.parallel
+        samples = config.batch.samples if build_method(config).uses_rollouts else 1
+        longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+        table.add_row(
+            config.name,
+            config.method.name,
+            str(config.steps),
+            str(layout.world_size),
+            layout_label(layout.model_dump()),
+            f"{config.batch.prompts} x {samples}",
+            f"{config.batch.prompts * samples * longest:,}",
+        )
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
