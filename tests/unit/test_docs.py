@@ -154,6 +154,13 @@ def test_every_method_has_a_page_with_its_settings_and_a_curve(name):
     assert "## What the release does differently" in text or name in ("grpo", "sft")
 
 
+def test_every_package_is_on_the_architecture_page():
+    packages = [folder.name for folder in (ROOT / "megatron_entropy").iterdir() if (folder / "__init__.py").exists()]
+    page = (DOCS / "architecture.md").read_text()
+    picture = (DOCS / "images" / "architecture.svg").read_text()
+    assert not [name for name in packages if f"`{name}/`" not in page or name not in picture]
+
+
 def test_pages_are_in_the_navigation():
     listed = re.findall(r": ([a-z_/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(str(page.relative_to(DOCS)) for page in PAGES)
