@@ -21,12 +21,17 @@ _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 @dataclass(frozen=True)
 class Key:
-    """One key of a table. `default`: in TOML syntax, None for a required key."""
+    """One key of a table.
+
+    `default`: in TOML syntax, None for a required key. `unused_with`: the default of another key that makes it
+    ineffective.
+    """
 
     name: str
     type: str
     default: str | None
     meaning: str
+    unused_with: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,10 +49,13 @@ class Table:
 
 
 def list_tables(method_configs: Mapping[str, type[MethodConfig]]) -> list[Table]:
-    """List all tables: those of every run, then one `method` table for each of the methods."""
+    """List all tables: those of every run, then for each method a `method` table of the keys that it uses."""
     tables = list(_walk(Config, ""))
     for name, config in method_configs.items():
-        tables.append(replace(next(_walk(config, "method")), title=f"method, name = {json.dumps(name)}"))
+        table, unused = next(_walk(config, "method")), config.model_construct(name=name).unused_keys()
+        never = {key for base in config.__mro__ for key in base.__dict__.get("unused", ())}
+        keys = tuple(replace(key, unused_with=unused.get(key.name, "")) for key in table.keys if key.name not in never)
+        tables.append(replace(table, title=f"method, name = {json.dumps(name)}", keys=keys))
     return tables
 
 
@@ -83,7 +91,7 @@ def to_markdown(tables: Iterable[Table]) -> str:
 
 
 def to_toml(tables: Iterable[Table]) -> str:
-    """A configuration file with every default, its meaning as a comment; required keys are commented out."""
+    """A configuration file with every default; required keys, and keys without effect, are commented out."""
     lines = []
     for table in tables:
         if table.name:
@@ -94,7 +102,12 @@ def to_toml(tables: Iterable[Table]) -> str:
             ]
         for key in table.keys:
             lines += textwrap.wrap(f"{key.type}. {key.meaning}", 110, initial_indent="# ", subsequent_indent="# ")
-            lines.append(f"# {key.name} =  (required)" if key.default is None else f"{key.name} = {key.default}")
+            if key.default is None:
+                lines.append(f"# {key.name} =  (required)")
+            elif key.unused_with:
+                lines.append(f"# {key.name} = {key.default}  (no effect with {key.unused_with})")
+            else:
+                lines.append(f"{key.name} = {key.default}")
     return "\n".join(lines)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -17,6 +18,8 @@ from pydantic import (
     NonNegativeInt,
     PositiveInt,
     SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    model_serializer,
     model_validator,
 )
 
@@ -28,10 +31,33 @@ class Section(BaseModel):
 
 
 class MethodConfig(Section):
-    """Base class of every method's settings."""
+    """Base class of every method's settings.
+
+    Setting a key that has no effect is an error. `unused` lists the inherited keys that the method never reads,
+    `unused_with` the keys that one value of another key makes ineffective: `{("guided", True): ("temperature",)}`. The
+    entries of all base classes count. A written configuration leaves such keys out.
+    """
+
+    unused: ClassVar[tuple[str, ...]] = ()
+    unused_with: ClassVar[Mapping[tuple[str, object], tuple[str, ...]]] = {}
 
     name: str
     """Training method: a name listed by `megatron-entropy config method`, or `package.module:ConfigClass`."""
+
+    def unused_keys(self) -> dict[str, str]:
+        """Return the keys that have no effect, each with the setting that makes it so."""
+        found = {}
+        for base in type(self).__mro__:
+            found |= dict.fromkeys(base.__dict__.get("unused", ()), f'method.name="{self.name}"')
+            for (switch, value), keys in base.__dict__.get("unused_with", {}).items():
+                if getattr(self, switch) == value:
+                    found |= dict.fromkeys(keys, f"method.{switch}={json.dumps(value)}")
+        return found
+
+    @model_serializer(mode="wrap")
+    def _without_unused_keys(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        unused = self.unused_keys()
+        return {key: value for key, value in write(self).items() if key not in unused}
 
 
 class ModelConfig(Section):

@@ -19,11 +19,8 @@ objectives; ranks, engines and models are behind `Rollouts`.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar, cast
-
-from pydantic import SerializerFunctionWrapHandler, model_serializer
 
 from megatron_entropy.config.schema import Config, MethodConfig
 from megatron_entropy.errors import CheckpointError, ConfigError
@@ -42,30 +39,9 @@ class MethodSettings(MethodConfig):
 
     `method`: the class that they configure. A settings class with two bases must state every default that both bases
     have: pydantic takes that of the first base, even where it only inherits it.
-
-    Setting a key that has no effect is an error. `unused` lists the inherited keys that the method never reads,
-    `unused_with` the keys that one value of another key makes ineffective: `{("guided", True): ("temperature",)}`. The
-    entries of all base classes count. A written configuration leaves such keys out.
     """
 
     method: ClassVar[type[Method[Any]]]
-    unused: ClassVar[tuple[str, ...]] = ()
-    unused_with: ClassVar[Mapping[tuple[str, object], tuple[str, ...]]] = {}
-
-    def unused_keys(self) -> dict[str, str]:
-        """Return the keys that have no effect, each with the setting that makes it so."""
-        found = {}
-        for base in type(self).__mro__:
-            found |= dict.fromkeys(base.__dict__.get("unused", ()), f'method.name="{self.name}"')
-            for (switch, value), keys in base.__dict__.get("unused_with", {}).items():
-                if getattr(self, switch) == value:
-                    found |= dict.fromkeys(keys, f"method.{switch}={json.dumps(value)}")
-        return found
-
-    @model_serializer(mode="wrap")
-    def _without_unused_keys(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        unused = self.unused_keys()
-        return {key: value for key, value in write(self).items() if key not in unused}
 
 
 class Rollouts(Protocol):

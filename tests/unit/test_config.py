@@ -335,3 +335,4 @@ def test_toml_template_holds_the_defaults(tmp_path, name):
     path.write_text(text.replace("# steps =  (required)", "steps = 3"))
     (config,) = load(path, [], load_method_config)
     assert config == Config(steps=3, method=METHOD_CONFIGS[name]())
+    assert not config.method.unused_keys().keys() & config.method.model_fields_set
