@@ -54,7 +54,13 @@ def list_tables(method_configs: Mapping[str, type[MethodConfig]]) -> list[Table]
     for name, config in method_configs.items():
         table, unused = next(_walk(config, "method")), config.model_construct(name=name).unused_keys()
         never = {key for base in config.__mro__ for key in base.__dict__.get("unused", ())}
-        keys = tuple(replace(key, unused_with=unused.get(key.name, "")) for key in table.keys if key.name not in never)
+        keys = tuple(
+            replace(key, default=json.dumps(name))
+            if key.name == "name"
+            else replace(key, unused_with=unused.get(key.name, ""))
+            for key in table.keys
+            if key.name not in never
+        )
         tables.append(replace(table, title=f"method, name = {json.dumps(name)}", keys=keys))
     return tables
 

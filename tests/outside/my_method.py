@@ -1,4 +1,4 @@
-"""Entropy-shaped advantages (Cheng et al. 2025, arXiv 2506.14758): uncertain tokens of a response count more.
+"""Entropy-shaped advantages (after Cheng et al. 2025, arXiv 2506.14758): a bonus for uncertain tokens.
 
 Against GRPO: the advantage of every token grows by min(scale * entropy, |advantage| / cap). As `cap` is above 1, the
 sign of an advantage never changes.
@@ -30,10 +30,10 @@ class MyMethod(Grpo["MyConfig"]):
 
 
 class MyConfig(GrpoConfig):
-    """Settings of the method; the paper's values."""
+    """Settings of the method; the defaults are examples."""
 
     method = MyMethod
     scale: float = Field(default=0.4, ge=0)
-    """Advantage per nat of entropy; alpha."""
+    """Bonus per nat of entropy."""
     cap: float = Field(default=2.0, gt=1)
-    """The bonus is at most the size of the advantage divided by this; kappa."""
+    """The bonus is at most the size of the advantage divided by this."""
