@@ -38,17 +38,21 @@ _SHOWN = {
 def setup_logging(rank: int, *, level: int = logging.INFO) -> logging.Logger:
     """Send the package's log to this rank's console; safe to call twice.
 
-    Rank 0 prints `level` and above through rich on standard output. Other ranks print warnings and above on standard
-    error, one line each with the rank in front, and hide Python warnings, which rank 0 shows already.
+    Rank 0 prints `level` and above on standard output: through rich on a terminal, else one line a record, which can be
+    searched. Other ranks print warnings and above on standard error, one line each with the rank in front, and hide
+    Python warnings, which rank 0 shows already.
 
     Returns:
         The package's logger, parent of every module's.
     """
-    if rank == 0:
+    if rank == 0 and sys.stdout.isatty():
         handler: logging.Handler = RichHandler(
             console=Console(soft_wrap=True), show_path=False, log_time_format="%H:%M:%S", rich_tracebacks=False
         )
         handler.setFormatter(logging.Formatter("%(message)s"))
+    elif rank == 0:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
     else:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter(f"[rank {rank}] %(levelname)s %(message)s"))
@@ -62,12 +66,31 @@ def setup_logging(rank: int, *, level: int = logging.INFO) -> logging.Logger:
     return logger
 
 
-def summary_line(step: int, steps: int, metrics: Mapping[str, float | Metric], seconds: Mapping[str, float]) -> str:
-    """Format one step for the console: its main metrics, where present, and the seconds of its phases."""
+def summary_line(
+    step: int,
+    steps: int,
+    metrics: Mapping[str, float | Metric],
+    seconds: Mapping[str, float],
+    *,
+    remaining: float = 0.0,
+) -> str:
+    """Format one step for the console: its main metrics, where present, and the seconds of its phases.
+
+    Args:
+        remaining: estimated seconds until the last step; not shown when 0.
+    """
     fields = [f"step {step}/{steps}"]
     for name, label in _SHOWN.items():
         value = finite_or_none(metrics[name]) if name in metrics else None
         if value is not None:
             fields.append(f"{label} {value:.4g}")
     phases = " ".join(f"{phase} {value:.1f}" for phase, value in seconds.items() if phase != "step" and value >= 0.05)
-    return "  ".join([*fields, f"{seconds.get('step', 0.0):.1f} s ({phases})"])
+    fields.append(f"{seconds.get('step', 0.0):.1f} s ({phases})")
+    return "  ".join([*fields, f"ETA {duration(remaining)}"] if remaining else fields)
+
+
+def duration(seconds: float) -> str:
+    """Format a duration: `40 s`, `12 min`, `3.5 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

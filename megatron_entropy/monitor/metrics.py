@@ -43,6 +43,8 @@ class MetricsWriter:
         self._stage = stage
         self._tensorboard = _open_tensorboard(folder.tensorboard(stage), start_step) if log.tensorboard else None
         self._wandb = _open_wandb(folder, stage, log.wandb_project) if log.wandb_project else None
+        if self._tensorboard is not None and folder.config.exists():
+            self._tensorboard.add_text("config", _as_markdown(folder.config.read_text(encoding="utf-8")))
         truncate_metrics(folder.metrics, stage, start_step)
         self._file = folder.metrics.open("a", encoding="utf-8")
 
@@ -85,19 +87,36 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a `metrics.jsonl`, without a torn last line; none of a missing file.
 
     Raises:
-        DataError: for a line before the last that is not JSON.
+        DataError: for a file that cannot be read, and a line before the last that is no row of metrics.
     """
     if not path.exists():
         return []
     rows = []
-    lines = path.read_bytes().split(b"\n")
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+            _check_row(row)
+            rows.append(row)
+        except (ValueError, RecursionError) as error:
             if number < len(lines):
-                raise DataError(f"{path}:{number}: not a JSON object; fix or remove the line") from None
+                reason = "not a JSON object" if isinstance(error, json.JSONDecodeError) else error
+                raise DataError(f"{path}:{number}: {reason}; fix or remove the line") from None
     return rows
+
+
+def _check_row(row: Any) -> None:
+    """See that a row has a stage, a step, and numbers."""
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    if not isinstance(row.get("stage"), str) or type(row.get("step")) is not int or row["step"] < 0:
+        raise ValueError("a row of metrics needs `stage`, a text, and `step`, a number of at least 0")
+    for name, value in row.items():
+        if name not in ("stage", "step") and not (value is None or type(value) in (int, float)):
+            raise ValueError(f"{name[:40]} must be a number")
 
 
 def truncate_metrics(path: Path, stage: str, start_step: int) -> None:
@@ -127,6 +146,11 @@ def _open_tensorboard(folder: Path, start_step: int) -> Any:
             "log.tensorboard=true needs the package tensorboard: pip install tensorboard, or set log.tensorboard=false"
         ) from None
     return SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else 0)
+
+
+def _as_markdown(text: str) -> str:
+    """Indent a text, so that TensorBoard shows it as it is."""
+    return "".join(f"    {line}\n" for line in text.splitlines())
 
 
 def _open_wandb(folder: RunFolder, stage: str, project: str) -> Any:

@@ -7,11 +7,13 @@ stopped one and on one that still runs.
 from __future__ import annotations
 
 import base64
-import json
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel
 
 from megatron_entropy.errors import DataError
 from megatron_entropy.files import atomic_write_text
@@ -19,10 +21,27 @@ from megatron_entropy.monitor.metrics import read_metrics
 from megatron_entropy.monitor.run_folder import RunFolder
 from megatron_entropy.monitor.summary import Change, StageSummary, layout_label, read_summary, versions
 
+log = logging.getLogger(__name__)
+
 HEADINGS = ("stage", "method", "steps", "time", "layout", "eval accuracy", "entropy (nats)", "length (tokens)")
 
 MAX_LINES = 2000
 """Lines of a dump that are searched for samples to show."""
+
+
+class DumpedSample(BaseModel):
+    """The keys of a line of a rollout dump that the report shows (`rollout_dumps`)."""
+
+    question: str
+    response: str
+    answer: str | None = None
+    extracted: str | None = None
+    finish_reason: str | None = None
+    correct: bool | None = None
+    reward: float | None = None
+    entropy: float | None = None
+    pieces: list[str] | None = None
+    entropies: list[float | None] | None = None
 
 
 def print_table(folder: RunFolder) -> None:
@@ -54,6 +73,8 @@ def write_report(folder: RunFolder) -> None:
 
     if not folder.metrics.exists():
         raise DataError(f"{folder.root}: no metrics.jsonl here; name the folder of a run")
+    if folder.plots.exists() and not folder.plots.is_dir():
+        raise DataError(f"{folder.plots} is not a folder; remove it")
     rows = read_metrics(folder.metrics)
     entries = read_summary(folder)
     examples = _examples(folder, list(dict.fromkeys(row["stage"] for row in rows)))
@@ -77,7 +98,7 @@ def write_report(folder: RunFolder) -> None:
         examples=examples,
         scale=[{"color": _shade(value), "label": f"{value:g}"} for value in (0.0, 0.1, 0.3, 0.6, 1.0, 2.0)],
         versions=entries[-1].versions if entries else versions(),
-        config=folder.config.read_text(encoding="utf-8") if folder.config.exists() else "",
+        config=folder.config.read_text(encoding="utf-8", errors="replace") if folder.config.is_file() else "",
     )
     atomic_write_text(folder.report, page)
 
@@ -114,7 +135,7 @@ def _examples(folder: RunFolder, stages: Sequence[str]) -> list[dict[str, Any]]:
             ("eval", folder.evaluation(stage, 0).parent),
             ("train", folder.rollouts(stage, 0).parent),
         ):
-            dumps = sorted(directory.glob("step_*.jsonl"))
+            dumps = sorted(path for path in directory.glob("step_*.jsonl") if path.stem[len("step_") :].isdecimal())
             samples = _choose(dumps[-1]) if dumps else []
             if samples:
                 step = int(dumps[-1].stem.removeprefix("step_"))
@@ -124,29 +145,35 @@ def _examples(folder: RunFolder, stages: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _choose(dump: Path, count: int = 2) -> list[dict[str, Any]]:
-    """Return the first `count` correct and the first `count` wrong samples of a dump."""
+    """Return the first `count` correct and the first `count` wrong samples of a dump; damaged lines are skipped."""
     chosen: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
-    with dump.open(encoding="utf-8") as file:
+    skipped = 0
+    with dump.open(encoding="utf-8", errors="replace") as file:
         for line in islice(file, MAX_LINES):
-            sample = json.loads(line)
-            samples = chosen.get(sample.get("correct"))
-            if samples is not None and len(samples) < count:
-                samples.append(_describe(sample))
+            try:
+                sample = DumpedSample.model_validate_json(line)
+            except ValueError:
+                skipped += 1
+                continue
+            if sample.correct is not None and len(chosen[sample.correct]) < count:
+                chosen[sample.correct].append(_describe(sample))
+    if skipped:
+        log.warning("%s: %d damaged lines are skipped", dump, skipped)
     return chosen[True] + chosen[False]
 
 
-def _describe(sample: Mapping[str, Any]) -> dict[str, Any]:
-    pieces, entropies = sample.get("pieces"), sample.get("entropies")
-    tokens: list[dict[str, str]] = [{"text": sample["response"], "color": "", "title": ""}]
-    if pieces and entropies and len(pieces) == len(entropies):
+def _describe(sample: DumpedSample) -> dict[str, Any]:
+    tokens: list[dict[str, str]] = [{"text": sample.response, "color": "", "title": ""}]
+    if sample.pieces and sample.entropies and len(sample.pieces) == len(sample.entropies):
         tokens = [
             {"text": piece, "color": _shade(entropy or 0.0), "title": f"{entropy} nats"}
-            for piece, entropy in zip(pieces, entropies, strict=True)
+            for piece, entropy in zip(sample.pieces, sample.entropies, strict=True)
         ]
-    facts = [f"expected {sample.get('answer')}", f"found {sample.get('extracted')}", f"{sample.get('finish_reason')}"]
-    facts += [f"{name} {sample[name]:.3f}" for name in ("reward", "entropy") if sample.get(name) is not None]
-    verdict = "correct" if sample["correct"] else "wrong"
-    return {"question": sample["question"], "tokens": tokens, "facts": ", ".join(facts), "verdict": verdict}
+    facts = [f"expected {sample.answer}", f"found {sample.extracted}", f"{sample.finish_reason}"]
+    values = {"reward": sample.reward, "entropy": sample.entropy}
+    facts += [f"{name} {value:.3f}" for name, value in values.items() if value is not None]
+    verdict = "correct" if sample.correct else "wrong"
+    return {"question": sample.question, "tokens": tokens, "facts": ", ".join(facts), "verdict": verdict}
 
 
 def _shade(entropy: float) -> str:

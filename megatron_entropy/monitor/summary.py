@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from megatron_entropy.config.schema import Config
 from megatron_entropy.errors import DataError
 from megatron_entropy.files import atomic_write_text
@@ -102,13 +104,10 @@ def read_summary(folder: RunFolder) -> list[StageSummary]:
     if not folder.summary.exists():
         return []
     try:
-        stages = json.loads(folder.summary.read_text())["stages"]
-        return [StageSummary(**{**stage, **{key: Change(**stage[key]) for key in _CHANGES}}) for stage in stages]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder.summary}: not a summary of this version ({error}); remove it") from None
-
-
-_CHANGES = ("accuracy", "entropy", "length")
+        return TypeAdapter(dict[str, list[StageSummary]]).validate_json(folder.summary.read_bytes())["stages"]
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{folder.summary}: not a summary of this version ({reason}); remove it") from None
 
 
 def layout_label(layout: Mapping[str, int | bool]) -> str:

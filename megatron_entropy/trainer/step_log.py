@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Mapping, Sequence
 
 from megatron_entropy.distributed import process_groups
@@ -22,6 +23,7 @@ class StepLog:
         """Open the metrics files; rows of steps after the restored one are removed from them."""
         self._parts = components
         self._writer: MetricsWriter | None = None
+        self._recent: deque[float] = deque(maxlen=10)
         if process_groups.rank() == 0:
             config = components.config
             self._writer = MetricsWriter(components.folder, config.name, config.log, components.progress.step)
@@ -36,7 +38,10 @@ class StepLog:
             dump_rollouts(components.folder.rollouts(config.name, step), groups, components.tokenizer.piece)
         seconds = components.timer.split()
         self._writer.write(step, metrics, seconds)
-        log.info("%s %s", config.name, summary_line(step, config.steps, metrics, seconds))
+        if step:
+            self._recent.append(seconds["step"])
+        remaining = (config.steps - step) * sum(self._recent) / max(len(self._recent), 1)
+        log.info("%s %s", config.name, summary_line(step, config.steps, metrics, seconds, remaining=remaining))
 
     def evaluation(self, step: int, groups: Sequence[Group]) -> None:
         """Write the samples of an evaluation."""

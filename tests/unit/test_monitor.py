@@ -5,6 +5,7 @@ Not covered: the look of the console, and W&B beyond the error when it is not in
 
 import json
 import logging
+import re
 import sys
 import warnings
 
@@ -188,3 +189,15 @@ def test_line_of_another_rank_starts_with_its_rank(capsys, package_logger):
 def test_summary_line_shows_the_metrics_that_are_present():
     line = console.summary_line(3, 9, {"train/loss": 0.25, "eval/accuracy": float("nan")}, {"update": 1.0, "step": 1.5})
     assert line == "step 3/9  loss 0.25  1.5 s (update 1.0)"
+
+
+def test_off_a_terminal_a_record_is_one_line(capsys):
+    logger = console.setup_logging(0)
+    logger.info("step 3/9  %s", "word " * 60)
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 1 and re.match(r"\d\d:\d\d:\d\d INFO step 3/9  word", out[0])
+
+
+def test_summary_line_ends_in_the_time_that_is_left():
+    assert console.summary_line(3, 9, {}, {"step": 2.0}, remaining=720.0).endswith("ETA 12 min")
+    assert [console.duration(seconds) for seconds in (9, 99, 600, 9000)] == ["9 s", "99 s", "10 min", "2.5 h"]

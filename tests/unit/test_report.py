@@ -3,6 +3,7 @@
 Not covered: the look of the plots, only that there is one for each stage with values.
 """
 
+import json
 import re
 
 import numpy as np
@@ -158,3 +159,49 @@ def test_layout_label_names_axes_above_one_and_switches(layout, label):
 def test_versions_include_python_torch_and_megatron():
     found = summary.versions()
     assert {"python", "torch", "megatron-core"} <= set(found)
+
+
+GOOD_ROW = json.dumps({"stage": "a", "step": 1, "train/loss": 0.5})
+
+
+@pytest.mark.parametrize(
+    "row",
+    ["[]", "3", '{"step": 1}', '{"stage": 1, "step": 1}', '{"stage": "a", "step": -1}', '{"stage": "a", "step": true}',
+     '{"stage": "a", "step": 1, "train/loss": "x"}', "[" * 100_000, "1" * 5000, "\xff"],
+)  # fmt: skip
+def test_a_foreign_row_of_metrics_is_one_line(tmp_path, row):
+    (tmp_path / "metrics.jsonl").write_text(f"{GOOD_ROW}\n{row}\n{GOOD_ROW}\n", encoding="latin-1")
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2: .*; fix or remove the line"):
+        report.write_report(RunFolder(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "null", '{"stages": 3}', '{"stages": [{}]}', "\xff", "[" * 100_000, '{"stages": [{"name": 5}]}'],
+)
+def test_a_damaged_summary_is_one_line(tmp_path, text):
+    (tmp_path / "metrics.jsonl").write_text(f"{GOOD_ROW}\n")
+    (tmp_path / "summary.json").write_text(text, encoding="latin-1")
+    with pytest.raises(DataError, match=r"summary\.json: not a summary of this version .*; remove it$"):
+        report.write_report(RunFolder(tmp_path))
+
+
+def test_damaged_dumps_are_counted_and_the_page_is_written(tmp_path, caplog):
+    folder = RunFolder(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(f"{GOOD_ROW}\n")
+    dump = folder.rollouts("a", 1)
+    dump.parent.mkdir(parents=True)
+    good = json.dumps({"question": "why?", "response": "because", "correct": True})
+    lines = [good, "{", "[]", '{"question": 1}', '{"correct": [1]}', "[" * 5000, "\xff"]
+    dump.write_text("\n".join(lines), encoding="latin-1")
+    dump.with_name("step_zzz.jsonl").write_text("x")
+    folder.config.write_bytes(b"\xff\xfe not TOML")
+    report.write_report(folder)
+    assert "because" in folder.report.read_text() and "6 damaged lines are skipped" in caplog.text
+
+
+def test_a_file_where_the_plots_belong_is_one_line(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(f"{GOOD_ROW}\n")
+    (tmp_path / "plots").write_text("")
+    with pytest.raises(DataError, match="plots is not a folder; remove it"):
+        report.write_report(RunFolder(tmp_path))
