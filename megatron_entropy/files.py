@@ -1,15 +1,51 @@
-"""Files and folders that appear complete or not at all: a reader never meets half of one.
+"""Files that appear complete or not at all, and JSON of unknown origin.
 
-What is new is written beside its final name, forced to disk, and renamed: the rename is the only visible step.
+A new file or folder is written beside its final name, forced to disk, and renamed: the rename is the only visible step.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from megatron_entropy.errors import UserError
+
+MAX_JSON_BYTES = 64 * 2**20
+"""Largest JSON file that `read_json` reads."""
+
+
+def read_json(path: Path, error: type[UserError]) -> dict[str, Any]:
+    """Read a JSON file that holds one object.
+
+    Raises:
+        UserError: of the class `error`, in one line that names the file: it is missing, not a regular file, too large,
+            not UTF-8, not JSON, nested too deeply, or not an object.
+    """
+    try:
+        if not os.path.isfile(path):
+            raise error(f"{path}: {'not a regular file' if os.path.lexists(path) else 'no such file'}")
+        if (size := path.stat().st_size) > MAX_JSON_BYTES:
+            raise error(f"{path}: {size} bytes are too many for this file; at most {MAX_JSON_BYTES} are read")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as reason:
+        raise error(f"{path}: cannot be read: {reason.strerror or reason}") from None
+    except error:
+        raise
+    except (ValueError, RecursionError) as reason:  # UnicodeDecodeError, JSONDecodeError, a number of 5,000 digits
+        raise error(f"{path}: not valid JSON: {json_problem(reason)}") from None
+    if not isinstance(content, dict):
+        raise error(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def json_problem(reason: ValueError | RecursionError) -> str:
+    """Say in one line why a text is not JSON that can be read."""
+    return "nested too deeply" if isinstance(reason, RecursionError) else str(reason)
 
 
 def atomic_write_text(path: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,9 @@ from megatron_entropy.data.schemas import Message, Row, read_rows
 from megatron_entropy.data.tokenizer import Tokenizer
 from megatron_entropy.errors import ConfigError, DataError
 from megatron_entropy.records import Prompt
+
+MAX_CHARS = 2**22
+"""Longest target in characters where its number of tokens is not limited."""
 
 
 @dataclass(frozen=True)
@@ -43,21 +47,28 @@ def load_prompts(
     max_prompt_tokens: int,
     max_target_tokens: int | None = None,
     schema: str = "auto",
+    columns: Mapping[str, str] | None = None,
     template: str | None = None,
     system: str | None = None,
     chat_options: Mapping[str, object] | None = None,
+    first_only: bool = False,
 ) -> PromptSet:
     """Read, template and tokenize a data set.
 
+    A text that is too long for any tokenization within the limit is not tokenized.
+
     Args:
-        files: JSONL or parquet files; one set may mix both.
+        files: one set may mix the kinds of `readers.READERS`.
         tokenizer: the tokenizer of the model. A target is the worked solution followed by `eos_ids[0]`.
         max_prompt_tokens: rows with a longer prompt are skipped and counted.
-        max_target_tokens: the same for targets, with the end token; None for no limit.
+        max_target_tokens: the same for targets, with the end token; None for no limit but `MAX_CHARS`.
         schema: see `schemas.load_schema`; `auto` detects it for each file.
+        columns: see `schemas.read_rows`.
         template: text that contains `{question}`; None for the tokenizer's chat template.
         system: a system message before every conversation (chat templates only).
         chat_options: variables of the chat template, such as `enable_thinking`.
+        first_only: stop reading a file after its first row within the limits: a quick check of template, tokenizer
+            and limits.
 
     Returns:
         The prompts; `Prompt.index` is the row number over all files, counting skipped rows.
@@ -66,19 +77,27 @@ def load_prompts(
         ConfigError: a template without `{question}`, or an unknown schema.
         DataError: see `read_rows`; also when every row is skipped.
     """
+    _check_template(template, system)
     prompts: list[Prompt] = []
-    long_prompts = long_targets = index = 0
+    long_prompts = long_targets = 0
+    numbers = itertools.count()
     for file in files:
-        for row in read_rows(file, schema=schema):
-            text, tokens = _render(row, tokenizer, template, system, chat_options)
-            target = None if row.target is None else (*tokenizer.encode(row.target), tokenizer.eos_ids[0])
-            if len(tokens) > max_prompt_tokens:
+        for row, index in zip(read_rows(file, schema=schema, columns=columns), numbers, strict=False):
+            text = _render(row, tokenizer, template, system, chat_options)
+            prefix = tokenizer.bos_ids if template is not None else ()
+            tokens = _encode(text, tokenizer, max_prompt_tokens, prefix=prefix)
+            if tokens is None:
                 long_prompts += 1
-            elif target is not None and max_target_tokens is not None and len(target) > max_target_tokens:
-                long_targets += 1
-            else:
-                prompts.append(Prompt(index, text, tokens, row.answer, target, semantic_entropy=row.semantic_entropy))
-            index += 1
+                continue
+            target = None
+            if row.target is not None:
+                target = _encode(row.target, tokenizer, max_target_tokens, suffix=tokenizer.eos_ids[:1])
+                if target is None:
+                    long_targets += 1
+                    continue
+            prompts.append(Prompt(index, text, tokens, row.answer, target, semantic_entropy=row.semantic_entropy))
+            if first_only:
+                break
     skipped = Skipped(long_prompts, long_targets)
     if not prompts:
         names = ", ".join(str(file) for file in files) or "data.train is an empty list"
@@ -86,18 +105,28 @@ def load_prompts(
     return PromptSet(tuple(prompts), skipped)
 
 
-def read_prompts(files: Sequence[str | Path], *, schema: str = "auto") -> list[Prompt]:
+def read_prompts(
+    files: Sequence[str | Path], *, schema: str = "auto", columns: Mapping[str, str] | None = None
+) -> list[Prompt]:
     """Read all rows as prompts without text and tokens. Much faster than `load_prompts`; enough to select prompts.
 
     Raises:
-        ConfigError: an unknown schema.
-        DataError: see `read_rows`.
+        ConfigError, DataError: see `read_rows`.
     """
-    rows = (row for file in files for row in read_rows(file, schema=schema))
+    rows = (row for file in files for row in read_rows(file, schema=schema, columns=columns))
     return [
         Prompt(index, "", (), row.answer, None if row.target is None else (), semantic_entropy=row.semantic_entropy)
         for index, row in enumerate(rows)
     ]
+
+
+def _check_template(template: str | None, system: str | None) -> None:
+    if template is None:
+        return
+    if "{question}" not in template:
+        raise ConfigError(f"data.template must contain {{question}}, got {template!r}")
+    if system is not None:
+        raise ConfigError("data.system needs a chat template: write the system message into data.template")
 
 
 def _render(
@@ -106,18 +135,30 @@ def _render(
     template: str | None,
     system: str | None,
     chat_options: Mapping[str, object] | None,
-) -> tuple[str, tuple[int, ...]]:
-    """The templated question as text and as tokens."""
-    if template is None:
-        system_turn = (Message("system", system),) if system is not None else ()
-        text = tokenizer.render((*system_turn, *row.messages), chat_options)
-        return text, tuple(tokenizer.encode(text))
-    if "{question}" not in template:
-        raise ConfigError(f"data.template must contain {{question}}, got {template!r}")
-    if system is not None:
-        raise ConfigError("data.system needs a chat template: write the system message into data.template")
-    text = template.replace("{question}", "\n".join(message.content for message in row.messages))
-    return text, (*tokenizer.bos_ids, *tokenizer.encode(text))
+) -> str:
+    """The templated question."""
+    if template is not None:
+        return template.replace("{question}", "\n".join(message.content for message in row.messages))
+    system_turn = (Message("system", system),) if system is not None else ()
+    return tokenizer.render((*system_turn, *row.messages), chat_options)
+
+
+def _encode(
+    text: str,
+    tokenizer: Tokenizer,
+    limit: int | None,
+    *,
+    prefix: tuple[int, ...] = (),
+    suffix: tuple[int, ...] = (),
+) -> tuple[int, ...] | None:
+    """The tokens of a text, or None where they are more than `limit`.
+
+    A tokenizer needs about 50 bytes per character, so a text that cannot fit is not given to it.
+    """
+    if len(text) > (MAX_CHARS if limit is None else limit * tokenizer.max_token_chars):
+        return None
+    tokens = (*prefix, *tokenizer.encode(text), *suffix)
+    return None if limit is not None and len(tokens) > limit else tokens
 
 
 def epoch_order(n: int, *, seed: int, epoch: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Schemas: rows of published data sets, read from JSONL and parquet into one record.
+"""Schemas: rows of published data sets as one record.
 
 A schema has the columns it needs and a function from a raw row to a `Row`. `auto` takes the first schema whose columns
 a file has. Your own schema needs no change here: set `data.format = "package.module:NAME"`, where NAME is a `Schema`,
@@ -8,16 +8,14 @@ or register it as an entry point of the group `megatron_entropy.schemas`.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_entropy.data.readers import RawRow, kind_of, read_raw_rows
 from megatron_entropy.errors import ConfigError, DataError
 from megatron_entropy.plugins import load_plugin
-
-RawRow = Mapping[str, object]
 
 
 @dataclass(frozen=True)
@@ -43,10 +41,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Schema:
-    """The columns a data set must have, and the function that reads a row. `ValueError`s of `read` name the row."""
+    """The columns a data set must have, and the function that reads a row.
+
+    `ValueError`s of `read` name the row. `optional`: further columns that `read` looks for.
+    """
 
     columns: tuple[str, ...]
     read: Callable[[RawRow], Row]
+    optional: tuple[str, ...] = ()
 
 
 def load_schema(name: str) -> Schema:
@@ -61,36 +63,65 @@ def load_schema(name: str) -> Schema:
     return found
 
 
-def read_rows(file: str | Path, *, schema: str = "auto") -> Iterator[Row]:
-    """Read the rows of one JSONL (`.jsonl`, `.json`, `.ndjson`) or parquet (`.parquet`) file, in their order.
+def read_rows(file: str | Path, *, schema: str = "auto", columns: Mapping[str, str] | None = None) -> Iterator[Row]:
+    """Read the rows of one file, in their order; see `readers.READERS` for the kinds of files.
 
     Args:
         file: the path.
         schema: see `load_schema`; `auto` detects it from the columns of the first row.
+        columns: name of a column in the schema -> its name in the file, for the columns that differ.
 
     Raises:
-        ConfigError: an unknown schema.
+        ConfigError: an unknown schema, or a name in `columns` that the schema does not have.
         DataError: a missing, empty or broken file; a missing column; a value of the wrong kind. The message
-            names the file, and the line (JSONL) or row (parquet) where there is one.
+            names the file, and the line or row where there is one.
     """
     chosen = None if schema == "auto" else load_schema(schema)
-    path = Path(file)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
+    columns = columns or {}
+    _check_mapped_columns(columns, schema, SCHEMAS.values() if chosen is None else [chosen])
     empty = True
-    for location, raw in _raw_rows(path):
+    for location, in_file in read_raw_rows(Path(file)):
         empty = False
+        raw = _rename(in_file, columns, location) if columns else in_file
         if chosen is None:
             chosen = _detect_schema(raw, location)
         for column in chosen.columns:
             if column not in raw:
-                raise DataError(f"{location}: column {column!r} is missing; found {_column_names(raw)}")
+                raise DataError(
+                    f"{location}: column {column!r} is missing; found {_column_names(in_file)}; "
+                    f"data.columns.{column} names it where it has another name"
+                )
         try:
-            yield dataclasses.replace(chosen.read(raw), semantic_entropy=_semantic_entropy(raw))
+            row = dataclasses.replace(chosen.read(raw), semantic_entropy=_semantic_entropy(raw))
+            _check_unicode(row)
         except ValueError as error:
             raise DataError(f"{location}: {error}") from error
+        except Exception as error:  # a schema from outside may raise anything
+            raise DataError(f"{location}: data.format={schema!r} cannot read it: {error!r}") from error
+        yield row
     if empty:
-        raise DataError(f"{path}: the file has no rows")
+        raise DataError(f"{file}: the file has no rows")
+
+
+def _check_mapped_columns(columns: Mapping[str, str], name: str, schemas: Iterable[Schema]) -> None:
+    known = list(dict.fromkeys(column for schema in schemas for column in (*schema.columns, *schema.optional)))
+    known.append("semantic_entropy")
+    for column in columns:
+        if column not in known:
+            raise ConfigError(
+                f"data.columns.{column}: data.format={name!r} has no such column; it has {', '.join(known)}"
+            )
+
+
+def _rename(row: RawRow, columns: Mapping[str, str], location: str) -> RawRow:
+    """The row under the names of the schema."""
+    for ours, theirs in columns.items():
+        if theirs not in row:
+            raise DataError(
+                f"{location}: column {theirs!r} is missing, which data.columns.{ours} names; found {_column_names(row)}"
+            )
+    kept = {name: value for name, value in row.items() if name not in columns.values()}
+    return {**kept, **{ours: row[theirs] for ours, theirs in columns.items()}}
 
 
 def _detect_schema(row: RawRow, location: str) -> Schema:
@@ -101,68 +132,40 @@ def _detect_schema(row: RawRow, location: str) -> Schema:
                 continue
             return schema
     known = "; ".join(f"{name}: {', '.join(schema.columns)}" for name, schema in SCHEMAS.items())
-    raise DataError(f"{location}: no schema has the columns {_column_names(row)}; known are {known}")
+    raise DataError(
+        f"{location}: no schema has the columns {_column_names(row)}; known are {known}; "
+        'data.columns.question = "NAME" reads a column with another name'
+    )
 
 
-def _raw_rows(path: Path) -> Iterator[tuple[str, RawRow]]:
-    """The rows of a file, each with its location (`file:line`) for error messages."""
-    readers = {
-        ".jsonl": _json_lines,
-        ".json": _json_lines,
-        ".ndjson": _json_lines,
-        ".parquet": _parquet_rows,
-    }
-    if path.suffix not in readers:
-        raise DataError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; use {', '.join(readers)}")
-    return readers[path.suffix](path)
+def _check_unicode(row: Row) -> None:
+    """Refuse half of a surrogate pair (JSON's escape of D800 to DFFF alone), which no tokenizer can read.
 
-
-def _json_lines(path: Path) -> Iterator[tuple[str, RawRow]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            location = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{location}: not a line of JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{location}: expected one JSON object per line, found {_kind(row)}")
-            yield location, row
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, RawRow]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=4096):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path} row {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable parquet file: {' '.join(str(error).split())}") from error
+    Raises:
+        ValueError: the row contains one.
+    """
+    messages = (text for message in row.messages for text in (message.role, message.content))
+    for text in (*messages, row.answer or "", row.target or ""):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"a text is not valid Unicode: character {error.start} is {text[error.start]!a}") from None
 
 
 def _column_names(row: RawRow) -> str:
-    return ", ".join(row) or "no columns"
-
-
-def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", type(None): "nothing"}
-    return names.get(type(value), f"{type(value).__name__} {value!r}"[:40])
+    names = [name if name.isprintable() and len(name) < 60 else f"{name[:60]!a}" for name in list(row)[:20]]
+    return (", ".join(names) or "no columns") + (", ..." if len(row) > 20 else "")
 
 
 def _text(row: RawRow, column: str) -> str:
     """The text of a column; numbers become text (AIME's answers are integers)."""
     value = row[column]
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(int(value)) if float(value).is_integer() else str(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value)) if value.is_integer() else str(value)
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"column {column!r} must hold a text, found {_kind(value) if value else 'nothing'}")
+        raise ValueError(f"column {column!r} must hold a text or a finite number, found {kind_of(value)}")
     return value
 
 
@@ -173,11 +176,15 @@ def _optional_text(row: RawRow, column: str) -> str | None:
 
 def _semantic_entropy(row: RawRow) -> float | None:
     value = row.get("semantic_entropy")
-    if value is None:
+    if value is None or value == "":
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ValueError(f"column 'semantic_entropy' must hold a number of at least 0, found {value!r}")
-    return float(value)
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]  # text in CSV files
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise ValueError(f"column 'semantic_entropy' must hold a number of at least 0, found {kind_of(value)}")
+    return number
 
 
 def _messages(row: RawRow, column: str) -> tuple[Message, ...]:
@@ -186,12 +193,12 @@ def _messages(row: RawRow, column: str) -> tuple[Message, ...]:
     if isinstance(value, str) and value.strip():
         return (Message("user", value),)
     if not isinstance(value, list) or not value:
-        raise ValueError(f"column {column!r} must hold a list of {{role, content}}, found {_kind(value)}")
+        raise ValueError(f"column {column!r} must hold a list of {{role, content}}, found {kind_of(value)}")
     messages = []
     for turn in value:
         role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, None)
         if not isinstance(role, str) or not isinstance(content, str):
-            raise ValueError(f"column {column!r} must hold {{role, content}} with two texts, found {_kind(turn)}")
+            raise ValueError(f"column {column!r} must hold {{role, content}} with two texts, found {kind_of(turn)}")
         messages.append(Message(role, content))
     return tuple(messages)
 
@@ -203,7 +210,7 @@ def _user(text: str) -> tuple[Message, ...]:
 def _ground_truth(row: RawRow) -> str:
     model = row["reward_model"]
     if not isinstance(model, dict) or "ground_truth" not in model:
-        raise ValueError(f"column 'reward_model' must hold {{ground_truth}}, found {_kind(model)}")
+        raise ValueError(f"column 'reward_model' must hold {{ground_truth}}, found {kind_of(model)}")
     return _text(model, "ground_truth")
 
 
@@ -216,7 +223,7 @@ def _openr1(row: RawRow) -> Row:
             raise ValueError("column 'target' must hold a list of {content} with a text each")
         target = "".join(str(turn) for turn in turns)
     if not isinstance(target, str) or not target:
-        raise ValueError(f"column 'target' must hold a text or a list of {{content}}, found {_kind(target)}")
+        raise ValueError(f"column 'target' must hold a text or a list of {{content}}, found {kind_of(target)}")
     return Row(_messages(row, "prompt"), answer, target)
 
 
@@ -227,7 +234,7 @@ def _dapo(row: RawRow) -> Row:
 def _gsm8k(row: RawRow) -> Row:
     solution = _text(row, "answer")
     _, marker, answer = solution.rpartition("####")
-    if not marker:
+    if not marker or not answer.strip():
         raise ValueError("column 'answer' must end in '#### <number>'")
     return Row(_user(_text(row, "question")), answer.strip(), solution)
 
@@ -245,10 +252,10 @@ def _aime(row: RawRow) -> Row:
 
 
 SCHEMAS: dict[str, Schema] = {
-    "openr1": Schema(("prompt", "target"), _openr1),  # OpenR1-Math, LUFFY, CurioSFT
+    "openr1": Schema(("prompt", "target"), _openr1, ("reward_model", "answer")),  # OpenR1-Math, LUFFY, CurioSFT
     "dapo": Schema(("prompt", "reward_model"), _dapo),  # DAPO-Math-17k
     "gsm8k": Schema(("question", "answer"), _gsm8k),  # the answer ends in "#### 42"
-    "plain": Schema(("question", "answer"), _plain),  # this project's; `solution` is optional
-    "math": Schema(("problem", "answer"), _math),  # MATH-500; `solution` is optional
-    "aime": Schema(("Problem", "Answer"), _aime),
+    "plain": Schema(("question", "answer"), _plain, ("solution",)),  # this project's; `solution` is optional
+    "math": Schema(("problem", "answer"), _math, ("solution",)),  # MATH-500; `solution` is optional
+    "aime": Schema(("Problem", "Answer"), _aime, ("Solution",)),
 }

@@ -8,13 +8,18 @@ beside a byte-level file, as in distilled Qwen models). Both libraries are impor
 from __future__ import annotations
 
 import abc
-import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_entropy.data.readers import kind_of
 from megatron_entropy.data.schemas import Message
-from megatron_entropy.errors import ConfigError, TokenizerError
+from megatron_entropy.errors import ConfigError, TokenizerError, UserError
+from megatron_entropy.files import read_json
+
+MAX_TOKEN_CHARS = 256
+"""Upper bound of `Tokenizer.max_token_chars`; tokens of published vocabularies have at most 128 characters."""
 
 
 class Tokenizer(abc.ABC):
@@ -25,16 +30,23 @@ class Tokenizer(abc.ABC):
         eos_ids: all ids that end a response, never empty; training targets end with the first.
         pad_id: the padding id. It is never trained, so it may equal an end id.
         bos_ids: the ids before a plain text. Chat templates write their own.
+        max_token_chars: the most characters that one id stands for, at least 16 and at most `MAX_TOKEN_CHARS`. A text
+            of more than n times as many characters has more than n tokens.
     """
 
     vocab_size: int
     eos_ids: tuple[int, ...]
     pad_id: int
     bos_ids: tuple[int, ...]
+    max_token_chars: int
 
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, without begin and end tokens."""
+        """Return the ids of a text, without begin and end tokens.
+
+        Raises:
+            TokenizerError: the tokenizer cannot read the text.
+        """
 
     @abc.abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
@@ -55,7 +67,7 @@ class Tokenizer(abc.ABC):
             The text by the tokenizer's chat template; without a template each message on a line of its own.
 
         Raises:
-            ConfigError: the template refuses the conversation or the options, or is not valid jinja.
+            ConfigError: the template refuses the conversation or the options, fails, or is not valid jinja.
         """
         return "".join(f"{message.content}\n" for message in messages)
 
@@ -68,27 +80,47 @@ class HuggingFaceTokenizer(Tokenizer):
     """
 
     def __init__(self, folder: Path) -> None:
-        from transformers import PreTrainedTokenizerFast
-
-        _read_json(folder / "tokenizer_config.json")  # names the file if it is broken
+        settings = _read_json(folder / "tokenizer_config.json")
         try:
-            self._tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # the tokenizers library raises bare Exception
+            self._load(folder, settings)
+        except UserError:
+            raise
+        except BaseException as error:  # tokenizers raises bare Exception, and PanicException beside it
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
             raise TokenizerError(
-                f"{folder}: tokenizer.json: not a readable tokenizer, or tokenizer_config.json does not fit it: {error}"
+                f"{folder}: tokenizer.json: not a readable tokenizer, or tokenizer_config.json does not fit it: "
+                f"{_one_line(error)}"
             ) from error
-        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
-        self.eos_ids = _eos_ids(folder, self._tokenizer.eos_token_id)
+        self.eos_ids = _eos_ids(folder, self._tokenizer.eos_token_id, self.vocab_size)
         pad_id = self._tokenizer.pad_token_id
         self.pad_id = self.eos_ids[0] if pad_id is None else pad_id
-        self.bos_ids = self._prefix_ids()
         template = self._tokenizer.chat_template
         if isinstance(template, dict) and "default" not in template:
             raise ConfigError(f"{folder}: its chat templates are {', '.join(template)}, none is named default")
 
+    def _load(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        import tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        self._tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        vocabulary = self._tokenizer.get_vocab()
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.max_token_chars = _bounded(max(map(len, vocabulary)))
+        self.bos_ids = self._prefix_ids()
+        # transformers adds an unknown end token to the vocabulary; the model would never produce it.
+        end = self._tokenizer.eos_token
+        added = [entry["content"] for entry in settings.get("added_tokens_decoder", {}).values()]
+        in_file = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        if end is not None and in_file.token_to_id(end) is None and end not in added:
+            raise TokenizerError(f"{folder}: tokenizer_config.json: eos_token {end[:60]!r} is not in tokenizer.json")
+
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer.encode`."""
-        return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise TokenizerError(f"the tokenizer fails on {text[:60]!a}: {_one_line(error)}") from error
 
     def decode(self, ids: Iterable[int]) -> str:
         """See `Tokenizer.decode`."""
@@ -104,15 +136,17 @@ class HuggingFaceTokenizer(Tokenizer):
         """See `Tokenizer.render`."""
         if not self._tokenizer.chat_template:
             return super().render(messages)
-        import jinja2
-
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
-            return self._tokenizer.apply_chat_template(
+            text = self._tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=True, **(options or {})
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise ConfigError(f"the tokenizer's chat template fails: {error}; data.template replaces it") from error
+            text.encode()  # a template may write half of a surrogate pair
+        except Exception as error:  # a template is a program: it may raise anything
+            raise ConfigError(
+                f"the tokenizer's chat template fails: {_one_line(error)}; data.template replaces it"
+            ) from error
+        return text
 
     def _prefix_ids(self) -> tuple[int, ...]:
         """What the tokenizer's post-processor puts before a text."""
@@ -131,9 +165,10 @@ class SentencePieceTokenizer(Tokenizer):
 
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
-            raise TokenizerError(f"{path}: not a readable SentencePiece model: {error}") from error
+        except Exception as error:  # the library raises OSError, RuntimeError and others
+            raise TokenizerError(f"{path}: not a readable SentencePiece model: {_one_line(error)}") from error
         self.vocab_size = self._model.get_piece_size()
+        self.max_token_chars = _bounded(max(len(self._model.id_to_piece(i)) for i in range(self.vocab_size)))
         eos, pad, bos = self._model.eos_id(), self._model.pad_id(), self._model.bos_id()
         if eos < 0:
             raise TokenizerError(f"{path}: the model has no end token: train it with an eos_id")
@@ -185,23 +220,32 @@ def load_tokenizer(path: str | Path, *, vocab_size: int | None = None) -> Tokeni
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise TokenizerError(f"{path}: not valid JSON: {error}") from error
-    return content if isinstance(content, dict) else {}
+    return read_json(path, TokenizerError) if os.path.lexists(path) else {}
 
 
-def _eos_ids(folder: Path, declared: int | None) -> tuple[int, ...]:
+def _eos_ids(folder: Path, declared: int | None, vocab_size: int) -> tuple[int, ...]:
     found = [] if declared is None else [declared]
     for name in ("generation_config.json", "config.json"):
         ids = _read_json(folder / name).get("eos_token_id")
-        if name == "generation_config.json" or not found:
-            found += [index for index in (ids if isinstance(ids, list) else [ids]) if isinstance(index, int)]
+        if ids is None or (name == "config.json" and found):
+            continue
+        for index in ids if isinstance(ids, list) else [ids]:
+            if type(index) is not int or not 0 <= index < vocab_size:
+                raise TokenizerError(
+                    f"{folder / name}: eos_token_id must be ids of the tokenizer, 0 to {vocab_size - 1}, "
+                    f"found {kind_of(index)}"
+                )
+            found.append(index)
     if not found:
         raise TokenizerError(
             f"{folder}: no end token: set eos_token in tokenizer_config.json or eos_token_id in generation_config.json"
         )
     return tuple(dict.fromkeys(found))
+
+
+def _bounded(longest: int) -> int:
+    return min(max(longest, 16), MAX_TOKEN_CHARS)
+
+
+def _one_line(error: BaseException) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]

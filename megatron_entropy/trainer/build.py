@@ -74,6 +74,9 @@ def build(config: Config, folder: RunFolder, engines: RunEngines, stop: StopSign
     max_target_tokens = None if method.uses_rollouts else config.rollout.max_response_tokens
     prompts = method.select(_load_prompts(config, config.data.train, tokenizer, max_target_tokens))
     eval_prompts = _load_prompts(config, config.data.eval, tokenizer, None) if config.data.eval else []
+    log.info(
+        "stage %s: %d training and %d eval prompts; building the model", config.name, len(prompts), len(eval_prompts)
+    )
     actor = Actor(arch, config.actor, total_updates=config.steps * config.batch.updates, seed=config.seed)
     source = _weight_source(actor, config.rollout.dtype)
     progress = _restore(config, folder, actor, method, resume=resume)
@@ -86,6 +89,7 @@ def build(config: Config, folder: RunFolder, engines: RunEngines, stop: StopSign
         # rollout service brings it back. (`source` looks at the weights, so it is built before.)
         if config.rollout.colocate:
             actor.offload()
+        log.info("stage %s: starting the rollout engines, which takes some seconds", config.name)
         pool = engines.start()
         stop.listen()  # Ray has replaced the signal handlers
         weight_sync = _build_weight_sync(config, source, pool)
@@ -178,6 +182,7 @@ def _load_prompts(
         max_prompt_tokens=data.max_prompt_tokens,
         max_target_tokens=max_target_tokens,
         schema=data.format,
+        columns=data.columns,
         template=data.template or None,
         system=data.system or None,
         chat_options=data.chat_options,

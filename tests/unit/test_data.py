@@ -1,12 +1,16 @@
 """Rows of every schema become prompts in an order that (seed, epoch) determines; errors name file and line.
 
-Shown: rows in the published form of each data set, from JSONL and parquet; external schemas; length limits that count
-the rows they skip; permutations and exact resumption. Not shown: the published files themselves.
+Shown: rows in the published form of each data set, from JSONL, JSON arrays, CSV and parquet; columns with other names;
+external schemas; length limits that count the rows they skip; whatever bytes a file has, nothing but a DataError comes
+out; permutations and exact resumption. Not shown: the published files themselves.
 """
 
 from __future__ import annotations
 
+import csv
 import json
+import math
+import os
 import subprocess
 import sys
 
@@ -14,8 +18,9 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from mutations import damaged
 from sentencepiece_model import train_sentencepiece
 
 from megatron_entropy.data.dataset import PromptStream, epoch_order, load_prompts, read_prompts
@@ -54,6 +59,22 @@ def write_jsonl(path, rows):
     return path
 
 
+def write_rows(path, rows):
+    """Write a file of the kind that its suffix names."""
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=2))
+    else:
+        write_jsonl(path, rows)
+    return path
+
+
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory):
     """A SentencePiece model over printable ASCII with hardly any merges."""
@@ -63,16 +84,16 @@ def tokenizer(tmp_path_factory):
     return load_tokenizer(path)
 
 
-@pytest.mark.parametrize("name", ROWS)
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+NESTED = [name for name, (raw, _) in ROWS.items() if any(isinstance(value, list | dict) for value in raw.values())]
+SUFFIXES = [(name, suffix) for name in ROWS for suffix in ("jsonl", "json", "csv", "parquet")
+            if suffix != "csv" or name not in NESTED]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "suffix"), SUFFIXES)
 @pytest.mark.parametrize("schema", ["auto", "named"])
 def test_each_schema_reads_its_rows(tmp_path, name, suffix, schema):
     raw, expected = ROWS[name]
-    path = tmp_path / f"train.{suffix}"
-    if suffix == "jsonl":
-        write_jsonl(path, [raw, raw])
-    else:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([raw, raw]), path)
+    path = write_rows(tmp_path / f"train.{suffix}", [raw, raw])
     rows = list(read_rows(path, schema=name if schema == "named" else "auto"))
     assert [(row.messages, row.answer, row.target) for row in rows] == [expected] * 2
 
@@ -102,8 +123,33 @@ def test_question_and_answer_without_marker_is_plain(tmp_path):
         ([], "auto", r"a.jsonl: the file has no rows"),
         ([], "math", r"a.jsonl: the file has no rows"),
         (["", ""], "auto", r"a.jsonl: the file has no rows"),
-        ([{"problem": None, "answer": "2"}], "math", r"a.jsonl:1: column 'problem' must hold a text, found nothing"),
-        ([{"problem": ["x"], "answer": "2"}], "math", r"a.jsonl:1: column 'problem' must hold a text, found a list"),
+        (
+            [{"problem": None, "answer": "2"}],
+            "math",
+            r"column 'problem' must hold a text or a finite number, found nothing",
+        ),
+        (
+            [{"problem": ["x"], "answer": "2"}],
+            "math",
+            r"column 'problem' must hold a text or a finite number, found a list",
+        ),
+        (['{"problem": "1", "answer": NaN}'], "math", r"a.jsonl:1: column 'answer' .* found the float nan"),
+        (['{"problem": "1", "answer": -Infinity}'], "math", r"a.jsonl:1: column 'answer' .* found the float -inf"),
+        ([{"problem": "1", "answer": " \t"}], "math", r"a.jsonl:1: column 'answer' .* found only white space"),
+        ([{"problem": "1", "answer": ""}], "math", r"a.jsonl:1: column 'answer' .* found an empty text"),
+        ([{"problem": "1", "answer": True}], "math", r"a.jsonl:1: column 'answer' .* found the bool True"),
+        ([{"problem": "1", "answer": "\ud83d"}], "math", r"a.jsonl:1: a text is not valid Unicode: .* '\\ud83d'"),
+        ([{"problem": "1 \udc00", "answer": "2"}], "math", r"a.jsonl:1: a text is not valid Unicode: character 2 is"),
+        ([ROWS["math"][0], "[" * 100_000], "math", r"a.jsonl:2: not a line of JSON: nested too deeply"),
+        (['{"problem": ' + "9" * 5000 + "}"], "math", r"a.jsonl:1: not a line of JSON: Exceeds the limit"),
+        ([{**ROWS["math"][0], "semantic_entropy": 10**400}], "math", r"a.jsonl:1: column 'semantic_entropy' must"),
+        ([{**ROWS["math"][0], "semantic_entropy": "x"}], "math", r"a.jsonl:1: column 'semantic_entropy' must"),
+        (
+            [{"question": "1", "answer": "so\n#### "}],
+            "gsm8k",
+            r"a.jsonl:1: column 'answer' must end in '#### <number>'",
+        ),
+        ([{"question": "1", "answer": "so\n####"}], "auto", r"a.jsonl:1: column 'answer' must end in '#### <number>'"),
         ([{"prompt": CHAT, "reward_model": {}}], "dapo", r"a.jsonl:1: column 'reward_model' must hold"),
         ([{"prompt": [{"role": "user"}], "target": "2"}], "openr1", r"a.jsonl:1: column 'prompt' must hold"),
         ([{"prompt": CHAT, "target": [{}]}], "openr1", r"a.jsonl:1: column 'target' must hold"),
@@ -115,19 +161,128 @@ def test_mistakes_name_file_line_and_column(tmp_path, rows, schema, message):
         list(read_rows(write_jsonl(tmp_path / "a.jsonl", rows), schema=schema))
 
 
+def test_large_and_whole_numbers_become_text(tmp_path):
+    answers = [2, 2.0, -0.5, 10**400, 1e300]
+    rows = read_rows(write_jsonl(tmp_path / "a.jsonl", [{"problem": "1", "answer": answer} for answer in answers]))
+    assert [row.answer for row in rows] == ["2", "2", "-0.5", str(10**400), str(int(1e300))]
+
+
 def test_missing_file_unknown_suffix_and_corrupt_parquet(tmp_path):
-    (tmp_path / "a.csv").write_text("x")
+    (tmp_path / "a.txt").write_text("x")
     (tmp_path / "a.parquet").write_text("not parquet")
-    for name, message in (("b.jsonl", "no such file"), ("a.csv", "cannot read .csv"), ("a.parquet", "parquet")):
+    (tmp_path / "folder.csv").mkdir()
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "loop.json").symlink_to(tmp_path / "loop.json")
+    for name, message in (
+        ("b.jsonl", "no such file"),
+        (f"{'x' * 300}.jsonl", "no such file"),
+        ("a.txt", "cannot read .txt; use .jsonl, .ndjson, .json, .csv, .parquet"),
+        ("a.parquet", "not a readable parquet file"),
+        ("folder.csv", "not a regular file"),
+        ("pipe.jsonl", "not a regular file"),
+        ("loop.json", "not a regular file"),
+    ):
         with pytest.raises(DataError, match=message):
             list(read_rows(tmp_path / name))
 
 
-def test_parquet_mistakes_name_the_row(tmp_path):
-    path = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([ROWS["math"][0], {"problem": None, "answer": "2"}]), path)
-    with pytest.raises(DataError, match="a.parquet row 2: column 'problem'"):
+@pytest.mark.parametrize("suffix", ["json", "csv", "parquet"])
+def test_mistakes_in_other_files_name_the_row_too(tmp_path, suffix):
+    path = write_rows(tmp_path / f"a.{suffix}", [{"problem": "1", "answer": "2"}, {"problem": "", "answer": "2"}])
+    where = {"json": "a.json item 2", "csv": "a.csv:3", "parquet": "a.parquet row 2"}[suffix]
+    with pytest.raises(DataError, match=f"{where}: column 'problem' must hold a text"):
         list(read_rows(path))
+
+
+def test_parquet_with_invalid_utf8_is_named(tmp_path):
+    texts = pyarrow.array([b"1+1?", b"\xff\xfe"]).view(pyarrow.string())
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"problem": texts, "answer": ["2", "2"]}), path)
+    with pytest.raises(DataError, match="a.parquet: not a readable parquet file .*utf-8"):
+        list(read_rows(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b"[", "a.json: not a JSON array"),
+        ("a.json", b"[]", "a.json: the file has no rows"),
+        ("a.json", b"[1]", "a.json item 1: expected a JSON object, found the int 1"),
+        ("a.json", b"\xef\xbb\xbf[" + b"[" * 9999, "a.json: not a JSON array: nested too deeply"),
+        ("a.json", b'{"rows": []}', "a.json:1: no schema has the columns rows"),
+        ("a.csv", b"", "a.csv: the file has no rows"),
+        ("a.csv", b"problem,answer\n", "a.csv: the file has no rows"),
+        ("a.csv", b"problem,answer\n1\n", "a.csv:2: 1 values for 2 columns"),
+        ("a.csv", b"problem,answer\n1,2,3\n", "a.csv:2: 3 values for 2 columns"),
+        ("a.csv", b"problem,problem\n1,2\n", "a.csv:1: the first line must name each column once"),
+        ("a.csv", b'problem,answer\n"1,2\n', "a.csv:2: not valid CSV"),
+        ("a.csv", b"problem,answer\n1,\xff\n", "a.csv:1: not valid CSV: .*utf-8"),
+    ],
+)
+def test_broken_arrays_and_tables_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        list(read_rows(tmp_path / name))
+
+
+def test_csv_takes_quotes_empty_lines_and_a_byte_order_mark(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'\xef\xbb\xbfquestion,answer,solution,semantic_entropy\r\n"a, ""b""\n?",2,,0.5\r\n\r\n')
+    (row,) = read_rows(path)
+    assert (row.messages[0].content, row.answer, row.target) == ('a, "b"\n?', "2", None)
+    assert row.semantic_entropy == 0.5
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+@settings(max_examples=100)
+@given(data=st.data())
+def test_damaged_bytes_are_nothing_but_data_errors(tmp_path_factory, suffix, data):
+    folder = tmp_path_factory.getbasetemp()
+    raw = {"question": "1+1?", "answer": "2", "solution": "it is 2", "semantic_entropy": 0.5}
+    whole = write_rows(folder / f"whole.{suffix}", [raw] * 3).read_bytes()
+    (folder / f"damaged.{suffix}").write_bytes(data.draw(damaged(whole)))
+    try:
+        for row in read_rows(folder / f"damaged.{suffix}", schema="plain"):
+            assert row.answer.encode() and (row.semantic_entropy is None or math.isfinite(row.semantic_entropy))
+    except DataError as error:
+        assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("schema", ["auto", "plain"])
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_columns_may_have_other_names(tmp_path, suffix, schema):
+    raw = {"q": "1+1?", "a": "2", "question": "another one", "worked": "so 2"}
+    path = write_rows(tmp_path / f"a.{suffix}", [raw, raw])
+    columns = {"question": "q", "answer": "a", "solution": "worked"}
+    rows = list(read_rows(path, schema=schema, columns=columns))
+    assert [(row.messages, row.answer, row.target) for row in rows] == [(USER, "2", "so 2")] * 2
+    assert [prompt.answer for prompt in read_prompts([path], schema=schema, columns=columns)] == ["2", "2"]
+
+
+def test_columns_may_be_swapped(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"question": "2", "answer": "1+1?"}])
+    (row,) = read_rows(path, columns={"question": "answer", "answer": "question"})
+    assert (row.messages, row.answer) == (USER, "2")
+
+
+@pytest.mark.parametrize(
+    ("columns", "schema", "error", "message"),
+    [
+        ({"question": "qq"}, "auto", DataError, "a.jsonl:1: column 'qq' is missing, which data.columns.question names"),
+        ({"question": "q"}, "plain", DataError, "column 'answer' is missing; found q, a; data.columns.answer names it"),
+        ({}, "auto", DataError, 'no schema has the columns q, a; .*data.columns.question = "NAME" reads a column'),
+        (
+            {"qestion": "q"},
+            "plain",
+            ConfigError,
+            "data.columns.qestion: data.format='plain' has no such column; it has",
+        ),
+        ({"qestion": "q"}, "auto", ConfigError, "data.columns.qestion: data.format='auto' has no such column"),
+    ],
+)
+def test_wrong_names_of_columns_are_named(tmp_path, columns, schema, error, message):
+    with pytest.raises(error, match=message):
+        list(read_rows(write_jsonl(tmp_path / "a.jsonl", [{"q": "1+1?", "a": 2}]), schema=schema, columns=columns))
 
 
 @pytest.mark.parametrize(
@@ -170,6 +325,10 @@ def test_a_schema_may_come_from_another_package(tmp_path, monkeypatch):
         assert next(rows) == load_schema(name).read({"q": "1+1?", "a": 2})
         with pytest.raises(DataError, match="a.jsonl:2: column 'a' must not be negative"):
             next(rows)
+    with pytest.raises(DataError, match="a.jsonl:1: data.format='theirs' cannot read it: TypeError"):
+        list(read_rows(write_jsonl(file, [{"q": "1+1?", "a": None}]), schema="theirs"))
+    (row,) = read_rows(write_jsonl(file, [{"text": "1+1?", "a": 2}]), schema="theirs", columns={"q": "text"})
+    assert row.messages == USER
 
 
 def test_prompts_are_tokens_of_template_question_and_solution(tmp_path, tokenizer):
@@ -198,6 +357,30 @@ def test_rows_over_the_limits_are_counted_and_never_truncated(tmp_path, tokenize
     assert (loaded.skipped.prompt, loaded.skipped.target) == (2, 1)
     assert str(loaded.skipped) == "skipped 2 rows with too long a prompt, 1 with too long a target"
     assert max(len(prompt.tokens) for prompt in loaded.prompts) == 6
+
+
+def test_a_text_that_cannot_fit_is_not_given_to_the_tokenizer(tmp_path, tokenizer, monkeypatch):
+    """A tokenizer needs gigabytes for a text of 100 MB."""
+    long = "1" * 100_000
+    rows = [{"question": long, "answer": "2"}, {"question": "1", "solution": long, "answer": "2"}, ROWS["plain"][0]]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    lengths = []
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text: lengths.append(len(text)) or encode(text))
+    loaded = load_prompts([file], tokenizer, max_prompt_tokens=50, max_target_tokens=50)
+    assert (loaded.skipped.prompt, loaded.skipped.target, [prompt.index for prompt in loaded.prompts]) == (1, 1, [2])
+    assert max(lengths) < 50 * tokenizer.max_token_chars == 800
+
+
+def test_first_only_reads_each_file_up_to_the_first_row_that_fits(tmp_path, tokenizer):
+    long, good = {"question": "1" * 99, "answer": "2"}, ROWS["plain"][0]
+    files = [write_jsonl(tmp_path / f"{n}.jsonl", [long] * n + [good, "{broken"]) for n in range(3)]
+    loaded = load_prompts(files, tokenizer, max_prompt_tokens=20, first_only=True)
+    assert len(loaded) == 3 and loaded.skipped.prompt == 3
+    with pytest.raises(DataError, match="only.jsonl: no row is left: skipped 2 rows"):
+        load_prompts(
+            [write_jsonl(tmp_path / "only.jsonl", [long, long])], tokenizer, max_prompt_tokens=20, first_only=True
+        )
 
 
 def test_indices_count_rows_over_all_files(tmp_path, tokenizer):

@@ -13,8 +13,9 @@ import pytest
 import sentencepiece
 import tokenizers
 import transformers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from mutations import damaged
 from sentencepiece_model import save_for_transformers, train_sentencepiece
 
 from megatron_entropy.data.schemas import Message
@@ -197,6 +198,14 @@ def test_chat_templates_render_as_in_transformers(tmp_path, source, options):
         ("{{ raise_exception('no system') }}", {}, "chat template fails: no system"),
         ("{% if %}", {}, "chat template fails"),
         ("{{ messages }}", {"tokenize": True}, "chat template fails: .*tokenize"),
+        ("{{ 1 + 'a' }}", {}, "chat template fails: unsupported operand"),
+        ("{{ range(10**9) | list }}", {}, "chat template fails: Range too big"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", {}, "chat template fails: maximum recursion depth"),
+        ("{{ 'x' * 10**15 }}", {}, "chat template fails: MemoryError"),
+        ("{{ messages[3].content }}", {}, "chat template fails: "),
+        ("{{ 1 / 0 }}", {}, "chat template fails: division by zero"),
+        ("{{ ''.__class__.__mro__ }}", {}, "chat template fails: .*unsafe"),
+        ('{{ "\\ud83d" }}', {}, "chat template fails: .*surrogates not allowed"),
         ([{"name": "tools", "template": "x"}], {}, "its chat templates are tools, none is named default"),
     ],
 )
@@ -262,6 +271,82 @@ def test_more_ids_than_the_model_has_is_an_error(folder):
     assert load_tokenizer(folder, vocab_size=VOCAB_SIZE).vocab_size == VOCAB_SIZE
     with pytest.raises(TokenizerError, match=r"tokenizer.json: .* 64 ids, but the model's vocab_size is 63"):
         load_tokenizer(folder, vocab_size=63)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"tokenizer_config": {"eos_token": {"__type": "AddedToken"}}},
+            "tokenizer_config.json: eos_token '' is not in",
+        ),
+        ({"tokenizer_config": {"eos_token": "<|nope|>"}}, "tokenizer_config.json: eos_token '<|nope|>' is not in"),
+        ({"tokenizer_config": {"eos_token": 5}}, "tokenizer_config.json does not fit it"),
+        ({"tokenizer_config": ["eos_token"]}, "tokenizer_config.json: expected a JSON object, found list"),
+        ({"tokenizer_config": {"chat_template": 5, "eos_token": "<|im_end|>"}}, ""),
+        ({"generation_config": {"eos_token_id": 10**9}}, "generation_config.json: eos_token_id must be ids of the"),
+        ({"generation_config": {"eos_token_id": [2, -1]}}, "0 to 279, found the int -1"),
+        ({"generation_config": {"eos_token_id": True}}, "0 to 279, found the bool True"),
+        ({"generation_config": {"eos_token_id": "2"}}, "0 to 279, found a text"),
+        ({"config": {"eos_token_id": 10**9}}, "config.json: eos_token_id must be ids of the tokenizer"),
+        ({"special_tokens_map": ["x"], "generation_config": {"eos_token_id": 2}}, ""),
+    ],
+)
+def test_wrong_settings_are_named(tmp_path, files, message):
+    folder = byte_level_folder(tmp_path, **files)
+    with pytest.raises((TokenizerError, ConfigError)) as caught:
+        load_tokenizer(folder).render([Message("user", "x")])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_end_token_of_the_settings_may_be_added(tmp_path):
+    added = {"280": {"content": "<|new|>", "special": True}}
+    folder = byte_level_folder(tmp_path, tokenizer_config={"eos_token": "<|new|>", "added_tokens_decoder": added})
+    assert load_tokenizer(folder).eos_ids == (280,)
+
+
+def test_a_chat_template_file_in_another_encoding_is_named(tmp_path):
+    folder = byte_level_folder(tmp_path, tokenizer_config={"eos_token": "<|im_end|>"})
+    (folder / "chat_template.jinja").write_bytes("{{ 'é' }}".encode("latin-1"))
+    with pytest.raises(TokenizerError, match="tokenizer_config.json does not fit it: .*utf-8"):
+        load_tokenizer(folder)
+
+
+def test_a_text_that_the_tokenizer_cannot_read_is_named(tmp_path):
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"0": 0, "<s>": 1}, unk_token="none"))
+    words.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"eos_token_id": 1}')
+    with pytest.raises(TokenizerError, match="the tokenizer fails on 'x.xe9'"):
+        load_tokenizer(tmp_path).encode("xé")
+
+
+@given(text=texts)
+def test_no_token_stands_for_more_characters_than_stated(three, text):
+    for tokenizer in three[:2]:
+        assert tokenizer.max_token_chars == 16
+        assert len(text) <= len(tokenizer.encode(text)) * tokenizer.max_token_chars or not text.strip("▁ ")
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory):
+    config = {"eos_token": "<|im_end|>", "chat_template": QWEN_TEMPLATE}
+    return byte_level_folder(tmp_path_factory.mktemp("byte_level"), tokenizer_config=config)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "tokenizer.model"])
+@settings(max_examples=60)
+@given(data=st.data())
+def test_damaged_bytes_are_nothing_but_our_errors(folder, byte_level, name, data):
+    source = folder if name == "tokenizer.model" else byte_level
+    whole = (source / name).read_bytes()
+    (source / name).write_bytes(data.draw(damaged(whole)))
+    try:
+        tokenizer = load_tokenizer(source / name if name == "tokenizer.model" else source)
+        tokenizer.decode(tokenizer.encode(tokenizer.render([Message("user", "so we get 12\n")])))
+    except (TokenizerError, ConfigError) as error:
+        assert "\n" not in str(error)
+    finally:
+        (source / name).write_bytes(whole)
 
 
 def test_missing_broken_and_endless_tokenizers_are_named(tmp_path):
