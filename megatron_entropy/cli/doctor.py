@@ -33,6 +33,7 @@ PURPOSES = {
     "megatron-core": "the trained model, its schedules and optimizer",
     "einops": "megatron-core's transformer layers",
     "transformers": "tokenizers and chat templates",
+    "tokenizers": "tokenizer.json files",
     "safetensors": "model folders",
     "sentencepiece": "tokenizer.model files",
     "ray": "rollout engines as actors",
