@@ -31,5 +31,5 @@ def load_plugin(name: str, known: Mapping[str, object], *, key: str, group: str)
         raise ConfigError(f"{key}: unknown name {name!r}; use one of {names}, or package.module:NAME")
     try:
         return installed[name].load() if name in installed else getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (Exception, SystemExit) as error:  # an import runs the module
         raise ConfigError(f"{key}: {name!r} cannot be imported ({error}); is its folder on PYTHONPATH?") from error

@@ -244,6 +244,9 @@ class RewardConfig(Section):
     """Processes that grade."""
     timeout: float = Field(default=10.0, gt=0)
     """Seconds that grading one response may take before its worker is killed."""
+    budget: float = Field(default=60.0, gt=0)
+    """Seconds that grading up to 1,000 responses may take in one call, proportionally more for more; the responses
+    without a grade then count as errors."""
 
 
 class BatchConfig(Section):

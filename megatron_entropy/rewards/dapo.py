@@ -2,7 +2,9 @@ r"""The grader of DAPO: the last `Answer:` line, normalised, must equal the norm
 
 Source: DAPO (arXiv 2503.14476) and its release's `math_dapo.py`, whose normalisation comes from the appendix on MATH of
 Minerva (arXiv 2206.14858). Its quirks are kept, since published numbers depend on them: the words below are removed
-wherever they occur, "a " also at the end of a longer word, and only the text after the last `=` counts.
+wherever they occur, "a " also at the end of a longer word, and only the text after the last `=` counts. So `42.`,
+`**42**` and `**Answer:** 42` are not `42`, `033` is not `33`, 300 blanks after the answer hide it, and a `\boxed{}`
+without `Answer:` does not count (verl 0.9.1 accepts it).
 """
 
 from __future__ import annotations

@@ -6,14 +6,17 @@
   response counts as a crash only when a second worker has died on it.
 - Workers are fresh interpreters (spawn). They import the verifier, but neither torch nor the caller's main script.
   The first `grade` starts them.
+- Grading ends when its budget of time is used up. The responses without a grade then get the error `budget`.
 """
 
 from __future__ import annotations
 
 import importlib.machinery
+import logging
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import TimeoutError as GradeTimeout
 from concurrent.futures.process import BrokenProcessPool
@@ -22,12 +25,16 @@ from types import TracebackType
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
-from megatron_entropy.errors import Fault
+from megatron_entropy.errors import ConfigError, Fault
 from megatron_entropy.records import Grade
-from megatron_entropy.rewards.registry import INLINE, Verifier, load_verifier
+from megatron_entropy.rewards.registry import INLINE, VERIFIERS, Verifier, load_verifier
 
+logger = logging.getLogger(__name__)
+BUDGET_RESPONSES = 1000  # a call with more responses gets proportionally more time
+CHECK_SECONDS = 5.0  # limit of `check_verifier` for its response
 START_SECONDS = 300.0  # limit for a worker to import its verifier
 MAX_BREAKDOWNS = 5  # of the whole pool in a row, without a new grade; then the first response without one is the cause
+UNUSABLE = ("timeout", "crash", "TypeError: the verifier returned", "NameError", "ImportError", "ModuleNotFoundError")
 ERROR_LENGTH = 120  # characters of an error message kept in a grade
 MEMORY_GIB = 4.0  # memory that grading may add to what a worker uses after its imports
 
@@ -42,16 +49,19 @@ class RewardPool:
         verifier: see `load_verifier`.
         workers: number of processes.
         timeout: seconds for one response.
+        budget: seconds for one call of `grade` with up to `BUDGET_RESPONSES` responses, without the start of the
+            workers.
 
     Raises:
         ConfigError: an unknown verifier.
     """
 
-    def __init__(self, *, verifier: str, workers: int = 2, timeout: float = 10.0) -> None:
-        assert workers > 0 and timeout > 0, (workers, timeout)
+    def __init__(self, *, verifier: str, workers: int = 2, timeout: float = 10.0, budget: float = 60.0) -> None:
+        assert workers > 0 and timeout > 0 and budget > 0, (workers, timeout, budget)
         self.verifier = verifier
         self.workers = workers
         self.timeout = timeout
+        self.budget = budget
         self._function = load_verifier(verifier)
         self._pool: ProcessPool | None = None
 
@@ -78,28 +88,46 @@ class RewardPool:
 
         Returns:
             The grades in the order of the pairs. `error` is `timeout`, `crash` (the process died or ran out of
-            memory), or what the verifier raised (`ValueError: message`).
+            memory), `budget` (the call had no time left), or what the verifier raised (`ValueError: message`).
 
         Raises:
             Fault: the workers cannot be started.
         """
         if self.verifier in INLINE:
             return [_grade(self._function, response, answer) for response, answer in pairs]
+        if not pairs:
+            return []
         grades: dict[int, Grade] = {}
         suspects: set[int] = set()
         breakdowns = 0
+        self._running_pool()
+        seconds = min(self.budget * max(1.0, len(pairs) / BUDGET_RESPONSES), threading.TIMEOUT_MAX)
+        deadline = time.monotonic() + seconds
         while len(grades) < len(pairs):
             before = len(grades)
-            self._attempt(pairs, grades, suspects)
+            self._attempt(pairs, grades, suspects, deadline)
+            if time.monotonic() >= deadline:
+                break
             breakdowns = breakdowns + 1 if len(grades) == before else 0
             if breakdowns == MAX_BREAKDOWNS:
                 first = next(index for index in range(len(pairs)) if index not in grades)
                 grades[first] = Grade(None, error="crash")
                 breakdowns = 0
-        return [grades[index] for index in range(len(pairs))]
+        if len(grades) < len(pairs):
+            self.close()
+            logger.warning(
+                "%d of %d responses were not graded within %g s and count as errors (reward/error_budget): raise "
+                "reward.budget or reward.workers, or lower reward.timeout",
+                len(pairs) - len(grades),
+                len(pairs),
+                seconds,
+            )
+        return [grades.get(index, Grade(None, error="budget")) for index in range(len(pairs))]
 
-    def _attempt(self, pairs: Sequence[tuple[str, str]], grades: dict[int, Grade], suspects: set[int]) -> None:
-        """Grade the pairs that have no grade yet, until all are graded or the whole pool breaks down.
+    def _attempt(
+        self, pairs: Sequence[tuple[str, str]], grades: dict[int, Grade], suspects: set[int], deadline: float
+    ) -> None:
+        """Grade the pairs that have no grade yet, until all are graded, the pool breaks down, or the deadline.
 
         A response whose worker dies becomes a suspect and is graded again in the next attempt; if its worker dies
         again, it gets `crash`. pebble stops its pool when it cannot tell which response a dead worker was grading.
@@ -109,6 +137,7 @@ class RewardPool:
             pairs: all pairs of the call.
             grades: by index of the pair; filled here.
             suspects: indices of pairs whose worker has died once; filled here.
+            deadline: a time of `time.monotonic`.
         """
         pool = self._running_pool()
         futures = {}
@@ -120,10 +149,14 @@ class RewardPool:
         except RuntimeError:  # the pool broke down while tasks were being scheduled
             is_broken = True
         for index, future in futures.items():
-            grade = _result(future)
+            try:
+                error = future.exception(max(0.0, deadline - time.monotonic()))
+            except GradeTimeout:  # the deadline; a response that takes too long returns its error
+                continue
+            grade = _result(future, error)
             if grade is None:
                 is_broken = True
-            elif isinstance(future.exception(), ProcessExpired) and index not in suspects:
+            elif isinstance(error, ProcessExpired) and index not in suspects:
                 suspects.add(index)
             else:
                 grades[index] = grade
@@ -156,9 +189,31 @@ class RewardPool:
         return self._pool
 
 
-def _result(future: ProcessFuture) -> Grade | None:
+def check_verifier(name: str, answer: str = "1") -> None:
+    """Load a verifier and grade one trivial response; one from outside the package runs in a worker.
+
+    Args:
+        answer: the ground truth of that response, best one of the data. A verifier may raise on a ground truth that
+            it cannot read.
+
+    Raises:
+        ConfigError: the verifier is unknown, cannot be imported or called, does not end, kills its process or returns
+            neither a Grade nor a bool.
+    """
+    if name in VERIFIERS:
+        error = _grade(load_verifier(name), "1", answer).error or ""
+    else:
+        try:
+            with RewardPool(verifier=name, workers=1, timeout=CHECK_SECONDS) as pool:
+                error = pool.grade([("1", answer)])[0].error or ""
+        except Fault as fault:
+            raise ConfigError(f"reward.verifier: {fault}") from fault
+    if error.startswith(UNUSABLE):
+        raise ConfigError(f"reward.verifier: {name!r} cannot grade the response '1' ({error}); correct the function")
+
+
+def _result(future: ProcessFuture, error: BaseException | None) -> Grade | None:
     """The grade of one response, or None if the whole pool broke down before it had one."""
-    error = future.exception()
     if error is None:
         return future.result()
     if isinstance(error, BrokenProcessPool):
@@ -179,6 +234,10 @@ def _grade(verifier: Verifier, response: str, answer: str) -> Grade:
         return Grade(grade)
     if not isinstance(grade, Grade):
         return Grade(None, error=f"TypeError: the verifier returned {type(grade).__name__}, not a Grade")
+    if not (isinstance(grade.correct, bool | None) and isinstance(grade.extracted, str | None)):
+        return Grade(
+            None, error="TypeError: the verifier returned a Grade with wrong types (correct: bool, extracted: str)"
+        )
     return grade
 
 

@@ -6,6 +6,7 @@ A verifier is a function `(response, answer) -> Grade` (or a bool). To use your 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import cast
 
@@ -34,9 +35,17 @@ def load_verifier(name: str) -> Verifier:
     """Find a verifier: a name of `VERIFIERS`, an entry point of `megatron_entropy.verifiers`, or `package.module:NAME`.
 
     Raises:
-        ConfigError: an unknown name (the known ones are listed), an import that fails, or not a function.
+        ConfigError: an unknown name (the known ones are listed), a failing import, or not a function of two arguments.
     """
     found = load_plugin(name, VERIFIERS, key="reward.verifier", group="megatron_entropy.verifiers")
     if not callable(found):
         raise ConfigError(f"reward.verifier: {name!r} is not a function (response, answer) -> Grade")
+    try:
+        inspect.signature(found).bind("response", "answer")
+    except TypeError as error:
+        raise ConfigError(
+            f"reward.verifier: {name!r} must be callable as (response, answer); its call fails: {error}"
+        ) from error
+    except ValueError:  # a compiled function without a signature
+        pass
     return cast(Verifier, found)

@@ -7,6 +7,7 @@ import multiprocessing
 from typing import Any
 
 from megatron_entropy.records import Grade
+from megatron_entropy.rewards.symbolic import TAIL
 
 
 def same_answer(left: str, right: str) -> Grade:
@@ -20,12 +21,12 @@ def same_answer(left: str, right: str) -> Grade:
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns about the missing time limits
     targets = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
     options: dict[str, Any] = {"extraction_config": targets, "parsing_timeout": None, "raise_on_error": True}
-    found = parse(left, **options)
+    found = parse(left[-TAIL:], **options)
     if not found:
         return Grade(False)
     if left == right:
         return Grade(True, str(found[-1]))
-    other = parse(right, **options)
+    other = parse(right[-TAIL:], **options)
     limits: dict[str, Any] = {"timeout_seconds": None, "raise_on_error": True}
     # `verify` takes its first argument for the ground truth, which makes a difference for sets and relations.
     is_equal = bool(other) and (verify(found, other, **limits) or verify(other, found, **limits))

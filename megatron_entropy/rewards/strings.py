@@ -15,12 +15,14 @@ BOX = re.compile(r"\\boxed\s*\{")
 FRAMED_BOX = re.compile(r"\\fbox\s*\{")
 TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mathsf|rm|bf)\b")
 CHOICE_TAIL = 2000  # characters of a response in which `choice` looks for its phrase
-CHOICE_ALONE = re.compile(r"\(?([A-J])(?:[.):].*)?", re.DOTALL | re.IGNORECASE)
+NUMBER = re.compile(r"[+-]?\d+(\.\d*)?|[+-]?\.\d+")
+CHOICE_RESPONSE = re.compile(r"(?:(?:option|choice)\s+)?.{0,4}", re.IGNORECASE)
+CHOICE_ALONE = re.compile(r"(?:(?:option|choice)\s+)?\(?([A-J])(?:[.):].*)?", re.DOTALL | re.IGNORECASE)
 BRACKETS = str.maketrans("", "", "{}$")
 CHOICE_PHRASE = re.compile(
-    r"\b[Aa](?:nswer|NSWER)\b(?:\s+(?:is|IS)\b)?\s?:?"
+    r"\b(?:[Aa](?:nswer|NSWER)|[Cc]orrect (?:option|choice))\b(?:\s+(?:is|IS)\b)?\s?:?"
     r"(?P<between>(?:[\s*_$\\({\[]|(?:option|choice|boxed|text(?:bf|rm)?|math(?:bf|rm))\b){0,12})"
-    r"(?P<letter>[A-J])(?![\w'])"
+    r"(?P<letter>[A-J]|(?<=\()[a-j](?=\)))(?![\w'])"
 )
 
 
@@ -54,7 +56,8 @@ def _until_closing_brace(text: str, start: int) -> str | None:
 def boxed(response: str, answer: str) -> Grade:
     r"""Grade by equality of the last `\boxed{...}` and the ground truth, both stripped.
 
-    There is no mathematics: `\boxed{42.0}` is not `42`. Source: CER's release, `cer_manager.py`.
+    There is no mathematics: `\boxed{42.0}` and `\boxed{$42$}` are not `42`. Every brace counts, also in `\left\{`, and
+    `\boxed 42` without braces is no box. Source: CER's release, `cer_manager.py`; its results depend on all this.
     """
     extracted = boxed_content(response)
     return Grade(extracted is not None and extracted == answer.strip(), extracted)
@@ -64,9 +67,10 @@ def choice(response: str, answer: str) -> Grade:
     r"""Grade multiple choice, letters A to J: compare the last answer that the response states with the true letter.
 
     A statement is a box that contains a letter (`\boxed{C}`, `\boxed{\text{(C)}}`, `\boxed{C. 12}`), or the
-    word "answer" followed by a capital letter ("the answer is (C)", "Answer: **C**"). The later of the two
-    counts. After "answer is", a bare `A` or `I` followed by another word is the English word, not a choice. A
-    response that is only a letter counts as well. Letters that are only discussed do not.
+    words "answer" or "correct option" followed by a capital letter ("the answer is (C)", "Answer: **C**") or by a
+    letter in round brackets ("Answer: (c)"). The later of the two counts. After "answer is", a bare `A` or `I` followed
+    by another word than "because", "since" or "as" is the English word, not a choice; a bare lowercase letter may be a
+    variable. A response that is only a letter or "Option B" counts as well. Letters that are only discussed do not.
     """
     truth = _single_choice(answer)
     if truth is None:
@@ -77,12 +81,12 @@ def choice(response: str, answer: str) -> Grade:
 
 def _last_choice(response: str) -> str | None:
     tail = response[-CHOICE_TAIL:]
-    if len(tail.strip()) <= len("(C)."):
+    if CHOICE_RESPONSE.fullmatch(tail.strip()):
         return _single_choice(tail)
     position, letter = -1, None
     for match in CHOICE_PHRASE.finditer(tail):
         if not _is_word(match, tail):
-            position, letter = match.start(), match["letter"]
+            position, letter = match.start(), match["letter"].upper()
     start = _last_box(tail)
     if start is not None and start > position:
         letter = _single_choice(_until_closing_brace(tail, start) or "") or letter
@@ -92,7 +96,11 @@ def _last_choice(response: str) -> str | None:
 def _is_word(match: re.Match[str], text: str) -> bool:
     """Whether the "letter" of a phrase is the article "a" or the pronoun "I"."""
     bare = not match["between"].strip()
-    return bare and match["letter"] in "AI" and re.match(r"\s+\w", text[match.end() :]) is not None
+    return (
+        bare
+        and match["letter"] in "AI"
+        and re.match(r"\s+(?!(?:because|since|as)\b)\w", text[match.end() :]) is not None
+    )
 
 
 def _single_choice(text: str) -> str | None:
@@ -103,26 +111,34 @@ def _single_choice(text: str) -> str | None:
 
 
 def final_marker(response: str, answer: str) -> Grade:
-    """Compare the text after the last `#` of the response, up to the end of its line, with the ground truth.
+    r"""Compare the text after the last `#` of the response, up to the end of its line, with the ground truth.
 
     Examples are `#### 1,234` and `#6`. In both texts a number loses its dollar sign, thousands commas, final full
-    stop and trailing zeros after the point; other texts are compared unchanged. A ground truth with a `#` (a whole
-    GSM8K solution) is read in the same way.
+    stop and superfluous zeros (`.50` is `0.5`); other texts are compared unchanged, also `**42**` and `\boxed{42}`.
+    After `####`, words behind a number do not count (`#### 72 apples`) if the ground truth is a number. A ground truth
+    with a `#` (a whole GSM8K solution) is read in the same way.
     """
-    truth = _after_marker(answer) if "#" in answer else _plain_number(answer)
-    extracted = _after_marker(response)
+    truth = _plain_number(_after_marker(answer)[0] if "#" in answer else answer)
+    line, is_gsm8k = _after_marker(response)
+    extracted = _plain_number(line)
+    if is_gsm8k and line and NUMBER.fullmatch(truth):
+        first = _plain_number(line.split(maxsplit=1)[0])
+        extracted = first if NUMBER.fullmatch(first) else extracted
     return Grade(bool(extracted) and extracted == truth, extracted or None)
 
 
-def _after_marker(text: str) -> str:
-    _, marker, rest = text.rpartition("#")
-    return _plain_number(rest.strip().partition("\n")[0]) if marker else ""
+def _after_marker(text: str) -> tuple[str, bool]:
+    """The line after the last `#`, or an empty text; and whether the marker is `####`."""
+    before, marker, rest = text.rpartition("#")
+    return (rest.strip().partition("\n")[0] if marker else ""), before.endswith("###")
 
 
 def _plain_number(text: str) -> str:
     text = text.strip()
     number = text.rstrip(".").replace("$", "").replace(",", "").strip()
-    if not re.fullmatch(r"[+-]?\d+(\.\d*)?|[+-]?\.\d+", number):
+    if not NUMBER.fullmatch(number):
         return text
-    number = number.removeprefix("+")
-    return number.rstrip("0").rstrip(".") if "." in number else number
+    whole, _, decimals = number.lstrip("+-").partition(".")
+    whole, decimals = whole.lstrip("0") or "0", decimals.rstrip("0")
+    value = f"{whole}.{decimals}" if decimals else whole
+    return f"-{value}" if number.startswith("-") and value != "0" else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 
 from megatron_entropy.config.schema import RewardConfig
@@ -45,7 +46,7 @@ class AnswerJudge:
     """
 
     def __init__(self, config: RewardConfig) -> None:
-        limits = {"workers": config.workers, "timeout": config.timeout}
+        limits = {"workers": config.workers, "timeout": config.timeout, "budget": math.inf}
         self._verifier = RewardPool(verifier=config.verifier, **limits)
         is_symbolic = config.verifier == "math_verify"
         self._comparison = RewardPool(verifier=COMPARISON, **limits) if is_symbolic else None

@@ -52,7 +52,9 @@ class MethodRollouts:
         self._service = service
         self._timer = timer
         reward = config.reward
-        self._reward_pool = RewardPool(verifier=reward.verifier, workers=reward.workers, timeout=reward.timeout)
+        self._reward_pool = RewardPool(
+            verifier=reward.verifier, workers=reward.workers, timeout=reward.timeout, budget=reward.budget
+        )
         self._metrics: dict[str, Metric] = {}
         self._times_sampled: Counter[int] = Counter()
         self._step = 0

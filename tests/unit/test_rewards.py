@@ -7,6 +7,7 @@ segfault and exhaust memory. Not shown: the accuracy of these graders on a bench
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 
 from megatron_entropy.errors import ConfigError, Fault
 from megatron_entropy.records import Grade
-from megatron_entropy.rewards import VERIFIERS, RewardPool, load_verifier
+from megatron_entropy.rewards import VERIFIERS, RewardPool, check_verifier, load_verifier
 from megatron_entropy.rewards.dapo import INVALID, normalise
 from megatron_entropy.rewards.registry import INLINE
 
@@ -48,6 +49,13 @@ def bad_pool(monkeypatch):
         ("Answer: 12" + 300 * ".", False),  # beyond the last 300 characters
         ("Answer: x = 12 units", True),
         ("Answer: $12$.", True),
+        # as published: these are misses of the release's scorer
+        ("Answer: 12.", False),
+        ("Answer: **12**", False),
+        ("**Answer:** 12", False),
+        ("Answer: 012", False),
+        ("Answer: 12" + 300 * " ", False),
+        (r"\boxed{12}", False),
     ],
 )
 def test_dapo_vectors(response, correct):
@@ -92,6 +100,11 @@ def test_dapo_normal_form_never_fails(text):
         (r"\boxed{1} \fbox{7}", "7", False),  # \fbox only where there is no \boxed
         (r"\boxed{7} and \boxed{7", "7", False),  # the last box never closes
         (r"\boxed{}", "", True),
+        # as published: equality of texts, a brace is a brace
+        (r"\boxed{$42$}", "42", False),
+        (r"\boxed 42", "42", False),
+        (r"\boxed{\left\{1, 2\right\}}", r"\left\{1, 2\right\}", True),
+        (r"\boxed{\left\{x\right.}", r"\left\{x\right.", False),
     ],
 )
 def test_boxed_vectors(response, answer, correct):
@@ -125,6 +138,15 @@ def test_boxed_matches_braces(content):
         (r"the answer is (C), that is \boxed{12}", "C"),
         ("(C)", "C"),
         ("J.", "J"),
+        ("Option C", "C"),
+        ("The correct option is C", "C"),
+        ("correct choice: (D)", "D"),
+        ("Answer: (c)", "C"),
+        (r"\boxed{\text{Option B}}", "B"),
+        ("The answer is A because B is false", "A"),
+        ("the answer is c", None),  # may be a variable
+        ("the answer is I because", "I"),
+        ("option trading", None),
         ("The answer is a bird", None),
         ("The answer is A bird", None),
         ("the answer is I think unclear", None),
@@ -157,6 +179,11 @@ def test_choice_refuses_a_truth_that_is_no_letter():
         ("# heading\n#3 #5 ", "5", "5"),
         ("#### seven\nmore", "seven", "seven"),
         ("#### -0.50", "-.5", "-0.5"),
+        ("#### 72 done", "72", "72"),
+        ("#### $1,200. That is all", "1200", "1200"),
+        ("#### 12 May", "12 May", "12 May"),
+        ("#### **42**", "42", "**42**"),
+        (r"#### \boxed{42}", "42", r"\boxed{42}"),
     ],
 )
 def test_final_marker_extracts(response, answer, extracted):
@@ -166,6 +193,13 @@ def test_final_marker_extracts(response, answer, extracted):
 @pytest.mark.parametrize(("response", "answer"), [("6", "6"), ("####", ""), ("#7", "6"), ("#6 x", "6")])
 def test_final_marker_refuses(response, answer):
     assert load_verifier("final_marker")(response, answer).correct is False
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"), [(".5", "0.5"), ("-0", "0"), ("-0.0", "0"), ("007", "7"), ("-.50", "-0.5")]
+)
+def test_final_marker_compares_numbers(response, answer):
+    assert load_verifier("final_marker")(f"#### {response}", answer) == Grade(True, answer)
 
 
 @given(st.integers(-(10**9), 10**9))
@@ -195,10 +229,20 @@ def test_inline_verifiers_take_linear_time(name, unit):
         (r"\boxed{41}", "42", False),
         ("I do not know", "42", False),
         (r"first $7$, finally \boxed{42}", r"\boxed{42}", True),
+        (r"\boxed{12:00}", "12:00", True),  # the value of both, 12 / 0, is not a number
+        (r"\boxed{\frac{1}{0}}", "1", False),
+        (200_000 * "so x = 7. " + r"\boxed{42}", "42", True),
+        (r"\boxed{42}" + 60_000 * " ", "42", False),  # beyond the last 50,000 characters
     ],
 )
 def test_math_verify_knows_mathematics(response, answer, correct):
     assert load_verifier("math_verify")(response, answer).correct is correct
+
+
+@pytest.mark.parametrize(("response", "answer"), [(r"\boxed{12}", "12:00"), ("it is 12:00", "12:00")])
+def test_math_verify_says_what_it_cannot_compare(response, answer):
+    with pytest.raises(ValueError, match="cannot compare the response with the ground truth"):
+        load_verifier("math_verify")(response, answer)
 
 
 def test_math_verify_runs_in_workers():
@@ -206,6 +250,41 @@ def test_math_verify_runs_in_workers():
         grades = pool.grade([(r"\boxed{0.5}", r"\frac{1}{2}"), (r"\boxed{3}", "2"), (r"\boxed{3}", "")])
     assert [grade.correct for grade in grades] == [True, False, None]
     assert "ground truth" in (grades[2].error or "")
+
+
+@pytest.mark.parametrize("name", sorted(VERIFIERS))
+def test_every_verifier_survives_hostile_responses(name):
+    """Ten megabytes, deep nesting, null bytes, a lone surrogate: a grade or an error, in little time."""
+    responses = [10**7 * "1", 10**5 * r"\boxed{" + "1" + 10**5 * "}", "Answer: \0", "#### \ud800", 10**5 * "(" + "1"]
+    with RewardPool(verifier=name, workers=1, timeout=2.0, budget=12.0) as pool:
+        pool.grade([("1", "1")])
+        started = time.monotonic()
+        grades = pool.grade([(response, "1") for response in responses])
+    assert time.monotonic() - started < 25.0
+    assert all(grade.correct is not None or grade.error for grade in grades)
+
+
+def test_a_used_up_budget_is_an_error_of_each_remaining_response(bad_pool, caplog):
+    bad_pool.grade([("1", "1")])
+    bad_pool.budget, bad_pool.timeout = 1.5, 60.0
+    with caplog.at_level(logging.WARNING, logger="megatron_entropy"):
+        started = time.monotonic()
+        grades = bad_pool.grade([("1", "1"), *[("hang in compiled code", "")] * 99])
+        assert time.monotonic() - started < 10.0
+    assert grades == [Grade(True, "1")] + [Grade(None, error="budget")] * 99
+    (record,) = caplog.records
+    assert "99 of 100 responses were not graded within 1.5 s" in record.message and "reward.budget" in record.message
+    assert not [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+    bad_pool.budget = 60.0
+    assert bad_pool.grade([("2", "2")]) == [Grade(True, "2")]
+
+
+def test_the_budget_grows_with_the_number_of_responses(bad_pool, monkeypatch):
+    pairs = [(str(index), "") for index in range(300)]
+    bad_pool.budget = 0.01
+    assert "budget" in [grade.error for grade in bad_pool.grade(pairs)]
+    monkeypatch.setattr("megatron_entropy.rewards.pool.BUDGET_RESPONSES", 0.05)  # 60 s
+    assert {grade.error for grade in bad_pool.grade(pairs)} == {None}
 
 
 def test_only_the_bad_responses_lose_their_grade(bad_pool):
@@ -217,6 +296,7 @@ def test_only_the_bad_responses_lose_their_grade(bad_pool):
         "memory": "crash",
         "sys.exit": "crash",
         "wrong type": "TypeError: the verifier returned str, not a Grade",
+        "wrong grade": "TypeError: the verifier returned a Grade with wrong types (correct: bool, extracted: str)",
     }
     responses = [word for index, name in enumerate(bad) for word in (f"good {index}", name)] + ["last"]
     grades = bad_pool.grade([(response, response) for response in responses])
@@ -266,12 +346,13 @@ def test_a_response_on_which_every_pool_breaks_down_is_a_crash(monkeypatch):
     pool = RewardPool(verifier="math_verify")
     attempts = []
 
-    def attempt(pairs, grades, suspects):
+    def attempt(pairs, grades, suspects, deadline):
         attempts.append(len(grades))
         if grades:
             grades[1] = Grade(True)
 
     monkeypatch.setattr(pool, "_attempt", attempt)
+    monkeypatch.setattr(pool, "_running_pool", lambda: None)
     assert pool.grade([("1", "1"), ("2", "2")]) == [Grade(None, error="crash"), Grade(True)]
     assert attempts == [0, 0, 0, 0, 0, 1]
 
@@ -338,9 +419,16 @@ def test_workers_import_neither_torch_nor_the_main_script(tmp_path):
         ("no_such_module:verify", "no_such_module"),
         ("megatron_entropy.records:no_such_function", "no_such_function"),
         ("megatron_entropy.rewards.dapo:TAIL", "not a function"),
+        ("bad_verifiers:one_argument", "must be callable as .response, answer."),
+        ("broken_at_import:grade", "cannot be imported"),
+        ("exits_at_import:grade", "cannot be imported"),
     ],
 )
-def test_unknown_verifiers_are_named(name, message):
+def test_unknown_verifiers_are_named(name, message, monkeypatch, tmp_path):
+    (tmp_path / "broken_at_import.py").write_text("def grade(:")
+    (tmp_path / "exits_at_import.py").write_text("raise SystemExit(0)")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.syspath_prepend(str(TESTS))
     with pytest.raises(ConfigError, match=message):
         RewardPool(verifier=name)
 
@@ -356,3 +444,27 @@ def test_a_verifier_may_come_from_another_package(tmp_path, monkeypatch):
     for name in ("their_verifier:verify", "theirs"):
         with RewardPool(verifier=name, workers=1) as pool:
             assert pool.grade([("1", "1"), ("1", "2")]) == [Grade(True), Grade(False)]
+
+
+@pytest.mark.parametrize("name", [*sorted(VERIFIERS), "bad_verifiers:misbehave", "bad_verifiers:needs_json"])
+def test_usable_verifiers_are_accepted(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(TESTS))
+    check_verifier(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_module:grade", "cannot be imported"),
+        ("bad_verifiers:one_argument", "must be callable"),
+        ("bad_verifiers:hangs", "timeout"),
+        ("bad_verifiers:exits", "crash"),
+        ("bad_verifiers:returns_text", "returned str"),
+        ("bad_verifiers:misspelled", "NameError"),
+    ],
+)
+def test_unusable_verifiers_are_found_before_a_run(name, message, monkeypatch):
+    monkeypatch.syspath_prepend(str(TESTS))
+    monkeypatch.setattr("megatron_entropy.rewards.pool.CHECK_SECONDS", 1.0)
+    with pytest.raises(ConfigError, match=message):
+        check_verifier(name)
