@@ -7,13 +7,13 @@ import textwrap
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from megatron_entropy.config.load import description, suggest
-from megatron_entropy.config.schema import Config, MethodConfig
+from megatron_entropy.config.schema import MAX_COUNT, Config, MethodConfig
 from megatron_entropy.errors import ConfigError
 
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
@@ -145,7 +145,10 @@ def _meaning(section: type[BaseModel], key: str) -> str:
 def _type_text(field: FieldInfo) -> str:
     text = _name_type(field.annotation)
     bounds = [
-        (_BOUNDS[name], getattr(item, name)) for item in field.metadata for name in _BOUNDS if hasattr(item, name)
+        (_BOUNDS[name], getattr(item, name))
+        for item in field.metadata
+        for name in _BOUNDS
+        if getattr(item, name, MAX_COUNT) != MAX_COUNT
     ]
     return " ".join([text, " and ".join(f"{sign} {value}" for sign, value in bounds)]).strip()
 
@@ -154,6 +157,8 @@ def _name_type(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Literal:
         return " or ".join(json.dumps(value) for value in arguments)
+    if origin is Annotated:
+        return _name_type(arguments[0])
     if origin is tuple:
         return f"{len(arguments)} x {_name_type(arguments[0])}"
     if origin is list:

@@ -1,7 +1,8 @@
-"""Read a TOML file and command-line overrides into one `Config` per stage.
+"""Read TOML files and command-line overrides into one `Config` per stage.
 
 A file describes one training run. A `[[stages]]` list makes it several stages in a row: each is the file's top level
-with the stage's own keys laid over it, and starts from the model that the previous one exported. An override
+with the stage's own keys laid over it, and starts from the model that the previous one exported. Several files are
+merged: the keys of a later one win, also those of a stage with the same name. An override
 (`--actor.parallel.tp=2`) applies to every stage, `--stages.NAME.KEY=VALUE` to one. An unknown key is an error that
 names the nearest known key.
 """
@@ -9,6 +10,7 @@ names the nearest known key.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,44 +27,80 @@ from megatron_entropy.errors import ConfigError
 LoadMethodConfig = Callable[[str], type[MethodConfig]]
 """From a value of `method.name` to the class of the method's settings; raises ConfigError for an unknown name."""
 
+MAX_FILE_BYTES = 2**24
+"""Largest configuration file that is read."""
+
 NAME_CUTOFF = 0.55
 """Similarity (difflib, 0 to 1) from which one key is taken for a misspelling of another."""
 
 
-def load(path: str | Path, overrides: Sequence[str], load_method_config: LoadMethodConfig) -> list[Config]:
-    """Read `path` into the configurations of its stages.
+def load(
+    paths: str | Path | Sequence[str | Path], overrides: Sequence[str], load_method_config: LoadMethodConfig
+) -> list[Config]:
+    """Read configuration files into the configurations of their stages.
 
     Args:
-        path: a TOML file.
+        paths: a TOML file, or several, the later over the earlier.
         overrides: `--key.path=value` arguments, values in TOML syntax (bare words are strings).
         load_method_config: returns the settings class of a method by its name.
     Raises:
         ConfigError: a missing file, an unknown key, a wrong type or value; the message names the key to change.
     """
     try:
-        tree = tomllib.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
-    stages = tree.pop("stages", [{}])
-    if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
-        raise ConfigError(f"{path}: stages must be written as [[stages]] tables")
+        return _load([paths] if isinstance(paths, str | Path) else paths, overrides, load_method_config)
+    except RecursionError:
+        raise ConfigError(f"{paths}: nested too deeply; a key has at most three dots") from None
+
+
+def _load(paths: Sequence[str | Path], overrides: Sequence[str], load_method_config: LoadMethodConfig) -> list[Config]:
+    top: dict[str, Any] = {}
+    stages: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        tree = _read(path)
+        own = tree.pop("stages", [])
+        if not isinstance(own, list) or not all(isinstance(stage, dict) for stage in own):
+            raise ConfigError(f"{path}: stages must be written as [[stages]] tables")
+        top = _merge(top, tree)
+        names = [str(stage.get("name", top.get("name", "train"))) for stage in own]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"{path}: stages need different names, found {', '.join(names)[:200]}")
+        for name, stage in zip(names, own, strict=True):
+            stages[name] = _merge(stages.get(name, {}), stage)
     for_all, by_stage = _parse_overrides(overrides)
-    names = [stage.get("name", "train") for stage in stages]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"{path}: stages need different names, found {', '.join(names)}")
-    if unknown := sorted(set(by_stage) - set(names)):
-        raise ConfigError(f"stages.{unknown[0]}: no such stage{suggest(unknown[0], names)}")
+    stages = stages or {str(top.get("name", "train")): {}}
+    if unknown := sorted(set(by_stage) - set(stages)):
+        raise ConfigError(f"stages.{unknown[0]}: no such stage{suggest(unknown[0], stages)}")
     configs = []
-    for name, stage in zip(names, stages, strict=True):
+    for name, stage in stages.items():
         merged: dict[str, Any] = {}
-        for layer in (tree, stage, for_all, by_stage.get(name, {})):
+        for layer in (top, stage, for_all, by_stage.get(name, {})):
             merged = _merge(merged, layer)
         configs.append(_build(merged, load_method_config))
+    built = [config.name for config in configs]
+    if len(set(built)) < len(built):
+        raise ConfigError(f"stages need different names, found {', '.join(built)}; rename with --stages.NAME.name=...")
     return configs
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    """The content of a TOML file.
+
+    Raises:
+        ConfigError: not a readable TOML file of at most `MAX_FILE_BYTES`.
+    """
+    if not os.path.isfile(path):
+        found = "not a regular file" if os.path.exists(path) else "no such file"
+        raise ConfigError(f"{path}: {found}; the arguments of train are TOML files, then --key.path=value")
+    if (size := os.path.getsize(path)) > MAX_FILE_BYTES:
+        raise ConfigError(f"{path}: {size} bytes are too many for a configuration; at most {MAX_FILE_BYTES}")
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: it is not UTF-8 text: {error.reason}") from None
+    except ValueError as error:  # TOMLDecodeError, a number of 5,000 digits
+        raise ConfigError(f"{path}: not valid TOML: {' '.join(str(error).split())}") from None
 
 
 def to_toml(configs: Sequence[Config]) -> str:
@@ -76,11 +114,15 @@ def write(configs: Sequence[Config], path: Path) -> None:
 
 
 def _build(tree: dict[str, Any], load_method_config: LoadMethodConfig) -> Config:
-    method = tree.get("method")
-    if not isinstance(method, dict) or not isinstance(method.get("name"), str):
+    method = tree.get("method", {})
+    if not isinstance(method, dict):
+        raise ConfigError(f"method is a table, found {_show(method)}; write method.name = ... or --method.name=...")
+    if "name" not in method:
         raise ConfigError(
             'method.name is missing; set it to a method such as "grpo" (see megatron-entropy config method)'
         )
+    if not isinstance(method["name"], str):
+        raise ConfigError(f'method.name must be a text such as "grpo", found {_show(method["name"])}')
     method_class = load_method_config(method["name"])
     _reject_unknown_keys({key: value for key, value in tree.items() if key != "method"}, Config, "")
     _reject_unknown_keys(method, method_class, "method.")
@@ -90,9 +132,26 @@ def _build(tree: dict[str, Any], load_method_config: LoadMethodConfig) -> Config
         first = error.errors()[0]
         prefix = "method." if error.title == method_class.__name__ else ""
         key = prefix + ".".join(str(part) for part in first["loc"])
-        found = "" if first["type"] == "missing" else f" (got {first['input']!r})"
+        found = "" if first["type"] == "missing" else f" (got {_show(first['input'])})"
         reason = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{key}: {reason[0].lower()}{reason[1:]}{found}") from None
+        hint = _HINTS.get(first["type"], "").format(key=key)
+        raise ConfigError(f"{key}: {reason[0].lower()}{reason[1:]}{found}{hint}") from None
+
+
+_HINTS = {
+    "list_type": '; write {key} = ["a", "b"], or --{key}=a,b',
+    "model_type": "; it is a table: set its keys, see megatron-entropy config {key}",
+}
+"""Type of a pydantic error -> what to write."""
+
+
+def _show(value: object) -> str:
+    """A value for an error message, shortened."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of 5,000 digits, thousands of levels
+        return "a value too large to print"
+    return text if len(text) <= 120 else f"{text[:120]}..."
 
 
 def _reject_unknown_keys(tree: Mapping[str, Any], section: type[BaseModel], prefix: str) -> None:
@@ -125,9 +184,10 @@ def _parse_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str
 
 def _parse_value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
         return text
+    return parsed["value"] if len(parsed) == 1 else text
 
 
 def _merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,26 +8,72 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
-    NonNegativeInt,
-    PositiveInt,
     SerializeAsAny,
     SerializerFunctionWrapHandler,
     model_serializer,
     model_validator,
 )
 
+MAX_COUNT = 2**31
+"""Largest value of a count that has no bound of its own."""
+
+
+def _check_stage_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", name):
+        raise ValueError("a stage's name is at most 64 letters, digits, dots, _ and -, and starts with no dot")
+    return name
+
+
+def _check_path(path: str) -> str:
+    if "\0" in path:
+        raise ValueError("a path cannot contain the character NUL")
+    return path
+
+
+def _split_commas(value: object) -> object:
+    """The items of a text, as a command line writes a list; other values as they are."""
+    if not isinstance(value, str):
+        return value
+    items = value.removeprefix("[").removesuffix("]").split(",")  # a shell takes the quotes out of ["a", "b"]
+    return [item.strip() for item in items if item.strip()]
+
+
+PositiveInt = Annotated[int, Field(gt=0, le=MAX_COUNT)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Processes = Annotated[int, Field(gt=0, le=2**16)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Temperature = Annotated[float, Field(gt=0, le=1000)]
+FloatPair = Annotated[tuple[float, float], Field(strict=False)]
+"""A list of two numbers."""
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Betas = Annotated[tuple[Decay, Decay], Field(strict=False)]
+StageName = Annotated[str, AfterValidator(_check_stage_name)]
+PathText = Annotated[str, AfterValidator(_check_path)]
+TextList = Annotated[list[str], BeforeValidator(_split_commas)]
+"""A list of texts, or one text with commas between them."""
+PathList = Annotated[list[PathText], BeforeValidator(_split_commas)]
+
 
 class Section(BaseModel):
-    """One table of the TOML file; an unknown key is an error."""
+    """One table of the TOML file. Unknown keys, values of another type, NaN and infinity are errors.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    An integer is accepted where a float is expected.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class MethodConfig(Section):
@@ -63,19 +109,19 @@ class MethodConfig(Section):
 class ModelConfig(Section):
     """The model that training starts from."""
 
-    path: str = ""
+    path: PathText = ""
     """Hugging Face folder (`config.json`, safetensors, tokenizer). Empty: the model the previous stage exported, so
     only the first stage must set it."""
-    reference: str = ""
+    reference: PathText = ""
     """Hugging Face folder of another reference model or teacher of the same architecture. Empty: the model itself."""
 
 
 class DataConfig(Section):
     """Training and eval data."""
 
-    train: list[str] = []
+    train: PathList = []
     """JSONL, JSON, CSV or parquet files of the training data."""
-    eval: list[str] = []
+    eval: PathList = []
     """JSONL, JSON, CSV or parquet files of the eval data (the test questions). Empty: no evaluation."""
     format: str = "auto"
     """Schema of the rows, which names their columns: `auto` (detected for each file), a known name, or
@@ -83,7 +129,7 @@ class DataConfig(Section):
     columns: dict[str, str] = {}
     """Columns with other names in your files: `columns.question = "q"` reads the column `q` as `question`. Holds for
     every file of `train` and `eval`."""
-    tokenizer: str = ""
+    tokenizer: PathText = ""
     """Folder with a tokenizer, or a `tokenizer.model` file. Empty: the model's folder."""
     template: str = ""
     """Prompt text with `{question}` in it. Empty: the tokenizer's chat template, or without one the question and a
@@ -99,19 +145,19 @@ class DataConfig(Section):
 class ParallelConfig(Section):
     """Layout of the trainer: it runs on `tp * pp * cp * dp` ranks."""
 
-    tp: PositiveInt = 1
+    tp: Processes = 1
     """Tensor parallel ranks."""
-    pp: PositiveInt = 1
+    pp: Processes = 1
     """Pipeline parallel ranks."""
-    vpp: PositiveInt = 1
+    vpp: Processes = 1
     """Model chunks per pipeline rank; above 1 the schedule is interleaved."""
-    dp: PositiveInt = 1
+    dp: Processes = 1
     """Data parallel ranks."""
-    cp: PositiveInt = 1
+    cp: Processes = 1
     """Context parallel ranks; only 1 is supported so far."""
-    ep: PositiveInt = 1
+    ep: Processes = 1
     """Expert parallel ranks, out of the `tp * dp` ranks of a pipeline stage (mixture-of-experts models)."""
-    etp: PositiveInt = 1
+    etp: Processes = 1
     """Tensor parallel ranks of one expert."""
     sequence_parallel: bool = False
     """Split activations between tensor parallel ranks along the sequence; needs `tp` above 1."""
@@ -127,25 +173,26 @@ class ParallelConfig(Section):
 class OptimizerConfig(Section):
     """AdamW with a learning rate schedule, counted in optimizer steps."""
 
-    lr: float = Field(default=1e-6, ge=0)
+    lr: NonNegativeFloat = 1e-6
     """Peak learning rate."""
-    min_lr: float = Field(default=0.0, ge=0)
+    min_lr: NonNegativeFloat = 0.0
     """Learning rate at the end of the decay."""
     warmup_steps: NonNegativeInt = 0
-    """Optimizer steps of linear warm-up from `warmup_lr` to `lr`."""
-    warmup_lr: float = Field(default=0.0, ge=0)
+    """Optimizer steps of linear warm-up from `warmup_lr` to `lr`. verl counts training steps, with rate 0 in all of the
+    first: multiply its number by `batch.updates`, and the rates agree at the first update of every training step."""
+    warmup_lr: NonNegativeFloat = 0.0
     """Learning rate at the start of the warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Shape of the decay after the warm-up."""
     decay_steps: NonNegativeInt = 0
     """Optimizer steps, warm-up included, after which `min_lr` is reached. 0: all of the stage."""
-    weight_decay: float = Field(default=0.01, ge=0)
+    weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay of matrices; norms and biases have none."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Betas = (0.9, 0.999)
     """Decay rates of Adam's two moments."""
-    eps: float = Field(default=1e-8, gt=0)
+    eps: PositiveFloat = 1e-8
     """Adam's epsilon."""
-    clip_grad: float = Field(default=1.0, ge=0)
+    clip_grad: NonNegativeFloat = 1.0
     """Global gradient norm above which gradients are scaled down. 0: no clipping."""
 
     @model_validator(mode="after")
@@ -167,9 +214,9 @@ class LoraConfig(Section):
 
     rank: NonNegativeInt = 0
     """Rank of the adapters. 0: no adapters, every weight is trained."""
-    alpha: float = Field(default=32.0, gt=0)
+    alpha: PositiveFloat = 32.0
     """Adapters are scaled by `alpha / rank`."""
-    targets: list[str] = ["all-linear"]
+    targets: TextList = ["all-linear"]
     """Hugging Face names of the modules that get adapters (`q_proj`, ...), or `all-linear`: every linear layer of
     attention and, without experts, of the feed-forward block. Modules that Megatron fuses (query, key and value; gate
     and up) share `down` and must be named together."""
@@ -202,11 +249,11 @@ class ActorConfig(Section):
 class RolloutConfig(Section):
     """vLLM engines and their sampling parameters."""
 
-    num_engines: PositiveInt = 1
+    num_engines: Processes = 1
     """Number of engines; each holds a full copy of the model."""
-    tensor_parallel: PositiveInt = 1
+    tensor_parallel: Processes = 1
     """Tensor parallel ranks of one engine."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: Temperature = 1.0
     """Sampling temperature of training rollouts."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Nucleus sampling threshold. 1: off."""
@@ -229,9 +276,9 @@ class RolloutConfig(Section):
     """Compare checksums of all synced weights on both sides; a difference ends the run."""
     max_restarts: NonNegativeInt = 3
     """Number of times each engine may die and be restarted."""
-    record: str = ""
+    record: PathText = ""
     """Folder to record the engines' answers in. Empty: no recording."""
-    replay: str = ""
+    replay: PathText = ""
     """Folder with recorded answers to use instead of engines. Empty: no replay."""
 
 
@@ -240,11 +287,11 @@ class RewardConfig(Section):
 
     verifier: str = "math_verify"
     """Verifier: `boxed`, `choice`, `dapo`, `final_marker`, `math_verify`, or `package.module:function`."""
-    workers: PositiveInt = 2
+    workers: int = Field(default=2, gt=0, le=1024)
     """Processes that grade."""
-    timeout: float = Field(default=10.0, gt=0)
+    timeout: float = Field(default=10.0, gt=0, le=86400)
     """Seconds that grading one response may take before its worker is killed."""
-    budget: float = Field(default=60.0, gt=0)
+    budget: PositiveFloat = 60.0
     """Seconds that grading up to 1,000 responses may take in one call, proportionally more for more; the responses
     without a grade then count as errors."""
 
@@ -267,8 +314,17 @@ class EvalConfig(Section):
     """Training steps between evaluations. 0: only before the first and after the last step."""
     samples: PositiveInt = 1
     """Responses per eval prompt."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: Temperature = 1.0
     """Sampling temperature of eval responses."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus sampling threshold of eval responses. 1: off."""
+    top_k: NonNegativeInt = 0
+    """Number of most probable tokens that an eval response samples from. 0: all."""
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    """Divisor of the logits of tokens that the prompt or the response already has (negative logits are multiplied). 1:
+    off."""
+    max_response_tokens: NonNegativeInt = 0
+    """Longest eval response in tokens, end token included. 0: `rollout.max_response_tokens`."""
     limit: NonNegativeInt = 0
     """Number of eval prompts, from the first row on. 0: all."""
 
@@ -298,9 +354,9 @@ class LogConfig(Section):
 class Config(Section):
     """Settings of one training stage: the top level of the file, or one of its `[[stages]]` tables."""
 
-    output: str = "runs/default"
+    output: PathText = "runs/default"
     """Run folder: everything the run writes goes there."""
-    name: str = "train"
+    name: StageName = "train"
     """Name of the stage, unique in the file."""
     seed: NonNegativeInt = 1
     """Seed of every random decision."""
@@ -316,6 +372,11 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Longest sequence of training and evaluation in tokens, prompt and response."""
+        return self.data.max_prompt_tokens + max(self.rollout.max_response_tokens, self.eval.max_response_tokens)
 
     def fingerprint(self) -> str:
         """Hash every setting that changes the numbers of a run; a resume compares the result."""

@@ -18,8 +18,8 @@ import dataclasses
 from typing import Any, ClassVar
 
 import numpy as np
-from pydantic import Field
 
+from megatron_entropy.config.schema import NonNegativeFloat
 from megatron_entropy.methods.base import Method
 from megatron_entropy.methods.grpo import Grpo, GrpoConfig
 from megatron_entropy.methods.objectives import running_mean
@@ -63,11 +63,11 @@ class CerConfig(GrpoConfig):
     method: ClassVar[type[Method[Any]]] = Cer
     unused = ("correct_reward", "wrong_reward")
     name: str = "cer"
-    dual_clip: float = 3.0
+    dual_clip: NonNegativeFloat = 3.0
     """Bound of the loss at negative advantages, as a multiple of the advantage. 0: no bound."""
-    kl_coefficient: float = Field(default=0.001, ge=0)
+    kl_coefficient: NonNegativeFloat = 0.001
     """Coefficient of the KL penalty (k3, the release's low_var_kl; nats) to the policy without its adapters."""
-    accuracy_weight: float = 1.0
+    accuracy_weight: NonNegativeFloat = 1.0
     """Weight of the constant 1 in a correct response's reward; w_acc of cer_manager.py."""
-    entropy_weight: float = 1.0
+    entropy_weight: NonNegativeFloat = 1.0
     """Weight of 1 + exp(-TECA) in a correct response's reward; w_te of cer_manager.py."""

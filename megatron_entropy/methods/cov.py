@@ -3,7 +3,8 @@
 They are the tokens with the largest covariance of log-probability and advantage. The covariance of one token is
 (log p - mean log p) (A - mean A), eq. 10, with means over all tokens of the step. Against GRPO: Clip-Cov removes some
 of the tokens with a covariance within bounds from the loss (eq. 11, 12). KL-Cov adds |log p - log p_old| to the loss of
-the tokens with the largest covariance, and clips no ratio (eq. 13, 14).
+the tokens with the largest covariance, and clips no ratio (eq. 13, 14). Groups are filtered as in DAPO
+(`dynamic_sampling`), as in verl's recipe.
 
 Read from verl (core_algos.py, compute_policy_loss_clip_cov and _kl_cov, and its recipe/entropy); only notes on the
 paper could be read. Differences from verl:
@@ -24,11 +25,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from megatron_entropy.config.schema import Config
+from megatron_entropy.config.schema import Config, NonNegativeFloat
 from megatron_entropy.distributed.seeds import derive_seed
 from megatron_entropy.errors import ConfigError
-from megatron_entropy.methods.base import Method
-from megatron_entropy.methods.grpo import Grpo, GrpoConfig
+from megatron_entropy.methods.base import Method, warn_once
+from megatron_entropy.methods.dapo import Dapo, DapoConfig
 from megatron_entropy.methods.objectives import (
     absolute_log_ratio,
     concat_response_tokens,
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from entropy_kernels import TokenStats
 
 
-class ClipCov(Grpo["ClipCovConfig"]):
+class ClipCov(Dapo["ClipCovConfig"]):
     """GRPO without a few random tokens of high covariance."""
 
     def __init__(self, config: Config) -> None:
@@ -70,15 +71,15 @@ class ClipCov(Grpo["ClipCovConfig"]):
         return refill(groups, scatter_to_samples(samples, "advantage", np.where(dropped, 0.0, advantages)))
 
 
-class KlCov(Grpo["KlCovConfig"]):
+class KlCov(Dapo["KlCovConfig"]):
     """GRPO without clipping, with a penalty on the tokens of largest covariance."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         if config.batch.updates == 1:
-            raise ConfigError(
+            warn_once(
                 "batch.updates=1: kl_cov penalizes the distance to the policy before the step, which is 0 at the only "
-                "update of a step; set batch.updates to 2 or more (the paper: 8)"
+                "update of a step, so the penalty has no effect; set batch.updates to 2 or more (the paper: 8)"
             )
 
     def compute_advantages(self, groups: list[Group]) -> list[Group]:
@@ -129,15 +130,20 @@ def _digest(samples: Sequence[Sample]) -> str:
     return digest.hexdigest()
 
 
-class ClipCovConfig(GrpoConfig):
+class ClipCovConfig(DapoConfig):
     """Settings of Clip-Cov; values of verl's recipe/entropy/7b_clip_cov.sh."""
 
     method: ClassVar[type[Method[Any]]] = ClipCov
     name: str = "clip_cov"
-    clip_low: float = 1.0
+    clip_low: NonNegativeFloat = 1.0
     """The probability ratio is clipped below at `1 - clip_low`: at 1 never."""
-    clip_high: float = 1.0
+    clip_high: NonNegativeFloat = 1.0
     """The probability ratio is clipped above at `1 + clip_high`."""
+    dual_clip: NonNegativeFloat = 0.0
+    """Bound of the loss at negative advantages, as a multiple of the advantage; verl's clip_cov has none. 0: no
+    bound."""
+    wrong_reward: float = 0.0
+    """Reward of a wrong response."""
     clip_fraction: float = Field(default=2e-4, gt=0, le=1)
     """Largest fraction of all tokens that is dropped; clip_cov_ratio, r of the paper's section 4.3."""
     covariance_low: float = 1.0
@@ -146,13 +152,15 @@ class ClipCovConfig(GrpoConfig):
     """Covariance (nats) below which a token may be dropped; clip_cov_ub, the paper's upper omega."""
 
 
-class KlCovConfig(GrpoConfig):
+class KlCovConfig(DapoConfig):
     """Settings of KL-Cov; values of verl's recipe/entropy/7b_kl_cov.sh."""
 
     method: ClassVar[type[Method[Any]]] = KlCov
     unused = ("clip_low", "clip_high", "dual_clip", "kl_coefficient")
     name: str = "kl_cov"
+    wrong_reward: float = 0.0
+    """Reward of a wrong response."""
     penalty_fraction: float = Field(default=2e-3, gt=0, le=1)
     """Fraction of all tokens that is penalized; kl_cov_ratio, k of the paper's section 4.3; 2e-4 for the 32B model."""
-    penalty_coefficient: float = Field(default=1.0, ge=0)
+    penalty_coefficient: NonNegativeFloat = 1.0
     """Coefficient of the penalty (nats); ppo_kl_coef, the paper's beta. verl's own default is 0.1."""

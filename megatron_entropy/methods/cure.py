@@ -24,9 +24,8 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import NonNegativeInt, PositiveInt
 
-from megatron_entropy.config.schema import Config
+from megatron_entropy.config.schema import Config, NonNegativeInt, PositiveInt
 from megatron_entropy.distributed.seeds import derive_seed
 from megatron_entropy.errors import ConfigError
 from megatron_entropy.methods.base import Method, Rollouts
@@ -136,6 +135,6 @@ class CureConfig(DapoConfig):
     """Fewest visible characters of a token at which a response may be cut, as in the release."""
     graded: Literal["generated", "answer"] = "generated"
     """What the verifier sees of a branch: its own tokens only, as in the release, or the response prefix too."""
-    overlong_buffer: int = 512
+    overlong_buffer: NonNegativeInt = 512
     """Number of generated tokens before the length limit over which the penalty grows. The response prefix of a branch
     does not count, as in the release. 0: no penalty."""

@@ -28,9 +28,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field
 
-from megatron_entropy.config.schema import Config
+from megatron_entropy.config.schema import Config, FloatPair, NonNegativeFloat, NonNegativeInt, PositiveInt, Temperature
 from megatron_entropy.errors import ConfigError
 from megatron_entropy.methods.base import Method, Rollouts
 from megatron_entropy.methods.grpo import Grpo, GrpoConfig
@@ -173,7 +173,7 @@ class CurioSftConfig(SftConfig):
     name: str = "curiosft"
     distillation: Literal["k2", "forward", "reverse", "none"] = "k2"
     """Distance to the teacher: k2 of the target token, a full-vocabulary divergence, or none."""
-    coefficient: float = Field(default=1.0, ge=0)
+    coefficient: NonNegativeFloat = 1.0
     """Coefficient of the distance (nats); alpha."""
     teacher: Literal["ema", "policy"] = "ema"
     """`ema`: a copy that follows the policy. `policy`: the policy itself."""
@@ -183,9 +183,9 @@ class CurioSftConfig(SftConfig):
     """Training steps between two moves of the teacher; ref_model_sync_steps."""
     guided: bool = True
     """Choose the teacher's temperature for every token from the teacher's entropy."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: Temperature = 1.0
     """Temperature of the teacher if it is not guided."""
-    temperature_bounds: tuple[float, float] = (1.1, 1.5)
+    temperature_bounds: FloatPair = (1.1, 1.5)
     """Lowest and highest temperature of a guided teacher."""
     micro_batch: NonNegativeInt = 0
     """Sequences whose tokens are averaged first, before the mean over the step. 0: all of the step. The release: 2."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar, TypeVar
 
+from megatron_entropy.config.schema import NonNegativeFloat, NonNegativeInt, PositiveInt
 from megatron_entropy.methods.base import Method, Rollouts
 from megatron_entropy.methods.grpo import Grpo, GrpoConfig
 from megatron_entropy.methods.objectives import soft_overlong_penalty
@@ -64,21 +65,21 @@ class DapoConfig(GrpoConfig):
     method: ClassVar[type[Method[Any]]] = Dapo
     unused_with = {("overlong_buffer", 0): ("overlong_factor",)}
     name: str = "dapo"
-    clip_high: float = 0.28
+    clip_high: NonNegativeFloat = 0.28
     """The probability ratio is clipped above at `1 + clip_high`."""
-    dual_clip: float = 10.0
+    dual_clip: NonNegativeFloat = 10.0
     """Bound of the loss at negative advantages, as a multiple of the advantage. 10 is the release's clip_ratio_c; the
     paper has none. 0: no bound."""
     wrong_reward: float = -1.0
     """Reward of a wrong response."""
     dynamic_sampling: bool = True
     """Drop groups whose responses are all correct or all wrong, and sample others for them."""
-    max_rounds: int = 10
+    max_rounds: PositiveInt = 10
     """Largest number of sampling rounds in a step; the release's max_num_gen_batches."""
-    generation_prompts: int = 0
+    generation_prompts: NonNegativeInt = 0
     """Prompts of one sampling round. 0: as many as the batch. The release: three times the batch."""
-    overlong_buffer: int = 0
+    overlong_buffer: NonNegativeInt = 0
     """Number of tokens before the length limit over which the penalty grows; the paper: 4096 of 20480. 0: no
     penalty."""
-    overlong_factor: float = 1.0
+    overlong_factor: NonNegativeFloat = 1.0
     """Penalty of a response at the length limit."""

@@ -17,11 +17,10 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
-from pydantic import Field
-
-from megatron_entropy.config.schema import Config
+from megatron_entropy.config.schema import Config, NonNegativeFloat
 from megatron_entropy.methods.base import Method, MethodSettings, Rollouts
 from megatron_entropy.methods.objectives import (
+    K3_LIMIT,
     clipped_surrogate,
     group_advantage,
     k3,
@@ -121,9 +120,9 @@ class Grpo(Method[ConfigT]):
         return clipped_surrogate(stats.logprob, batch.logprob, batch.advantage, low=low, high=high, dual=dual)
 
     def kl_penalty(self, stats: TokenStats, batch: Batch) -> Tensor:
-        """Return the divergence of every token [T] that `kl_weight` multiplies: k3 to the reference."""
+        """Return the divergence of every token [T] that `kl_weight` multiplies: k3 to the reference, at most `K3_LIMIT`."""
         assert batch.reference_logprob is not None
-        return k3(stats.logprob, batch.reference_logprob)
+        return k3(stats.logprob, batch.reference_logprob).clamp(max=K3_LIMIT)
 
 
 class GrpoConfig(MethodSettings):
@@ -131,11 +130,11 @@ class GrpoConfig(MethodSettings):
 
     method: ClassVar[type[Method[Any]]] = Grpo
     name: str = "grpo"
-    clip_low: float = 0.2
+    clip_low: NonNegativeFloat = 0.2
     """The probability ratio is clipped below at `1 - clip_low`; PPO's epsilon (DeepSeekMath does not state its own)."""
-    clip_high: float = 0.2
+    clip_high: NonNegativeFloat = 0.2
     """The probability ratio is clipped above at `1 + clip_high`."""
-    dual_clip: float = 0.0
+    dual_clip: NonNegativeFloat = 0.0
     """Bound of the loss at negative advantages, as a multiple of the advantage (Ye et al. 2020). 0: no bound."""
     norm_adv_by_std: bool = True
     """Divide advantages by the standard deviation of the group; false is Dr. GRPO (arXiv 2503.20783)."""
@@ -145,9 +144,9 @@ class GrpoConfig(MethodSettings):
     """Reward of a correct response."""
     wrong_reward: float = 0.0
     """Reward of a wrong response."""
-    kl_coefficient: float = Field(default=0.0, ge=0)
+    kl_coefficient: NonNegativeFloat = 0.0
     """Coefficient of the KL penalty (k3, nats) to the initial policy, on every token; the paper: 0.04."""
     entropy_coefficient: float = 0.0
     """Coefficient of the entropy bonus (nats) in the loss. 0: none."""
-    tis_cap: float = 0.0
+    tis_cap: NonNegativeFloat = 0.0
     """Cap of truncated importance sampling between engine and trainer; 2.0 is usual. 0: off."""

@@ -27,7 +27,8 @@ The release selects within micro-batches of 4 sequences, where its fraction give
 nothing is penalized. `selection_sequences = 4` is close to it (4 consecutive sequences, whatever rank computes them).
 Other differences from the release: its integer mask picks the covariances of wrong tokens, here they are those of the
 tokens themselves; every token of the optimizer step has the same weight, not of the micro-batch; a |log p - log p_old|
-below 1e-4 is 0, because otherwise rounding errors alone have a gradient.
+below 1e-4 is 0, because otherwise rounding errors alone have a gradient. The paper's objective is a mean over the tokens
+of a response, then over responses: `aggregation = "sequence"`; the default is what the release runs.
 
 Two [[stages]] with `curriculum_stage` 1 and 2 are the two runs of the release: the second starts from the model that
 the first exported, with a new optimizer, and that model is its reference.
@@ -40,13 +41,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from megatron_entropy.config.schema import Config
+from megatron_entropy.config.schema import Config, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from megatron_entropy.errors import ConfigError, DataError
-from megatron_entropy.methods.base import Method
+from megatron_entropy.methods.base import Method, warn_once
 from megatron_entropy.methods.grpo import Grpo, GrpoConfig
 from megatron_entropy.methods.objectives import (
+    K3_LIMIT,
     absolute_log_ratio,
     bottom_k_mask,
     concat_response_tokens,
@@ -65,9 +67,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from entropy_kernels import TokenStats
-
-K3_LIMIT = 10.0
-"""The release clamps its uniform penalty here (core_algos.py, low_var_kl)."""
 
 
 class Sent(Grpo["SentConfig"]):
@@ -137,9 +136,9 @@ class Sent(Grpo["SentConfig"]):
         loss, metrics = super().loss(stats, batch)
         if self.settings.kl_coefficient:
             assert batch.reference_logprob is not None
-            distance = k3(stats.logprob, batch.reference_logprob).clamp(max=K3_LIMIT)
+            distance = k3(stats.logprob, batch.reference_logprob)
             metrics["policy/reference_kl"] = masked_mean(distance, batch.weight != 0)
-            loss = loss + self.settings.kl_coefficient * distance
+            loss = loss + self.settings.kl_coefficient * distance.clamp(max=K3_LIMIT)
         return loss, metrics
 
     def _fill_kl_weight(self, samples: list[Sample]) -> list[Sample]:
@@ -173,9 +172,10 @@ class Sent(Grpo["SentConfig"]):
         if config.beta_low > config.beta_high:
             raise ConfigError(f"method.beta_low={config.beta_low} is above method.beta_high={config.beta_high}")
         if config.penalty_to == "old" and updates == 1:
-            raise ConfigError(
+            warn_once(
                 'batch.updates=1: with method.penalty_to="old" the penalty is the distance to the policy before the '
-                "step, which is 0 at the only update of a step; set batch.updates to 2, as in the release"
+                "step, which is 0 at the only update of a step, so it has no effect; set batch.updates to 2, as in the "
+                "release"
             )
 
 
@@ -246,7 +246,7 @@ class SentConfig(GrpoConfig):
     """`release`: the switches below have the defaults of the released code."""
     wrong_reward: float = -1.0
     """Reward of a wrong response; reward_score/math_dapo.py."""
-    kl_coefficient: float = Field(default=0.0, ge=0)
+    kl_coefficient: NonNegativeFloat = 0.0
     """Coefficient of k3 (nats) to the initial policy on every token, in addition to the penalty. The release: 0.001."""
     curriculum_stages: PositiveInt = 1
     """Number of ranges that the questions are split into. 1: no curriculum. The release: 2 (stage1.sh, stage2.sh)."""
@@ -262,7 +262,7 @@ class SentConfig(GrpoConfig):
     """How tokens of low entropy are selected: by `low_fraction`, or below `low_threshold`."""
     low_fraction: float = Field(default=0.8, gt=0, le=1)
     """Fraction of tokens with the lowest entropy; a constant of core_algos.py."""
-    low_threshold: float = Field(default=0.5, gt=0)
+    low_threshold: PositiveFloat = 0.5
     """Entropy (nats) below which a token has low entropy; tau_H, the paper's value is not known."""
     high_rule: Literal["fraction", "threshold"] = "fraction"
     """How tokens of high covariance are selected: by `high_fraction`, or above `high_threshold`."""
@@ -275,10 +275,10 @@ class SentConfig(GrpoConfig):
     penalized: Literal["low", "extremes"] = "low"
     """`low`: all low-entropy tokens. `extremes`: those of highest covariance, and as many of lowest. The release:
     `extremes`."""
-    beta_low: float = Field(default=0.05, ge=0)
+    beta_low: NonNegativeFloat = 0.05
     """Coefficient of the penalty without high covariance; ppo_kl_coef 0.1 of ppo_trainer.yaml times 0.5 of
     core_algos.py."""
-    beta_high: float = Field(default=0.2, ge=0)
+    beta_high: NonNegativeFloat = 0.2
     """Coefficient of the penalty with high covariance; ppo_kl_coef 0.1 times 2 of core_algos.py."""
     penalty_to: Literal["reference", "old"] = "reference"
     """`reference`: k3 to the initial policy. `old`: absolute log-ratio to the policy before the step. The release:

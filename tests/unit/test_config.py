@@ -125,8 +125,13 @@ def test_unknown_key_names_the_nearest(load_text, line, message):
         ("--rollout.top_p=1.5", r"rollout\.top_p: .*less than or equal to 1"),
         ("--actor.optimizer.schedule=step", r"actor\.optimizer\.schedule: .*'constant', 'linear' or 'cosine'.*'step'"),
         ("--method.clip=high", r"method\.clip: .*valid number.*'high'"),
-        ("--data.train=t.jsonl", r"data\.train: .*valid list"),
-        ("--actor=3", "actor: .*3"),
+        (
+            "--data.train=5",
+            r"data\.train: .*valid list \(got 5\); write data\.train = \[\"a\", \"b\"\], or --data\.train=a,b",
+        ),
+        ("--actor=3", "actor: .*3.*it is a table"),
+        ("--method=dapo", r"method is a table, found 'dapo'; write .* --method\.name="),
+        ("--method.name=5", r"method\.name must be a text .*found 5"),
         ("--method.name=plane", r"method\.name='plane' is unknown; did you mean plain\?"),
     ],
 )
@@ -148,6 +153,122 @@ def test_wrong_value_names_the_key_and_what_was_given(load_text, override, messa
 def test_broken_file_says_how_to_write_it(load_text, text, message):
     with pytest.raises(ConfigError, match=message):
         load_text(text)
+
+
+BAD_VALUES = [
+    *[f"--name={name}" for name in ("../../escaped", "a/b", ".hidden", "..", "", "x" * 65, "a b", "a\\0", "ü")],
+    *["--name=[1]", "--name=3", '--output="a\\u0000b"', '--model.path="\\u0000"', '--data.eval=["\\u0000"]'],
+    *[f"--{key}={value}" for key in ("steps", "seed", "batch.prompts", "reward.workers") for value in ("true", 10**30)],
+    *["--steps=-1", "--steps=1.0", f"--seed={'1' * 5000}", f"--seed=0x{'f' * 5000}", "--actor.parallel.dp=100000000"],
+    *[
+        f"--{key}={value}"
+        for key in ("rollout.temperature", "actor.optimizer.lr", "reward.timeout", "method.clip")
+        for value in ("nan", "inf", "-inf", "true", "text")
+    ],
+    *["--actor.optimizer.betas=[0.9, nan]", "--actor.optimizer.betas=[0.9, 1.0]", "--actor.optimizer.betas=[0.9]"],
+    *["--rollout.colocate=1", "--checkpoint=true", "--model.path=3", f"--steps={'[' * 5000}{']' * 5000}"],
+    f"--data.chat_options.{'a.' * 3000}b=1",
+]
+
+
+@pytest.mark.parametrize("override", BAD_VALUES, ids=lambda text: text[:40])
+def test_values_out_of_bounds_or_of_another_type_are_one_short_line(load_text, override):
+    with pytest.raises(ConfigError) as caught:
+        load_text(MINIMAL, override)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("name", METHOD_CONFIGS)
+def test_no_method_accepts_numbers_that_are_not_finite_or_flags_as_numbers(tmp_path, name):
+    path = tmp_path / "config.toml"
+    path.write_text(f'steps = 1\nmethod.name = "{name}"\n')
+    fields = METHOD_CONFIGS[name].model_fields
+    numbers = [key for key, field in fields.items() if isinstance(field.default, int | float | tuple)]
+    for key in numbers:
+        wrong = ["nan", "inf", "-1e30", str(-(10**30)), str(10**30), "[nan, nan]"]
+        wrong = wrong if not isinstance(fields[key].default, bool) else []
+        for value in [*wrong, "[true]", '"text"']:
+            if value.startswith("-") and ("reward" in key or key in ("entropy_coefficient", "high_threshold")):
+                continue  # may be negative
+            if value[-1] == "0" and fields[key].annotation is float:
+                continue  # a large number
+            with pytest.raises(ConfigError, match=rf"method\.{key}"):
+                load(path, [f"--method.{key}={value}"], load_method_config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("clip_low", -0.1), ("clip_high", -0.1), ("dual_clip", -1), ("overlong_buffer", -1), ("max_rounds", 0)],
+)
+def test_bounds_of_methods(tmp_path, key, value):
+    path = tmp_path / "config.toml"
+    path.write_text('steps = 1\nmethod.name = "dapo"\n')
+    with pytest.raises(ConfigError, match=rf"method\.{key}: input should be greater than"):
+        load(path, [f"--method.{key}={value}"], load_method_config)
+
+
+def test_an_integer_is_a_number_and_a_text_is_a_list(load_text):
+    config = one(
+        load_text, "--rollout.temperature=1", "--data.train=[a.jsonl, b.jsonl]", "--data.eval=", "--name=x-1.a_b"
+    )
+    assert config.rollout.temperature == 1.0 and config.name == "x-1.a_b"
+    assert config.data.train == ["a.jsonl", "b.jsonl"] and config.data.eval == []
+    (config,) = load_text(MINIMAL + 'data.eval = "c.jsonl"\nactor.lora.targets = "q_proj"')
+    assert config.data.eval == ["c.jsonl"] and config.actor.lora.targets == ["q_proj"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"steps = {'1' * 5000}",
+        f"x = {'[' * 5000}",
+        f"x = {'{a=' * 5000}",
+        f"{'a.' * 5000}b = 1",
+        f"[{'a.' * 5000}b]",
+        "stages = [3]",
+        "[[stages]]\nname = []\n[[stages]]\nname = {}",
+        "stages = {a = 1}",
+        "steps = 2\xff",
+        "method = [1]",
+        "method.name = 1979-05-27",
+    ],
+    ids=lambda text: text[:20],
+)
+def test_a_hostile_file_is_one_line(tmp_path, text):
+    path = tmp_path / "config.toml"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError) as caught:
+        load(path, [], load_method)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400 + len(str(path))
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    for path in (tmp_path, "/dev/zero", tmp_path / ("x" * 300)):
+        with pytest.raises(ConfigError, match="not a regular file|no such file"):
+            load(path, [], load_method)
+
+
+def test_several_files_are_merged_from_left_to_right(tmp_path):
+    files = [tmp_path / name for name in ("base.toml", "mine.toml", "last.toml")]
+    files[0].write_text(TWO_STAGES)
+    files[1].write_text('seed = 7\n[batch]\nsamples = 2\n[[stages]]\nname = "second"\nsteps = 11\n')
+    files[2].write_text("seed = 8\n")
+    first, second = load(files, ["--batch.updates=2"], load_method)
+    assert (first.steps, second.steps, first.seed, second.seed) == (7, 11, 8, 8)
+    assert first.batch.prompts == 32 and second.batch.samples == 2 and second.batch.updates == 2
+    assert second.method == OtherConfig(teacher="t") and second.actor.parallel.tp == 2
+
+
+def test_stages_renamed_to_one_name_are_refused(load_text):
+    with pytest.raises(ConfigError, match=r"different names, found a, a; rename with"):
+        load_text(TWO_STAGES, "--name=a")
+
+
+def test_secrets_of_the_environment_are_not_written(load_text, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "secret-of-mine")
+    monkeypatch.setenv("HF_TOKEN", "secret-of-mine")
+    write(load_text(MINIMAL, "--log.wandb_project=p", "--output=$WANDB_API_KEY"), tmp_path / "out.toml")
+    assert "secret-of-mine" not in (tmp_path / "out.toml").read_text()
 
 
 def test_missing_file_is_named(tmp_path):
@@ -254,8 +375,8 @@ def test_a_layout_passes_exactly_when_it_fits_the_model(tp, pp, vpp, dp, sequenc
 @given(
     seed=st.integers(0, 2**31),
     lr=st.floats(0, 1),
-    output=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20),
-    betas=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    output=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=20),
+    betas=st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)),
     teacher=st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
 )
 def test_written_configuration_reads_back_equal(tmp_path_factory, seed, lr, output, betas, teacher):
