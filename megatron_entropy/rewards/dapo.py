@@ -14,6 +14,7 @@ import re
 from megatron_entropy.records import Grade
 
 TAIL = 300  # only the last characters of a response are read
+TRUTH_LENGTH = 10_000  # characters; normalising a longer ground truth may take quadratic time
 INVALID = "[INVALID]"
 ANSWER = re.compile(r"answer\s*:\s*([^\n]+)", re.IGNORECASE)
 
@@ -48,6 +49,8 @@ def dapo(response: str, answer: str) -> Grade:
     `\boxed{}` and `$...$` around the answer are removed. `extracted` is the normalised answer, or `[INVALID]`.
     The response of a branched sample is its generated text only, so an `Answer:` in its response prefix does not count.
     """
+    if len(answer) > TRUTH_LENGTH:
+        return Grade(None, error=f"the ground truth has {len(answer)} characters, more than {TRUTH_LENGTH}")
     found = ANSWER.findall(response[-TAIL:])
     extracted = normalise(found[-1] if found else INVALID)
     return Grade(extracted == normalise(answer), extracted)
