@@ -30,7 +30,7 @@ def user_writer(path: Path) -> Iterator[Path]:
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-def all_rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
+def all_rows(files: Sequence[Path]) -> Iterator[Mapping[str, object]]:
     """The rows of all files as they are stored, in order."""
     for file in files:
         for _, row in read_raw_rows(file):

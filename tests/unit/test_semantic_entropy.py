@@ -84,23 +84,23 @@ ENTROPIES = [0, 2.079442, 0.693147, 0, 1.386294, 0.900256, 0.735622, 0.376770]
     ],
 )
 def test_curriculum_in_stages_of_equal_size(stages, expected):
-    assert [part.tolist() for part in split_curriculum(ENTROPIES, stages=stages)] == expected
+    assert [stage.tolist() for stage in split_curriculum(ENTROPIES, stages=stages)] == expected
 
 
 def test_curriculum_at_thresholds():
-    parts = split_curriculum(ENTROPIES, thresholds=[1e-9, 0.735622, 3.0])
-    assert [part.tolist() for part in parts] == [[0, 3], [7, 2], [6, 5, 4, 1], []]
-    assert [part.tolist() for part in split_curriculum([], stages=2)] == [[], []]
+    split = split_curriculum(ENTROPIES, thresholds=[1e-9, 0.735622, 3.0])
+    assert [stage.tolist() for stage in split] == [[0, 3], [7, 2], [6, 5, 4, 1], []]
+    assert [stage.tolist() for stage in split_curriculum([], stages=2)] == [[], []]
 
 
 @given(st.lists(st.floats(0, 3), max_size=30), st.integers(1, 5))
 def test_every_question_is_in_one_stage_and_stages_ascend(entropies, stages):
-    parts = split_curriculum(entropies, stages=stages)
-    places = [int(place) for part in parts for place in part]
-    assert sorted(places) == list(range(len(entropies)))
-    values = [entropies[place] for place in places]
+    split = split_curriculum(entropies, stages=stages)
+    indices = [int(index) for stage in split for index in stage]
+    assert sorted(indices) == list(range(len(entropies)))
+    values = [entropies[index] for index in indices]
     assert values == sorted(values)
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert max(map(len, split)) - min(map(len, split)) <= 1
 
 
 @pytest.mark.parametrize("n,right,k,expected", [(16, 0, 16, 0.0), (16, 1, 16, 1.0), (16, 3, 8, 0.9)])
@@ -329,6 +329,7 @@ def test_engines_get_the_weights_of_the_folder(inputs):
         assert torch.equal(out, stored[meta.name].bfloat16())
 
 
+@pytest.mark.slow
 def test_with_a_real_engine(inputs, tmp_path):
     """A model of random weights: its answers are long and different, and some end in a number."""
     assert measure(inputs, tmp_path / "out.jsonl", "--limit", "4", "--dtype", "float32") == 0
