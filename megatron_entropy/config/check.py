@@ -39,16 +39,17 @@ def check(config: Config, arch: ModelArchitecture, world_size: int | None = None
     if layout.sequence_parallel and layout.tp == 1:
         raise ConfigError("actor.parallel.sequence_parallel=true needs actor.parallel.tp of at least 2")
     _check_divides(config.rollout.tensor_parallel, arch.num_heads, "rollout.tensor_parallel", "attention heads")
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    longest = config.max_sequence_tokens
+    section = "eval" if config.eval.max_response_tokens > config.rollout.max_response_tokens else "rollout"
     if longest > arch.max_positions:
         raise ConfigError(
-            f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} is more than the model's "
+            f"data.max_prompt_tokens + {section}.max_response_tokens = {longest} is more than the model's "
             f"{arch.max_positions} positions; lower one of them"
         )
     if longest > config.actor.max_tokens_per_microbatch:
         raise ConfigError(
             f"actor.max_tokens_per_microbatch={config.actor.max_tokens_per_microbatch} cannot hold one sequence of "
-            f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} tokens; raise it or lower them"
+            f"data.max_prompt_tokens + {section}.max_response_tokens = {longest} tokens; raise it or lower them"
         )
     if config.batch.prompts % config.batch.updates:
         raise ConfigError(f"batch.updates={config.batch.updates} does not divide batch.prompts={config.batch.prompts}")

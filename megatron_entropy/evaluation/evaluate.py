@@ -14,8 +14,8 @@ from megatron_entropy.records import Group, Metric, Prompt, samples_of
 class EvalRollouts(Protocol):
     """What an evaluation needs."""
 
-    def sample_eval(self, prompts: Sequence[Prompt], num_samples: int, *, temperature: float) -> list[Group]:
-        """Sample graded responses to each prompt from the policy."""
+    def sample_eval(self, prompts: Sequence[Prompt], config: EvalConfig) -> list[Group]:
+        """Sample graded responses to each prompt from the policy, with the evaluation's sampling parameters."""
         ...
 
     def score(self, groups: Sequence[Group], *, temperature: float) -> list[Group]:
@@ -30,11 +30,12 @@ def evaluate(
 
     Returns:
         `eval/accuracy` (fraction of correct responses among those the verifier could grade), `eval/entropy` (nats,
-        mean over response tokens, at the eval temperature), `eval/length` (tokens, end token included),
+        mean over response tokens, at the eval temperature, of the
+        whole vocabulary), `eval/length` (tokens, end token included),
         `eval/truncated` and `eval/errors` (fractions), with several samples per question `eval/pass_at_k` for k = 1, 2,
         4, ...; and the scored groups.
     """
-    groups = rollouts.sample_eval(prompts[: config.limit or None], config.samples, temperature=config.temperature)
+    groups = rollouts.sample_eval(prompts[: config.limit or None], config)
     groups = rollouts.score(groups, temperature=config.temperature)
     samples = samples_of(groups)
     graded = [s.grade.correct for s in samples if s.grade is not None and s.grade.correct is not None]

@@ -19,6 +19,9 @@ objectives; ranks, engines and models are behind `Rollouts`.
 
 from __future__ import annotations
 
+import functools
+import logging
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar, cast
 
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 
     from entropy_kernels import TokenStats
 
+log = logging.getLogger(__name__)
 ConfigT = TypeVar("ConfigT", bound="MethodSettings")
 
 
@@ -90,6 +94,13 @@ class Rollouts(Protocol):
     def token_text(self, token: int) -> str:
         """Return the text of one token; empty for end tokens."""
         ...
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Log a warning on rank 0, once in a process, although a method is built several times there."""
+    if os.environ.get("RANK", "0") == "0":
+        log.warning("%s", message)
 
 
 class Method(Generic[ConfigT]):

@@ -120,7 +120,7 @@ class Grpo(Method[ConfigT]):
         return clipped_surrogate(stats.logprob, batch.logprob, batch.advantage, low=low, high=high, dual=dual)
 
     def kl_penalty(self, stats: TokenStats, batch: Batch) -> Tensor:
-        """Return the divergence of every token [T] that `kl_weight` multiplies: k3 to the reference, at most `K3_LIMIT`."""
+        """Return the divergence of every token [T] that `kl_weight` multiplies: k3 to the reference, clamped."""
         assert batch.reference_logprob is not None
         return k3(stats.logprob, batch.reference_logprob).clamp(max=K3_LIMIT)
 

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios are clamped to this before exp, as in verl (core_algos.py): e^20 is finite in every float type."""
 
+K3_LIMIT = 10.0
+"""Largest k3 of a token in a penalty, as in verl's low_var_kl. Above it, from a log-ratio of 2.61 on, the token has no
+gradient."""
+
 ROUNDING = 1e-4
 """Nats by which two passes over the same weights may differ. An absolute value has a full gradient at any distance."""
 

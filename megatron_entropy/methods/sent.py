@@ -27,8 +27,8 @@ The release selects within micro-batches of 4 sequences, where its fraction give
 nothing is penalized. `selection_sequences = 4` is close to it (4 consecutive sequences, whatever rank computes them).
 Other differences from the release: its integer mask picks the covariances of wrong tokens, here they are those of the
 tokens themselves; every token of the optimizer step has the same weight, not of the micro-batch; a |log p - log p_old|
-below 1e-4 is 0, because otherwise rounding errors alone have a gradient. The paper's objective is a mean over the tokens
-of a response, then over responses: `aggregation = "sequence"`; the default is what the release runs.
+below 1e-4 is 0, because otherwise rounding errors alone have a gradient. The paper's objective is a mean over the
+tokens of a response, then over responses: `aggregation = "sequence"`; the default is what the release runs.
 
 Two [[stages]] with `curriculum_stage` 1 and 2 are the two runs of the release: the second starts from the model that
 the first exported, with a new optimizer, and that model is its reference.

@@ -19,7 +19,8 @@ class Request:
     """One sequence to be continued.
 
     `key`: the caller's identifier, unique within a call. `tokens`: the prompt. `max_tokens`: maximal number of
-    generated tokens, the end token included. `temperature` > 0, `top_p` in (0, 1].
+    generated tokens, the end token included. `temperature` > 0, `top_p` in (0, 1], `top_k` 0: all tokens,
+    `repetition_penalty` > 0.
     """
 
     key: tuple[int, ...]
@@ -28,6 +29,8 @@ class Request:
     max_tokens: int
     temperature: float
     top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Completion:
     """The generated continuation of a request.
 
     `tokens`: int32 [r], the end token included. `logprobs`: float32 [r] nats, of each token under
-    softmax(logits / temperature); with `top_p` below 1 that distribution is cut to the nucleus and renormalised.
+    softmax(logits / temperature), after the repetition penalty and cut to the tokens of `top_p` and `top_k`.
     `finish_reason`: `stop` after an end token, `length` after `max_tokens` tokens.
     """
 

@@ -158,6 +158,8 @@ class VllmEngine:
             seed=request.seed,
             temperature=request.temperature,
             top_p=request.top_p,
+            top_k=request.top_k,
+            repetition_penalty=request.repetition_penalty,
             max_tokens=request.max_tokens,
             stop_token_ids=list(self._spec.eos_ids),
             logprobs=0,  # of the sampled token only

@@ -43,7 +43,7 @@ class RunEngines:
         tokenizer = load_tokenizer(first.data.tokenizer or first.model.path, vocab_size=arch.vocab_size)
         return EngineSpec(
             model_folder=first.model.path,
-            max_model_len=max(c.data.max_prompt_tokens + c.rollout.max_response_tokens for c in self._configs),
+            max_model_len=max(config.max_sequence_tokens for config in self._configs),
             eos_ids=tokenizer.eos_ids,
             dtype=str(resolve_dtype(first.rollout.dtype)).removeprefix("torch."),
             device="cuda" if cpu.device().type == "cuda" else "cpu",

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megatron_entropy.actor.actor import Actor
 from megatron_entropy.actor.statistics import policy_statistics, reference_statistics
-from megatron_entropy.config.schema import Config
+from megatron_entropy.config.schema import Config, EvalConfig
 from megatron_entropy.data.dataset import PromptStream
 from megatron_entropy.data.tokenizer import Tokenizer
 from megatron_entropy.distributed import process_groups
@@ -97,17 +98,26 @@ class MethodRollouts:
             prompts,
             keys,
             num_samples,
-            temperature=config.rollout.temperature,
-            top_p=config.rollout.top_p,
+            {
+                "max_tokens": config.rollout.max_response_tokens,
+                "temperature": config.rollout.temperature,
+                "top_p": config.rollout.top_p,
+            },
             grade_prefix=grade_prefix,
         )
         self._count_samples(groups)
         return groups
 
-    def sample_eval(self, prompts: Sequence[Prompt], num_samples: int, *, temperature: float) -> list[Group]:
+    def sample_eval(self, prompts: Sequence[Prompt], config: EvalConfig) -> list[Group]:
         """Sample graded responses to eval prompts; the seeds are the same at every step of every stage."""
-        keys = [(0, prompt.index, 0) for prompt in prompts]
-        return self._sample("eval", prompts, keys, num_samples, temperature=temperature, top_p=1.0, grade_prefix=False)
+        sampling = {
+            "max_tokens": config.max_response_tokens or self._config.rollout.max_response_tokens,
+            "temperature": config.temperature,
+            "top_p": config.top_p,
+            "top_k": config.top_k,
+            "repetition_penalty": config.repetition_penalty,
+        }
+        return self._sample("eval", prompts, [(0, prompt.index, 0) for prompt in prompts], config.samples, sampling)
 
     def score(self, groups: Sequence[Group], *, entropy: bool = True, temperature: float | None = None) -> list[Group]:
         """Fill `logprob` and, if requested, `entropy` by the actor; samples that have them keep them.
@@ -160,19 +170,16 @@ class MethodRollouts:
         prompts: Sequence[Prompt],
         keys: Sequence[tuple[int, ...]],
         num_samples: int,
+        sampling: Mapping[str, Any],
         *,
-        temperature: float,
-        top_p: float,
-        grade_prefix: bool,
+        grade_prefix: bool = False,
     ) -> list[Group]:
         requests = [
             Request(
                 key=(index, number),
                 tokens=prompt.tokens + prompt.response_prefix,
                 seed=derive_seed(self._config.seed, purpose, *key, number),
-                max_tokens=self._config.rollout.max_response_tokens,
-                temperature=temperature,
-                top_p=top_p,
+                **sampling,
             )
             for index, (prompt, key) in enumerate(zip(prompts, keys, strict=True))
             for number in range(num_samples)

@@ -90,6 +90,30 @@ def test_divergence_estimators(logprob, other):
     assert objectives.k3(p, q).item() == pytest.approx(np.exp(other - logprob) - 1 - (other - logprob), rel=1e-9)
 
 
+@pytest.mark.parametrize(
+    "log_ratio,value,has_gradient",
+    [
+        (2.6, 9.8637, True), (2.61, 9.9891, True), (2.62, 10, False), (5, 10, False), (50, 10, False), (-10, 9, True),
+        (-12, 10, False),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["grpo", "sent"])
+def test_the_penalty_is_verls_low_var_kl_and_metrics_have_no_bound(name, log_ratio, value, has_gradient):
+    """verl's core_algos.py: the log-ratio within 20, then k3 within 10, no gradient beyond either."""
+    logprob = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    reference = torch.full((1,), float(log_ratio), dtype=torch.float64)
+    zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    batch = Batch(
+        *(torch.zeros(1) for _ in range(4)), order=(0,), weight=one, advantage=zero, logprob=reference,
+        reference_logprob=reference, kl_weight=one if name == "grpo" else zero,
+    )  # fmt: skip
+    loss, metrics = method(name, kl_coefficient=1.0).loss(TokenStats(logprob=logprob, entropy=one), batch)
+    loss.sum().backward()
+    assert loss.item() == pytest.approx(value, abs=1e-3) and bool(logprob.grad) == has_gradient
+    bounded = min(log_ratio, 20)
+    assert metrics["policy/approx_kl"].value == pytest.approx(np.exp(bounded) - 1 - bounded)
+
+
 def test_importance_weights_are_capped_and_carry_no_gradient():
     old = torch.tensor([0.0, 0.0], requires_grad=True)
     weight = objectives.tis_weight(old, torch.tensor([-np.log(1.5), -5.0]), 2.0)
@@ -120,14 +144,22 @@ class Stub:
 MIXED, RIGHT, WRONG = (True, False, False, False), (True,) * 4, (False,) * 4
 
 
-def test_dapo_drops_unanimous_groups_and_refills():
+@pytest.mark.parametrize("name", ["dapo", "clip_cov", "kl_cov"])
+def test_unanimous_groups_are_dropped_and_replaced(name):
+    """verl's recipes of all three set `filter_groups.enable`."""
     stub = Stub([RIGHT, MIXED], [WRONG, RIGHT], [MIXED, MIXED])
-    chosen = method("dapo")
+    chosen = method(name)
     groups = chosen.generate(stub)
     assert len(groups) == 2 and stub.taken == 6
     metrics = chosen.pop_metrics()
     assert metrics["rollout/rounds"].value == 3 and metrics["rollout/mixed_groups"].value == 0.5
     assert not chosen.pop_metrics(), "metrics are counted per step"
+
+
+@pytest.mark.parametrize("name", ["dapo", "clip_cov", "kl_cov"])
+def test_unanimous_groups_are_kept_without_dynamic_sampling(name):
+    stub = Stub([RIGHT, MIXED])
+    assert len(method(name, dynamic_sampling=False).generate(stub)) == 2 and stub.taken == 2
 
 
 def test_dapo_trains_on_what_it_has_after_max_rounds():

@@ -19,7 +19,7 @@ from entropy_kernels import TokenStats
 from megatron_entropy.config.schema import BatchConfig, Config
 from megatron_entropy.data.packing import pack, plan_microbatches
 from megatron_entropy.errors import ConfigError, DataError
-from megatron_entropy.methods import METHOD_CONFIGS, build_method, load_method_config, objectives
+from megatron_entropy.methods import METHOD_CONFIGS, base, build_method, load_method_config, objectives
 from megatron_entropy.methods.cov import ClipCov, KlCov, draw_between
 from megatron_entropy.methods.sent import RELEASE, Sent, SentConfig, select_tokens
 from megatron_entropy.records import Batch, Grade, Group, Prompt, Sample, samples_of
@@ -465,8 +465,6 @@ def test_an_empty_stage_is_an_error_with_the_numbers():
             "must be 2 ascending",
         ),
         ("sent", {"beta_low": 0.5}, "beta_low=0.5 is above method.beta_high=0.2"),
-        ("sent", {"form": "release", "updates": 1}, "batch.updates=1"),
-        ("kl_cov", {"updates": 1}, "batch.updates=1"),
         ("kl_cov", {"kl_coefficient": 0.1}, 'method.kl_coefficient has no effect with method.name="kl_cov": remove it'),
         ("clip_cov", {"covariance_low": 5.0}, "covariance_low=5.0 must be below"),
     ],
@@ -474,6 +472,22 @@ def test_an_empty_stage_is_an_error_with_the_numbers():
 def test_settings_that_do_not_fit(name, settings, message):
     with pytest.raises(ConfigError, match=message):
         method(name, **settings)
+
+
+@pytest.mark.parametrize(
+    "name,settings,warnings",
+    [("sent", {"form": "release"}, 1), ("kl_cov", {}, 1), ("sent", {}, 0), ("clip_cov", {}, 0)],
+)
+def test_a_penalty_that_one_update_makes_inert_is_a_warning(monkeypatch, name, settings, warnings):
+    """It is logged once, on rank 0, although several parts of a run build the method."""
+    logged: list[str] = []
+    monkeypatch.setattr(base.log, "warning", lambda text, *values: logged.append(text % values))
+    for updates, rank, expected in [(2, "0", 0), (1, "1", 0), (1, "0", warnings), (1, "0", warnings)]:
+        if not logged:
+            base.warn_once.cache_clear()
+        monkeypatch.setenv("RANK", rank)
+        method(name, updates=updates, **settings)
+        assert len(logged) == expected and all("batch.updates=1" in text and "no effect" in text for text in logged)
 
 
 def test_a_form_changes_defaults_only(tmp_path):
