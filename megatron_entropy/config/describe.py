@@ -80,6 +80,7 @@ def select(tables: Sequence[Table], prefix: str) -> list[Table]:
             selected.append(replace(table, keys=keys))
     if not selected:
         known = {table.path(key) for table in tables for key in table.keys} | {table.name for table in tables}
+        known = {name for name in known if name.count(".") == prefix.count(".")}  # a key is misspelt, not misplaced
         raise ConfigError(f"{prefix}: no such key{suggest(prefix, known - {''})}")
     return selected
 
