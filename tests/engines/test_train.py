@@ -18,6 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_entropy.monitor.metric_names import unknown_metrics
+from megatron_entropy.monitor.metrics import read_metrics
+
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
 
@@ -139,6 +142,10 @@ def test_a_run_writes_its_results(finished):
     by_stage = {(row["stage"], row["step"]): row for row in rows(finished)}
     end, start_of_next = by_stage["sft", 2]["eval/entropy"], by_stage["rl", 0]["eval/entropy"]
     assert end == pytest.approx(start_of_next, abs=1e-6), "the second stage starts with the model of the first"
+
+
+def test_every_metric_of_a_run_is_in_the_glossary(finished):
+    assert unknown_metrics(read_metrics(finished / "metrics.jsonl")) == []
 
 
 def test_the_export_is_the_model_that_was_trained(finished):
