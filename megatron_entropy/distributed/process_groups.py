@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_entropy.config.schema import ParallelConfig
-from megatron_entropy.distributed import cpu
+from megatron_entropy.distributed import cpu, loopback
 from megatron_entropy.distributed.seeds import seed_generators
 from megatron_entropy.errors import Fault, UserError
 
@@ -24,6 +24,7 @@ def init_process_group(timeout_minutes: float = 60.0) -> None:
 
     Outside torchrun the process becomes the only rank.
     """
+    loopback.activate()
     if not torch.cuda.is_available():
         backend = "gloo"
     else:

@@ -23,6 +23,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from megatron_entropy.distributed import loopback
 from megatron_entropy.errors import Fault
 from megatron_entropy.weights.buckets import TensorMeta, checksum
 from megatron_entropy.weights.links import LinkInfo
@@ -35,7 +36,8 @@ READ_BACK_ROWS = 256
 
 
 def register() -> None:
-    """Make `weight_transfer_config={"backend": BACKEND}` known to vLLM in this process."""
+    """Make `weight_transfer_config={"backend": BACKEND}` known to vLLM in this process; vLLM's stores use loopback."""
+    loopback.activate()
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, BucketTransferEngine)
 
