@@ -165,10 +165,11 @@ class SentencePieceTokenizer(Tokenizer):
 
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except Exception as error:  # the library raises OSError, RuntimeError and others
+            self.vocab_size = self._model.get_piece_size()
+            pieces = [self._model.id_to_piece(index) for index in range(self.vocab_size)]
+            self.max_token_chars = _bounded(max(map(len, pieces)))
+        except Exception as error:  # OSError, RuntimeError, UnicodeDecodeError of a piece
             raise TokenizerError(f"{path}: not a readable SentencePiece model: {_one_line(error)}") from error
-        self.vocab_size = self._model.get_piece_size()
-        self.max_token_chars = _bounded(max(len(self._model.id_to_piece(i)) for i in range(self.vocab_size)))
         eos, pad, bos = self._model.eos_id(), self._model.pad_id(), self._model.bos_id()
         if eos < 0:
             raise TokenizerError(f"{path}: the model has no end token: train it with an eos_id")

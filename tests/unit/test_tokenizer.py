@@ -312,6 +312,13 @@ def test_a_chat_template_file_in_another_encoding_is_named(tmp_path):
         load_tokenizer(folder)
 
 
+def test_a_sentencepiece_model_with_invalid_utf8_is_named(folder, tmp_path):
+    content = (folder / "tokenizer.model").read_bytes()
+    (tmp_path / "tokenizer.model").write_bytes(content.replace(b"<pad>", b"<pa\xff>"))
+    with pytest.raises(TokenizerError, match="tokenizer.model: not a readable SentencePiece model: .*utf-8"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_text_that_the_tokenizer_cannot_read_is_named(tmp_path):
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"0": 0, "<s>": 1}, unk_token="none"))
     words.save(str(tmp_path / "tokenizer.json"))
