@@ -84,7 +84,7 @@ def train(arguments: list[str]) -> int:
 
 def report_phases(path: Path) -> None:
     """Make the step timer of this process write its phase into a file: `start` before the first `generate`."""
-    from megatron_entropy.monitor.timer import StepTimer
+    from megatron_entropy.monitor.timer import Phase, StepTimer
 
     file = os.open(path, os.O_WRONLY | os.O_CREAT)
     call, phases = StepTimer.__call__, ["start"]
@@ -93,7 +93,7 @@ def report_phases(path: Path) -> None:
         os.pwrite(file, f"{'start' if phases[0] == 'start' else phases[-1]:16}".encode(), 0)
 
     @contextlib.contextmanager
-    def observed(self: StepTimer, phase: str) -> Iterator[None]:
+    def observed(self: StepTimer, phase: Phase) -> Iterator[None]:
         phases.append(phase)
         if phase == "generate":
             phases[0] = "other"

@@ -71,7 +71,7 @@ def test_files_hold_different_questions():
 def write_run(folder, accuracies, entropies, tokens):
     folder.mkdir(parents=True)
     rows = [
-        {"step": 5 * number, "eval/accuracy": accuracy, "eval/entropy": entropy, "eval/length": 30.0}
+        {"stage": "rl", "step": 5 * number, "eval/accuracy": accuracy, "eval/entropy": entropy, "eval/length": 30.0}
         | {f"eval/pass_at_{k}": accuracy for k in (1, 2, 4, 8)}
         | ({"rollout/tokens": tokens} if number else {})
         for number, (accuracy, entropy) in enumerate(zip(accuracies, entropies, strict=True))

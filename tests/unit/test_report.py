@@ -3,6 +3,7 @@
 Not covered: the look of the plots, only that there is one for each stage with values.
 """
 
+import dataclasses
 import json
 import re
 
@@ -94,9 +95,8 @@ def test_text_of_a_run_is_escaped(tmp_path):
     folder = RunFolder(tmp_path)
     name = "$<script>$"
     write_rows(folder, name, [{"eval/accuracy": 0.1}, {}])
-    config = stage(name)
-    entry = summary.StageSummary.of_stage(folder, config, seconds=9.0)
-    summary.write_summary(folder, [entry])
+    entry = summary.StageSummary.of_stage(folder, stage("rl"), seconds=9.0)
+    summary.write_summary(folder, [dataclasses.replace(entry, name=name)])
     folder.config.write_text(f"# {script}")
     sample = Sample(np.array([1, 2], np.int32), 1, script, script, grade=Grade(True, script))
     group = Group(Prompt(0, script, (1,), answer=script), (sample,))
@@ -108,8 +108,8 @@ def test_text_of_a_run_is_escaped(tmp_path):
 
 def test_table_prints_names_that_look_like_markup(tmp_path, capsys):
     folder = RunFolder(tmp_path)
-    write_rows(folder, "[red]rl", [{}, {}])
-    summary.write_summary(folder, [summary.StageSummary.of_stage(folder, stage("[red]rl"), seconds=9.0)])
+    entry = summary.StageSummary.of_stage(folder, stage("rl"), seconds=9.0)
+    summary.write_summary(folder, [dataclasses.replace(entry, name="[red]rl")])
     report.print_table(folder)
     assert "[red]rl" in capsys.readouterr().out
 
