@@ -52,7 +52,7 @@ test: $(VENV)/.setup-dev
 	$(VENV)/bin/python -m pytest -q
 
 test-fast: $(VENV)/.setup-dev
-	$(VENV)/bin/python -m pytest -q tests/unit tests/kernels -m "not exhaustive and not slow"
+	$(VENV)/bin/python -m pytest -q tests/unit tests/kernels -m "not exhaustive and not slow" --ignore=tests/kernels/test_triton.py
 
 docs: $(VENV)/.setup-docs
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet -d build/docs
