@@ -335,6 +335,11 @@ def test_stages_that_cannot_run_in_a_row_are_refused(load_text):
         (["--actor.parallel.sequence_parallel=true"], r"sequence_parallel=true needs actor\.parallel\.tp of at least"),
         (["--rollout.tensor_parallel=3"], r"rollout\.tensor_parallel=3 does not divide the model's 8 attention"),
         (["--rollout.max_response_tokens=4000"], r"rollout\.max_response_tokens = 5024 is more than the model's 4096"),
+        (["--eval.max_response_tokens=4000"], r"eval\.max_response_tokens = 5024 is more than the model's 4096"),
+        (
+            ["--eval.max_response_tokens=3000", "--actor.max_tokens_per_microbatch=4000"],
+            r"max_tokens_per_microbatch=4000 cannot hold .* eval\.max_response_tokens = 4024 tokens",
+        ),
         (
             ["--actor.max_tokens_per_microbatch=3000"],
             r"actor\.max_tokens_per_microbatch=3000 cannot hold .* = 3072 tokens",

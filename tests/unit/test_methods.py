@@ -13,10 +13,13 @@ from hypothesis import strategies as st
 
 from entropy_kernels import TokenStats
 from megatron_entropy.config import load
-from megatron_entropy.config.schema import BatchConfig, Config, RolloutConfig
+from megatron_entropy.config.schema import BatchConfig, Config, EvalConfig, RewardConfig, RolloutConfig
 from megatron_entropy.errors import CheckpointError, ConfigError, DataError
 from megatron_entropy.methods import METHOD_CONFIGS, build_method, load_method_config, objectives
+from megatron_entropy.monitor.timer import StepTimer
 from megatron_entropy.records import Batch, Grade, Group, Metric, Prompt, Sample
+from megatron_entropy.rollout.engine import Completion, Request
+from megatron_entropy.trainer.rollouts import MethodRollouts
 
 PROMPT = Prompt(0, "q", (1, 2, 3), "7", (4, 5))
 
@@ -248,6 +251,46 @@ def test_loss_adds_the_weighted_penalty(penalized):
     assert ("policy/kl_penalty" in metrics) == penalized
     if penalized:
         assert metrics["policy/kl_penalty"].value == pytest.approx(k3) and metrics["policy/penalized_frac"].value == 1
+
+
+@pytest.mark.parametrize(
+    "settings,expected",
+    [
+        ({}, Request((0, 0), (1, 2, 3), 0, max_tokens=96, temperature=1.0)),
+        (
+            {"temperature": 0.8, "top_p": 0.95, "top_k": 40, "repetition_penalty": 1.15, "max_response_tokens": 128},
+            Request((0, 0), (1, 2, 3), 0, 128, temperature=0.8, top_p=0.95, top_k=40, repetition_penalty=1.15),
+        ),
+    ],
+)
+def test_evaluation_samples_by_its_own_settings(settings, expected):
+    """Of the rollouts it takes the length only, and that only if it has none of its own."""
+    rollout = RolloutConfig(max_response_tokens=96, temperature=1.5, top_p=0.9)
+    config = Config(
+        steps=1, method=METHOD_CONFIGS["grpo"](), rollout=rollout, eval=EvalConfig(samples=2, **settings),
+        reward=RewardConfig(verifier="boxed"),
+    )  # fmt: skip
+    requests = []
+
+    class Service:
+        version = 1
+
+        def generate(self, wanted, **names) -> list[Completion]:
+            requests.extend(wanted)
+            return [Completion(r.key, np.array([4], np.int32), np.zeros(1, np.float32), "stop") for r in wanted]
+
+    class Words:
+        def decode(self, tokens) -> str:
+            return r"\boxed{7}"
+
+    rollouts = MethodRollouts(
+        config, stream=None, tokenizer=Words(), actor=None, service=Service(), timer=StepTimer(), temperature=1.5
+    )
+    (evaluated,) = rollouts.sample_eval([PROMPT], config.eval)
+    assert [s.grade.correct for s in evaluated.samples] == [True, True]
+    assert len({r.seed for r in requests}) == 2 and [r.key for r in requests] == [(0, 0), (0, 1)]
+    assert dataclasses.replace(requests[0], seed=0) == expected
+    assert config.max_sequence_tokens == config.data.max_prompt_tokens + expected.max_tokens
 
 
 def test_the_state_of_another_method_is_refused():
