@@ -49,10 +49,11 @@ compare: setup
 	$(VENV)/bin/python tools/compare.py --seeds 1 2 3 --jobs 2 --out runs/compare --page examples/compare
 
 test: $(VENV)/.setup-dev
-	$(VENV)/bin/python -m pytest -q
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile tests/unit tests/kernels tests/fuzz
+	$(VENV)/bin/python -m pytest -q tests/distributed tests/engines
 
 test-fast: $(VENV)/.setup-dev
-	$(VENV)/bin/python -m pytest -q tests/unit tests/kernels -m "not exhaustive and not slow" --ignore=tests/kernels/test_triton.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile tests/unit tests/kernels -m "not exhaustive and not slow" --ignore=tests/kernels/test_triton.py
 
 docs: $(VENV)/.setup-docs
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet -d build/docs

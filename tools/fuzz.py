@@ -259,7 +259,7 @@ def run_case(inputs: Inputs, number: int, rng: random.Random) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="fuzz_") as scratch:
         arguments, must_refuse = TARGETS[target][1](inputs, rng, Path(scratch))
         output, errors = io.StringIO(), io.StringIO()
-        signal.signal(signal.SIGALRM, _raise_hang)
+        signal.signal(signal.SIGALRM, _time_out)
         signal.alarm(SECONDS)
         try:
             with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
@@ -284,7 +284,7 @@ def run_case(inputs: Inputs, number: int, rng: random.Random) -> Outcome:
     )
 
 
-def _raise_hang(number: int, frame: FrameType | None) -> None:
+def _time_out(number: int, frame: FrameType | None) -> None:
     raise Hang
 
 

@@ -1,7 +1,7 @@
 """Keep the network sockets of a run on one machine to the loopback interface.
 
 torch's `TCPStore` listens on all interfaces, also where torchrun or vLLM creates it. `activate` replaces the class, in
-the few modules that have imported it, by one that hands it a socket bound to 127.0.0.1. Gloo and Ray are told by
+the few modules that have imported it, by one that hands it a socket bound to 127.0.0.1. Gloo and Ray read
 environment variables, which engines inherit. `megatron-entropy train` activates it; plain torchrun on several machines
 does not.
 """

@@ -216,8 +216,9 @@ class MethodRollouts:
             self._count("reward/errors", Metric(grade.correct is None))
             if grade.correct is not None:
                 self._count("reward/accuracy", Metric(grade.correct))
-            elif grade.error:
-                self._count(f"reward/error_{_error_kind(grade)}", Metric(1.0, len(samples)))
+        kinds = Counter(_error_kind(sample.grade) for sample in samples if sample.grade and sample.grade.error)
+        for kind, count in kinds.items():
+            self._count(f"reward/error_{kind}", Metric(count, len(samples)))
 
 
 def build_groups(
