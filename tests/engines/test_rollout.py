@@ -194,6 +194,18 @@ def test_top_p_samples_from_the_nucleus(pool: EnginePool, weight_sync: WeightSyn
     assert min(completion.logprobs.min() for completion in nucleus) > min(c.logprobs.min() for c in full)
 
 
+def test_top_k_and_the_repetition_penalty_reach_the_sampler(pool: EnginePool, weight_sync: WeightSync) -> None:
+    weight_sync.sync(1, pool.clients())
+    for completion in answers(pool, requests(8, top_k=1)):
+        assert not completion.logprobs.any()  # one token has all of the probability
+    wanted = requests(8, max_tokens=16, top_k=1, repetition_penalty=1e6)
+    for request, completion in zip(wanted, answers(pool, wanted), strict=True):
+        tokens = completion.tokens.tolist()
+        assert len(set(tokens)) == len(tokens) and not set(tokens) & set(request.tokens)
+    plain = answers(pool, requests(8, max_tokens=16, top_k=1))
+    assert any(len(set(completion.tokens.tolist())) < len(completion.tokens) for completion in plain)
+
+
 def test_a_completion_does_not_depend_on_batch_or_engine(pool: EnginePool, weight_sync: WeightSync) -> None:
     weight_sync.sync(1, pool.clients())
     wanted = requests(48)

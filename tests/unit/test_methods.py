@@ -15,6 +15,7 @@ from entropy_kernels import TokenStats
 from megatron_entropy.config import load
 from megatron_entropy.config.schema import BatchConfig, Config, EvalConfig, RewardConfig, RolloutConfig
 from megatron_entropy.errors import CheckpointError, ConfigError, DataError
+from megatron_entropy.evaluation.evaluate import evaluate
 from megatron_entropy.methods import METHOD_CONFIGS, build_method, load_method_config, objectives
 from megatron_entropy.monitor.timer import StepTimer
 from megatron_entropy.records import Batch, Grade, Group, Metric, Prompt, Sample
@@ -286,8 +287,12 @@ def test_evaluation_samples_by_its_own_settings(settings, expected):
     rollouts = MethodRollouts(
         config, stream=None, tokenizer=Words(), actor=None, service=Service(), timer=StepTimer(), temperature=1.5
     )
-    (evaluated,) = rollouts.sample_eval([PROMPT], config.eval)
-    assert [s.grade.correct for s in evaluated.samples] == [True, True]
+    rollouts.score = lambda groups, temperature: [
+        g.with_samples(dataclasses.replace(s, entropy=s.constant(temperature)) for s in g.samples) for g in groups
+    ]
+    metrics, (evaluated,) = evaluate(rollouts, [PROMPT], config.eval)
+    assert metrics["eval/accuracy"] == Metric(2, 2) and [s.grade.correct for s in evaluated.samples] == [True, True]
+    assert metrics["eval/entropy"].value == pytest.approx(config.eval.temperature)
     assert len({r.seed for r in requests}) == 2 and [r.key for r in requests] == [(0, 0), (0, 1)]
     assert dataclasses.replace(requests[0], seed=0) == expected
     assert config.max_sequence_tokens == config.data.max_prompt_tokens + expected.max_tokens
