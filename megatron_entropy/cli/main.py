@@ -6,11 +6,21 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from megatron_entropy.cli import config, convert, doctor, inspect, merge_lora, report, semantic_entropy, train
+from megatron_entropy.cli import (
+    completion,
+    config,
+    convert,
+    doctor,
+    inspect,
+    merge_lora,
+    report,
+    semantic_entropy,
+    train,
+)
 from megatron_entropy.cli.arguments import Parser
 from megatron_entropy.errors import Fault, UserError
 
-COMMANDS = (train, config, report, convert, inspect, merge_lora, semantic_entropy, doctor)
+COMMANDS = (train, config, report, convert, inspect, merge_lora, semantic_entropy, doctor, completion)
 """Modules of the subcommands, in the order of `--help`."""
 
 

@@ -74,8 +74,37 @@ def check_stages(configs: Sequence[Config]) -> None:
         raise ConfigError(f"stages need the same number of ranks, found {listed}; change actor.parallel.dp of a stage")
     if len({config.output for config in configs}) > 1:
         raise ConfigError("stages share one folder; set `output` at the top of the file only")
+    if len({config.rollout.colocate for config in configs}) > 1:
+        raise ConfigError("rollout.colocate differs between stages, which share the engines; set it at the top only")
     if not configs[0].model.path:
         raise ConfigError("model.path is empty; name the Hugging Face folder to start from")
+
+
+ENGINE_KEYS = (
+    "num_engines",
+    "tensor_parallel",
+    "dtype",
+    "max_num_seqs",
+    "kv_cache_gib",
+    "gpu_memory_utilization",
+    "weight_transfer",
+    "max_restarts",
+)
+"""Keys of `rollout` that the engines are built from; the first stage's hold for the run."""
+
+
+def ignored_settings(configs: Sequence[Config]) -> list[str]:
+    """List, a line for each stage, the settings without effect because all stages use the engines of the first."""
+    lines = []
+    for config in configs[1:]:
+        keys = [key for key in ENGINE_KEYS if getattr(config.rollout, key) != getattr(configs[0].rollout, key)]
+        if keys:
+            named = ", ".join(f"rollout.{key}={getattr(config.rollout, key)}" for key in keys)
+            lines.append(
+                f"stage {config.name}: {named} has no effect: all stages use the engines of stage {configs[0].name}; "
+                "set it at the top of the file"
+            )
+    return lines
 
 
 def _check_experts(layout: ParallelConfig, arch: ModelArchitecture) -> None:

@@ -1,0 +1,63 @@
+"""`megatron-entropy completion`: print a script that completes commands, flags and configuration keys."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+
+from megatron_entropy.cli.arguments import Subparsers
+
+SCRIPT = """_megatron_entropy() {
+  local current="${COMP_WORDS[COMP_CWORD]}" words=""
+  case "${COMP_WORDS[1]}" in
+%s
+  esac
+  COMPREPLY=()
+  if [ "$COMP_CWORD" = 1 ]; then words="%s"; fi
+  if [ "$COMP_CWORD" = 1 ] || [ "${current#-}" != "$current" ]; then
+    COMPREPLY=($(compgen -W "$words" -- "$current"))
+  fi
+  if [ "${COMPREPLY[*]%%=}" != "${COMPREPLY[*]}" ]; then compopt -o nospace 2> /dev/null; fi
+}
+complete -o default -F _megatron_entropy megatron-entropy
+"""
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Define the command line."""
+    parser = subparsers.add_parser(
+        "completion",
+        help="print a script that completes commands, flags and keys",
+        description='Print a script that completes commands, flags and configuration keys: eval "$(megatron-entropy '
+        'completion bash)" in ~/.bashrc, or completion zsh in ~/.zshrc.',
+        allow_abbrev=False,
+    )
+    parser.add_argument("shell", choices=("bash", "zsh"), help="the shell")
+    parser.set_defaults(run=run, subparsers=subparsers)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the script."""
+    from megatron_entropy.config import describe
+    from megatron_entropy.methods import METHOD_CONFIGS
+
+    commands = args.subparsers.choices
+    words = {name: _flags(parser) for name, parser in commands.items()}
+    tables = describe.list_tables(METHOD_CONFIGS)
+    words["train"] += sorted({f"--{table.path(key)}=" for table in tables for key in table.keys})
+    cases = "\n".join(f'    {name}) words="{" ".join(found)}" ;;' for name, found in words.items())
+    if args.shell == "zsh":
+        print("autoload -U +X bashcompinit && bashcompinit")
+    print(SCRIPT % (cases, " ".join(commands)), end="")
+    return 0
+
+
+def _flags(parser: argparse.ArgumentParser) -> list[str]:
+    """Options of a command and of the commands below it."""
+    nested: Iterable[argparse.ArgumentParser] = ()
+    found: list[str] = []
+    for action in parser._actions:
+        found += [option for option in action.option_strings if option.startswith("--")]
+        if isinstance(action, argparse._SubParsersAction):
+            nested = action.choices.values()
+    return found + sorted({flag for child in nested for flag in _flags(child)} - set(found))

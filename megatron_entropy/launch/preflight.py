@@ -1,0 +1,144 @@
+"""Check the inputs and the machine of a run before its ranks start: data, tokenizer, weights, verifier, packages.
+
+torch is imported only to count GPUs, where the settings need them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+
+from megatron_entropy.config.architecture import ModelArchitecture
+from megatron_entropy.config.schema import Config
+from megatron_entropy.errors import ConfigError, DataError, MissingPackageError
+from megatron_entropy.methods import build_method
+from megatron_entropy.methods.base import Method
+from megatron_entropy.records import Prompt
+
+MIN_PROCESSES = 64
+"""Ranks and engines that every machine may start, however few cores it has."""
+
+
+def check_model_folder(folder: str, arch: ModelArchitecture) -> None:
+    """Compare the headers of a folder's safetensors files with the architecture; Megatron checkpoints are skipped.
+
+    Raises:
+        ModelError: a file is damaged or missing, or a tensor does not fit.
+    """
+    from megatron_entropy.weights.headers import check_model
+
+    if not any(os.path.exists(os.path.join(folder, name)) for name in ("shards", ".metadata")):
+        check_model(folder, arch)
+
+
+def check_data(config: Config, model_folder: str, arch: ModelArchitecture) -> None:
+    """Read every data file, load the tokenizer, render and tokenize one row of each file, and grade one answer.
+
+    Single rows may lack a column: they may turn out too long and be skipped.
+
+    Args:
+        config: the stage's settings.
+        model_folder: the model that the run starts from, whose tokenizer is used where the settings name none.
+        arch: its architecture.
+    Raises:
+        UserError: a file that cannot be read, a column that every row lacks, no row within the limits, a tokenizer or
+            chat template that does not work, or a verifier that cannot be called.
+    """
+    from megatron_entropy.data.dataset import load_prompts, read_prompts  # import pyarrow, which `--help` must not
+    from megatron_entropy.data.tokenizer import load_tokenizer
+    from megatron_entropy.rewards import check_verifier
+
+    data, method = config.data, build_method(config)
+    read_prompts(data.eval, schema=data.format, columns=data.columns)
+    prompts = read_prompts(data.train, schema=data.format, columns=data.columns)
+    if not any(_can_select(method, prompt) for prompt in prompts):
+        method.select(prompts)
+    tokenizer = load_tokenizer(data.tokenizer or model_folder, vocab_size=arch.vocab_size)
+    max_target_tokens = None if method.uses_rollouts else config.rollout.max_response_tokens
+    for files, limit in ((data.train, max_target_tokens), (data.eval, None)):
+        if files:
+            load_prompts(
+                files,
+                tokenizer,
+                max_prompt_tokens=data.max_prompt_tokens,
+                max_target_tokens=limit,
+                schema=data.format,
+                columns=data.columns,
+                template=data.template or None,
+                system=data.system or None,
+                chat_options=data.chat_options,
+                first_only=True,
+            )
+    if method.uses_rollouts or data.eval:
+        answers = (prompt.answer for prompt in prompts if prompt.answer is not None)
+        check_verifier(config.reward.verifier, next(answers, "1"))
+
+
+def _can_select(method: Method, prompt: Prompt) -> bool:
+    """Whether the prompt has every column that the method needs."""
+    try:
+        method.select([prompt])
+    except DataError:
+        return False
+    except ConfigError:  # about the number of prompts
+        return True
+    return True
+
+
+def check_packages(config: Config) -> None:
+    """See that the optional packages and devices are there which the settings need.
+
+    Raises:
+        MissingPackageError: a package is missing.
+        ConfigError: NCCL or FP8 without a GPU, or a folder to replay that does not exist.
+    """
+    rollout, log, actor = config.rollout, config.log, config.actor
+    for package, needed_by, is_needed in (
+        ("tensorboard", "log.tensorboard=true", log.tensorboard),
+        ("wandb", f"log.wandb_project={log.wandb_project}", log.wandb_project),
+        ("transformer_engine", f"actor.fp8={actor.fp8}", actor.fp8),
+    ):
+        if is_needed and importlib.util.find_spec(package) is None:
+            raise MissingPackageError(
+                f"{needed_by} needs the package {package.replace('_', '-')}, which is not installed; see "
+                "megatron-entropy doctor, or change the setting"
+            )
+    for setting, is_needed in (
+        (f"actor.fp8={actor.fp8}", actor.fp8),
+        ("rollout.weight_transfer=nccl", rollout.weight_transfer == "nccl"),
+    ):
+        if is_needed and not count_gpus():
+            raise ConfigError(f"{setting} needs a GPU, and this machine has none; change the setting")
+    if rollout.replay and not os.path.isdir(rollout.replay):
+        raise ConfigError(f"rollout.replay: no such folder: {rollout.replay}")
+
+
+def check_machine(configs: Sequence[Config]) -> None:
+    """See that one machine can start the ranks, and the engines unless they join a Ray cluster.
+
+    Raises:
+        ConfigError: they are more than a machine of its cores can hold.
+    """
+    cores = len(os.sched_getaffinity(0))
+    limit = max(MIN_PROCESSES, 8 * cores)
+    ranks = configs[0].actor.parallel.world_size
+    if ranks > limit:
+        raise ConfigError(
+            f"actor.parallel needs tp*pp*cp*dp = {ranks} ranks; this machine ({cores} cores) starts at most {limit}; "
+            "lower actor.parallel.dp, or start them with torchrun on several machines"
+        )
+    for config in configs:
+        engines = config.rollout.num_engines * config.rollout.tensor_parallel
+        if engines > limit and not os.environ.get("RAY_ADDRESS"):
+            raise ConfigError(
+                f"rollout.num_engines * rollout.tensor_parallel = {engines} processes; this machine ({cores} cores) "
+                f"starts at most {limit}; lower one of them, or join a Ray cluster with RAY_ADDRESS"
+            )
+
+
+def count_gpus() -> int:
+    """Number of GPUs that torch sees."""
+    import torch
+
+    return torch.cuda.device_count()
