@@ -18,7 +18,8 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
-TARGETS = ("trainer rank", "rank 0", "engine", "verifier worker", "Ray head")
+TARGETS = ("trainer rank", "rank 0", "engine", "verifier worker", "Ray head", "launcher", "checkpoint")
+"""What is killed; `checkpoint`: rank 0, and the newest checkpoint is damaged before the run is resumed."""
 PHASES = ("generate", "update", "weight_sync", "save", "any")
 RAY_HELPERS = ("DashboardAgent", "RuntimeEnvAgent", "dashboard/agent.py", "runtime_env/agent/", "default_worker.py")
 """Ray's agents and idle workers. Those of a killed node end without help, but only after a minute."""
@@ -195,6 +196,25 @@ class Run:
         kill_all()
         return code
 
+    def damage_newest_checkpoint(self, fraction: float) -> str:
+        """Truncate a file of the newest checkpoint or flip a bit of it, if there is an older one; return what."""
+        steps = sorted((self.folder / "run" / "checkpoints" / "rl").glob("step_??????"))
+        if len(steps) < 2:
+            return ""
+        files = sorted(path for path in steps[-1].rglob("*") if path.is_file())
+        file = files[int(fraction * len(files))]
+        position = int(fraction * file.stat().st_size)
+        what = f"{file.relative_to(steps[-1].parent)}, byte {position}"
+        if int(1000 * fraction) % 2:
+            os.truncate(file, position)
+            return f"{what}: truncated"
+        with file.open("r+b") as stream:
+            stream.seek(position)
+            byte = stream.read(1)[0]
+            stream.seek(position)
+            stream.write(bytes([byte ^ 1]))
+        return f"{what}: a bit flipped"
+
     def result(self) -> tuple[bytes, list[dict]]:
         """Return the final parameters, and the metrics without wall-clock times."""
         rows = [{key: row[key] for key in row if not key.startswith("timing/")} for row in self._rows()]
@@ -211,6 +231,7 @@ class Run:
 
 def find(target: str) -> list[psutil.Process]:
     """Return the processes of a kind among the descendants of this process."""
+    target = "rank 0" if target == "checkpoint" else target
     return [process for process in psutil.Process().children(recursive=True) if target_of(process) == target]
 
 
@@ -220,6 +241,8 @@ def target_of(process: psutil.Process) -> str:
         command = " ".join(process.cmdline())
         if "-m kill_run" in command:
             return "rank 0" if process.environ().get("RANK") == "0" else "trainer rank"
+        if "kill_run.py train" in command:
+            return "launcher"
         if "VllmEngine" in command:
             return "engine"
         if "multiprocessing.spawn" in command:

@@ -12,13 +12,13 @@ import re
 import struct
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from megatron_entropy.config.architecture import read_architecture
 from megatron_entropy.errors import CheckpointError, ModelError, UserError
+from megatron_entropy.files import read_json
 from megatron_entropy.monitor.summary import layout_label
 from megatron_entropy.weights import manifest
 from megatron_entropy.weights.manifest import TensorRecord
@@ -76,9 +76,9 @@ def _show_list(stages: dict[Path, list[Path]], checksums: bool | None, console: 
                 any_damaged = True
                 table.add_row(stage.name, step.name, "", "", "", verdict)
                 continue
-            content, files = manifest.read(step)
-            size, fingerprint = _total_bytes(files.values()), content.get("progress", {}).get("fingerprint", "")
-            table.add_row(stage.name, step.name, f"{size:,}", layout_label(content["layout"]), fingerprint, verdict)
+            state = manifest.read(step)
+            size, layout = f"{_total_bytes(state.files.values()):,}", layout_label(state.content.layout.model_dump())
+            table.add_row(stage.name, step.name, size, layout, state.content.progress.fingerprint, verdict)
             newest = step, damaged, verdict
     console.print(table)
     if newest is not None:
@@ -89,23 +89,22 @@ def _show_list(stages: dict[Path, list[Path]], checksums: bool | None, console: 
 def _show_checkpoint(folder: Path, damaged: bool, verdict: str, console: Console) -> int:
     """A checkpoint of a run, as far as it can be read."""
     try:
-        content, files = manifest.read(folder)
+        state = manifest.read(folder)
         tensors = manifest.tensors(folder / SHARDS)
-    except (CheckpointError, OSError, ValueError, EOFError) as error:
-        reason = str(error) if isinstance(error, CheckpointError) else f"{SHARDS}/.metadata cannot be read"
-        console.print(f"{folder}: damaged: {reason}", style="red", highlight=False, soft_wrap=True)
+    except CheckpointError as error:
+        console.print(f"{folder}: damaged: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         return 1
     _show_tensors(str(folder), tensors, console)
-    progress, model = content["progress"], content["model"]
+    progress, model = state.content.progress, state.content.model
     weights = [tensor for name, tensor in tensors.items() if not name.startswith("optimizer.")]
     facts = {
-        "progress": f"step {progress['step']}, {progress['updates']} updates, {progress['position']} prompts drawn",
-        "saved under": layout_label(content["layout"]),
-        "fingerprint": progress["fingerprint"],
-        "method state": json.dumps(progress["method"]) if progress["method"] else "none",
-        "model": f"{model['architecture']}, {model['num_layers']} layers, hidden {model['hidden_size']}, "
-        f"{model['vocab_size']} words, {_num_elements(weights):,} parameters with padding",
-        "on disk": f"{_total_bytes(files.values()):,} bytes",
+        "progress": f"step {progress.step}, {progress.updates} updates, {progress.position} prompts drawn",
+        "saved under": layout_label(state.content.layout.model_dump()),
+        "fingerprint": progress.fingerprint,
+        "method state": json.dumps(progress.method) if progress.method else "none",
+        "model": f"{model.architecture}, {model.num_layers} layers, hidden {model.hidden_size}, "
+        f"{model.vocab_size} words, {_num_elements(weights):,} parameters with padding",
+        "on disk": f"{_total_bytes(state.files.values()):,} bytes",
         "verdict": verdict,
     }
     _show_facts(facts, console)
@@ -124,9 +123,6 @@ def _show_converted(folder: Path, console: Console) -> int:
         tensors = manifest.tensors(shards)
     except UserError as error:
         problem = str(error)
-        tensors = {}
-    except Exception:  # unpickling a damaged index can raise anything
-        problem = f"{shards / '.metadata'} cannot be read"
         tensors = {}
     if tensors:
         _show_tensors(str(folder), tensors, console)
@@ -151,7 +147,9 @@ def _show_model(folder: Path, console: Console) -> int:
             problems.append(f"{file.name} has {file.stat().st_size:,} bytes instead of {expected_size:,}")
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        file_of = json.loads(index.read_text())["weight_map"]
+        file_of = read_json(index, ModelError).get("weight_map")
+        if not isinstance(file_of, dict):
+            raise ModelError(f"{index}: weight_map is not a table of tensors")
         if missing := sorted(file_of.keys() - tensors.keys()):
             problems.append(f"{missing[0]} is missing, which should be in {file_of[missing[0]]}")
     _show_tensors(str(folder), tensors, console)
@@ -167,22 +165,17 @@ def _show_model(folder: Path, console: Console) -> int:
 
 def _describe_config(folder: Path) -> dict[str, str]:
     if (adapter := folder / "adapter_config.json").exists():
-        raw = _read_json(adapter)
+        raw = read_json(adapter, ModelError)
         modules = raw.get("target_modules") or "?"
         return {
             "adapter": f"{raw.get('peft_type', '?')}, rank {raw.get('r', '?')}, alpha {raw.get('lora_alpha', '?')}",
-            "modules": modules if isinstance(modules, str) else ", ".join(modules),
+            "modules": ", ".join(map(str, modules)) if isinstance(modules, list) else str(modules),
             "base model": str(raw.get("base_model_name_or_path") or "?"),
         }
-    config = folder / "config.json"
-    return {"model": _read_json(config).get("architectures", ["?"])[0] if config.exists() else "no config.json"}
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise ModelError(f"{file}: not valid JSON: {error}") from None
+    if not (config := folder / "config.json").exists():
+        return {"model": "no config.json"}
+    names = read_json(config, ModelError).get("architectures")
+    return {"model": str(names[0]) if isinstance(names, list) and names else "?"}
 
 
 def _read_header(file: Path) -> tuple[dict[str, TensorRecord], int]:
@@ -196,10 +189,10 @@ def _read_header(file: Path) -> tuple[dict[str, TensorRecord], int]:
         header.pop("__metadata__", None)
         tensors, end = {}, 0
         for name, entry in header.items():
-            first, last = entry["data_offsets"]
-            tensors[name] = TensorRecord(tuple(entry["shape"]), entry["dtype"], last - first)
+            first, last = map(int, entry["data_offsets"])
+            tensors[name] = TensorRecord(tuple(map(int, entry["shape"])), str(entry["dtype"]), last - first)
             end = max(end, last)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, OSError):
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, OSError):
         raise ModelError(f"{file}: corrupt or not a safetensors file") from None
     return tensors, 8 + length + end
 
@@ -207,7 +200,7 @@ def _read_header(file: Path) -> tuple[dict[str, TensorRecord], int]:
 def _judge(folder: Path, checksums: bool | None) -> tuple[bool, str]:
     """Whether a checkpoint is damaged, and the verdict in words."""
     try:
-        files = manifest.read(folder)[1]
+        files = manifest.read(folder).files
         read_all = _total_bytes(files.values()) < MAX_CHECKED_BYTES if checksums is None else checksums
         manifest.verify(folder, files, checksums=read_all)
     except CheckpointError as error:

@@ -6,6 +6,9 @@ ranks plan and copy their tensors, then each rank writes its copy in a thread. W
 rank 0 writes `state.json` and renames the folder from `step_000010.partial`: a folder with a final name is complete
 unless it was damaged later. `newest` compares every byte with its checksum and reports why it skips a damaged one.
 
+A step that exists already (a damaged one, or one that was not resumed) is replaced; only checkpoints up to the resumed
+one and those written since count as good.
+
 A checkpoint contains no random state. Every draw has a seed that depends only on the run's seed and on what is drawn:
 prompts on epoch and position, samples on stage, step, prompt and number (the engines keep no state between requests).
 Every step seeds the generators of `random`, `numpy`, torch and Megatron on each rank (`seeds.seed_generators`).
@@ -13,13 +16,11 @@ Every step seeds the generators of `random`, `numpy`, torch and Megatron on each
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import re
 import shutil
 import threading
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,26 +34,12 @@ from megatron_entropy.distributed import process_groups
 from megatron_entropy.errors import CheckpointError, Fault
 from megatron_entropy.files import fsync_path
 from megatron_entropy.weights import manifest
-from megatron_entropy.weights.manifest import FileRecord
+from megatron_entropy.weights.manifest import Content, FileRecord, ModelFacts, StageProgress
+from megatron_entropy.weights.safe_index import check_checkpoint
 
 log = logging.getLogger(__name__)
 
 SHARDS = "shards"
-
-
-@dataclass(frozen=True)
-class StageProgress:
-    """The progress of a stage.
-
-    `step`: steps done. `updates`: optimizer steps taken, also the position of the learning-rate schedule. `position`:
-    prompts drawn. `fingerprint`: of the stage's settings. `method`: `Method.state()`.
-    """
-
-    step: int
-    updates: int
-    position: int
-    fingerprint: str
-    method: dict[str, Any] = field(default_factory=dict)
 
 
 class Saver:
@@ -65,11 +52,13 @@ class Saver:
         folder: of the stage's checkpoints; the first save creates it.
         keep: number of complete checkpoints to keep.
         asynchronous: False: `save` returns when the checkpoint is complete, and nothing is copied.
+        resumed_step: step of the checkpoint that the stage was resumed from; later ones in the folder are damaged.
     """
 
-    def __init__(self, folder: Path, *, keep: int, asynchronous: bool) -> None:
+    def __init__(self, folder: Path, *, keep: int, asynchronous: bool, resumed_step: int = 0) -> None:
         """Create the process group of the writer threads; a collective."""
         self._folder = folder
+        self._last_good = resumed_step
         self._keep = keep
         self._asynchronous = asynchronous
         self._group: Any = dist.new_group(backend="gloo")  # the threads do not wait for training's collectives
@@ -87,11 +76,14 @@ class Saver:
         partial = final.with_name(f"{final.name}.partial")
         process_groups.run_on_rank_zero(lambda: self._prepare(final, partial))
         snapshot = Snapshot(sharded_state(actor, is_loading=False), partial / SHARDS, copy=self._asynchronous)
-        content = {
-            "progress": dataclasses.asdict(progress),
-            "layout": actor.config.parallel.model_dump(),
-            "model": dataclasses.asdict(actor.arch),
-        }
+        arch = actor.arch
+        model = ModelFacts(
+            architecture=arch.architecture,
+            num_layers=arch.num_layers,
+            hidden_size=arch.hidden_size,
+            vocab_size=arch.vocab_size,
+        )
+        content = Content(progress=progress, layout=actor.config.parallel, model=model)
         self._thread = threading.Thread(
             target=self._complete, args=(snapshot, final, partial, content), name="checkpoint", daemon=True
         )
@@ -132,7 +124,7 @@ class Saver:
         """Create an empty folder for the new checkpoint and check that the disk accepts files; on rank 0."""
         try:
             for leftover in self._folder.glob("*.partial"):
-                shutil.rmtree(leftover)
+                _delete(leftover)
             (partial / SHARDS).mkdir(parents=True)
             probe = partial / "probe"
             probe.write_bytes(bytes(2**20))  # a full disk fails here, before Megatron writes and other ranks wait
@@ -141,7 +133,7 @@ class Saver:
             shutil.rmtree(partial, ignore_errors=True)
             raise self._fault(final, error) from None
 
-    def _complete(self, snapshot: Snapshot, final: Path, partial: Path, content: dict[str, Any]) -> None:
+    def _complete(self, snapshot: Snapshot, final: Path, partial: Path, content: Content) -> None:
         """Write this rank's files, gather all outcomes and publish the checkpoint on rank 0; in the thread."""
         try:
             try:
@@ -155,6 +147,8 @@ class Saver:
                 failures[0] = self._finish(snapshot, outcomes, final, partial, content)
             dist.broadcast_object_list(failures, src=0, group=self._group)
             self._failure = failures[0]
+            if self._failure is None:
+                self._last_good = step_number(final)
         except Exception as error:  # another rank has gone
             self._failure = error
 
@@ -180,35 +174,42 @@ class Saver:
         return failure
 
     def _publish(self, final: Path, partial: Path) -> None:
-        """Rename the checkpoint to its final name; delete later ones, which were not resumed, and old ones."""
-        if final.exists():
+        """Rename the checkpoint to its final name; delete damaged ones, ones that were not resumed, and old ones."""
+        if os.path.lexists(final):
             _discard(final)
         os.replace(partial, final)
         fsync_path(self._folder)
-        steps = _steps(self._folder)
-        past = steps[: steps.index(final) + 1]
-        for obsolete in set(steps) - set(past[-self._keep :]):
+        good = [*self._good_steps(), final]
+        for obsolete in set(_steps(self._folder)) - set(good[-self._keep :]):
             _discard(obsolete)
+
+    def _good_steps(self) -> list[Path]:
+        return [step for step in _steps(self._folder) if step_number(step) <= self._last_good]
 
     def _fault(self, final: Path, error: Exception) -> Exception:
         """Turn an error of the operating system or of a missing file into a `Fault` for the user."""
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, OSError):
             cause = cause.__cause__ or cause.__context__
-        if isinstance(cause, OSError):
+        if isinstance(error, Fault):
+            reason = str(error)
+        elif isinstance(cause, OSError):
             reason = f"{cause.strerror or cause}" + (f": {cause.filename}" if cause.filename else "")
         elif isinstance(error, CheckpointError):
             reason = f"{error}; checkpoints need a folder that all nodes share"
         else:
             return RuntimeError(f"checkpoint {final}: {type(error).__name__}: {error}")
-        complete = [step.name for step in _steps(self._folder)]
-        last = f"{complete[-1]} is the last good one" if complete else "there is no earlier one"
+        good = self._good_steps()
+        last = f"{good[-1].name} is the last good one" if good else "there is no earlier one"
         return Fault(f"checkpoint {final} could not be written ({reason}); {last}; fix this and continue with --resume")
 
 
-def newest(folder: Path) -> tuple[Path, StageProgress] | None:
+def newest(folder: Path, *, checksums: bool = True) -> tuple[Path, StageProgress] | None:
     """Return the newest complete checkpoint of a stage, or None before the first; warn about every skipped one.
 
+    Args:
+        folder: of the stage's checkpoints.
+        checksums: False: compare only the sizes of the files, which reads none of them.
     Raises:
         CheckpointError: every checkpoint is damaged.
     """
@@ -217,13 +218,14 @@ def newest(folder: Path) -> tuple[Path, StageProgress] | None:
     damaged = []
     for candidate in reversed(_steps(folder)):
         try:
-            content, files = manifest.read(candidate)
-            manifest.verify(candidate, files)
-            return candidate, StageProgress(**content["progress"])
-        except (CheckpointError, KeyError, TypeError) as error:
-            reason = str(error) if isinstance(error, CheckpointError) else f"{manifest.NAME} contains no progress"
-            log.warning("checkpoint %s is damaged and skipped: %s", candidate, reason)
-            damaged.append(f"{candidate.name}: {reason}")
+            state = manifest.read(candidate)
+            manifest.verify(candidate, state.files, checksums=checksums)
+            if state.content.progress.step != step_number(candidate):
+                raise CheckpointError(f"{manifest.NAME} is of step {state.content.progress.step}")
+            return candidate, state.content.progress
+        except CheckpointError as error:
+            log.warning("checkpoint %s is damaged and skipped: %s", candidate, error)
+            damaged.append(f"{candidate.name}: {error}")
     if damaged:
         raise CheckpointError(
             f"{folder}: every checkpoint is damaged ({'; '.join(damaged)}); restore one from a copy, or start over "
@@ -236,7 +238,8 @@ def load(path: Path, actor: Actor, progress: StageProgress) -> None:
     """Load a checkpoint into an actor of any layout; a collective.
 
     Raises:
-        CheckpointError: on every rank, when the checkpoint belongs to another model.
+        CheckpointError: on every rank, when the checkpoint belongs to another model, or contains anything but tensors
+            and plain values.
     """
     from megatron.core import dist_checkpointing
 
@@ -250,7 +253,8 @@ def load(path: Path, actor: Actor, progress: StageProgress) -> None:
 
 
 def _check_model(path: Path, expected: dict[str, tuple[int, ...]], vocab_size: int) -> None:
-    """Compare the global shapes of the model's and the checkpoint's tensors."""
+    """Compare the global shapes of the model's and the checkpoint's tensors, before Megatron reads any of its files."""
+    check_checkpoint(path / SHARDS)
     found = {name: tensor.shape for name, tensor in manifest.tensors(path / SHARDS).items()}
     names = sorted(expected.keys() | found.keys(), key=lambda n: (n.startswith("optimizer."), not is_adapter(n), n))
     settings = "model and actor.lora" if any(is_adapter(name) for name in names) else "model"
@@ -262,7 +266,7 @@ def _check_model(path: Path, expected: dict[str, tuple[int, ...]], vocab_size: i
                 f"{ours or 'missing'} in the model of model.path; resume with the {settings} that started the run, or "
                 "choose another output"
             )
-    rows = manifest.read(path)[0]["model"]["vocab_size"]
+    rows = manifest.read(path).content.model.vocab_size
     if rows != vocab_size:  # hidden by the padding
         raise CheckpointError(
             f"{path} belongs to another model: tensor embedding.word_embeddings.weight has {rows} rows without padding "
@@ -270,13 +274,26 @@ def _check_model(path: Path, expected: dict[str, tuple[int, ...]], vocab_size: i
         )
 
 
+def step_number(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def _steps(folder: Path) -> list[Path]:
     """Checkpoints with a final name, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{6,}", path.name))
+    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{6,12}", path.name)]
+    return sorted(found, key=step_number)
 
 
 def _discard(path: Path) -> None:
-    """Rename a checkpoint to `.partial`, then delete it: a folder with a final name is always complete."""
-    partial = path.with_name(f"{path.name}.partial")
-    os.replace(path, partial)
-    shutil.rmtree(partial)
+    """Rename a checkpoint, then delete it: no folder with a final name is half deleted.
+
+    The other name differs from that of a new checkpoint of the same step, which may be complete already.
+    """
+    discarded = path.with_name(f"{path.name}.discarded.partial")
+    os.replace(path, discarded)
+    _delete(discarded)
+
+
+def _delete(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
+from megatron_entropy.errors import Fault
 from megatron_entropy.files import fsync_path
 from megatron_entropy.weights.manifest import FileRecord
 
@@ -55,11 +56,15 @@ class Snapshot:
         """Write this rank's files, fsync them and read them back for their checksums; no collective.
 
         Raises:
+            Fault: a tensor holds NaN or infinity.
             OSError: the disk is full, for instance. An error of torch may have it as context instead.
         """
         written = Written({}, [])
         transforms = [self._writer.transforms] if hasattr(self._writer, "transforms") else []
         for number, bucket in enumerate(self._buckets):
+            for item, tensor in bucket[2][1]:
+                if not bool(tensor.isfinite().all()):
+                    raise Fault(f"tensor {item.index.fqn} holds values that are not finite")
             outcomes: Any = queue.SimpleQueue()
             pending: Any = queue.Queue()
             pending.put(number)

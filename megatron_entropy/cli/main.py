@@ -57,6 +57,9 @@ def exit_code(command: Callable[[], int]) -> int:
     except BrokenPipeError:  # `| head` has read enough
         sys.stderr.close()
         return 0
+    except OSError as error:  # a name that is too long, a full disk, no permission
+        print(f"error: {error.strerror or error}: {str(error.filename or '')[:200]}", file=sys.stderr)
+        return 1
 
 
 def _parser() -> Parser:

@@ -17,12 +17,13 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "train",
         help="train as a TOML file describes",
-        description="Train as a TOML file describes, on as many ranks of this machine as its layout needs. Every key "
-        "can be overridden: --actor.parallel.tp=2 for all stages, --stages.NAME.steps=10 for one.",
-        usage="megatron-entropy train CONFIG [--resume | --overwrite] [--dry-run] [--KEY.PATH=VALUE ...]",
+        description="Train as a TOML file describes, on as many ranks of this machine as its layout needs. The keys of "
+        "a second file win over those of the first. Every key can be overridden: --actor.parallel.tp=2 for all stages, "
+        "--stages.NAME.steps=10 for one, --data.train=a.jsonl,b.jsonl for a list.",
+        usage="megatron-entropy train CONFIG [CONFIG ...] [--resume | --overwrite] [--dry-run] [--KEY.PATH=VALUE ...]",
         allow_abbrev=False,
     )
-    parser.add_argument("config", metavar="CONFIG", help="TOML file")
+    parser.add_argument("configs", metavar="CONFIG", nargs="+", help="TOML file")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint, if there is one")
     parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in the run folder")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print settings and plan, then exit")
@@ -31,19 +32,23 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check the run and start its ranks, or be one of them under torchrun."""
-    from megatron_entropy.launch import prepare, rank, torchrun
+    from megatron_entropy.config import check
+    from megatron_entropy.launch import preflight, prepare, rank, torchrun
 
     flags = {"resume": args.resume, "overwrite": args.overwrite}
     if rank.is_rank():
-        return rank.run_rank(args.config, args.overrides, **flags, dry_run=args.dry_run)
-    spec = prepare.resolve(args.config, args.overrides)
-    prepare.check_rows(spec)
+        return rank.run_rank(args.configs, args.overrides, **flags, dry_run=args.dry_run)
+    spec = prepare.resolve(args.configs, args.overrides)
+    for line in check.ignored_settings(spec.configs):
+        print(f"warning: {line}", file=sys.stderr)
+    preflight.check_machine(spec.configs)
+    prepare.check_run_folder(spec, **flags)
+    prepare.check_inputs(spec)
     if args.dry_run:
         _print_plan(spec)
         return 0
-    prepare.prepare_run_folder(spec, **flags)
     given = [f"--{name}" for name, value in flags.items() if value]
-    return torchrun.launch(["train", args.config, *given, *args.overrides], world_size=spec.world_size)
+    return torchrun.launch(["train", *args.configs, *given, *args.overrides], world_size=spec.world_size)
 
 
 def _print_plan(spec: RunSpec) -> None:

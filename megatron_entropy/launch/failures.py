@@ -17,7 +17,7 @@ from typing import Literal
 from megatron_entropy.errors import Fault, UserError
 
 LAUNCHER_VARIABLE = "MEGATRON_ENTROPY_LAUNCHER"
-"""Environment variable of ranks that our launcher started: it prints their failures."""
+"""Environment variable of ranks that our launcher started: its pid. It prints their failures."""
 
 STOPPED = (-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT)
 """Exit codes of a rank that ended on a stop signal."""

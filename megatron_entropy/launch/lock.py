@@ -31,22 +31,7 @@ class RunLock:
         Raises:
             ConfigError: another process holds it; the message names its machine, its pid and since when.
         """
-        self._file = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            owner = os.pread(self._file, 4096, 0)
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                os.close(self._file)
-                raise ConfigError(
-                    f"output={folder} is in use by a running training ({_describe(owner)}); stop it first, or choose "
-                    "another folder with --output=..."
-                ) from None
-            log.warning(
-                "output=%s is on a file system without file locks (%s): nothing keeps a second run from writing to it",
-                folder,
-                error.strerror,
-            )
+        self._file = _open_locked(folder, os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX)
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now}).encode(), 0)
@@ -57,13 +42,40 @@ class RunLock:
 
 
 def check_unlocked(folder: Path) -> None:
-    """See that no living run holds the lock of a folder, without taking it.
+    """See that no living run holds the lock of a folder; changes nothing.
 
     Raises:
         ConfigError: as `RunLock`.
     """
     if (folder / LOCK_FILE).exists():
-        RunLock(folder).close()
+        os.close(_open_locked(folder, os.O_RDONLY, fcntl.LOCK_SH))
+
+
+def _open_locked(folder: Path, flags: int, kind: int) -> int:
+    """Open and lock the file; a file system without locks is warned of."""
+    try:
+        file = os.open(folder / LOCK_FILE, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    except OSError as error:
+        raise ConfigError(
+            f"output={folder}: {LOCK_FILE} cannot be opened ({error.strerror}); fix that, or choose another folder "
+            "with --output=..."
+        ) from None
+    try:
+        fcntl.lockf(file, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            owner = os.pread(file, 4096, 0)
+            os.close(file)
+            raise ConfigError(
+                f"output={folder} is in use by a running training ({_describe(owner)}); stop it first, or choose "
+                "another folder with --output=..."
+            ) from None
+        log.warning(
+            "output=%s is on a file system without file locks (%s): nothing keeps a second run from writing to it",
+            folder,
+            error.strerror,
+        )
+    return file
 
 
 def _describe(owner: bytes) -> str:

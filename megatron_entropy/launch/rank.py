@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Sequence
 
 from megatron_entropy.errors import ConfigError
 from megatron_entropy.launch.failures import LAUNCHER_VARIABLE, report_failure
-from megatron_entropy.launch.prepare import check_rows, prepare_run_folder, resolve
+from megatron_entropy.launch.prepare import check_inputs, prepare_run_folder, resolve
+
+_PR_SET_PDEATHSIG = 1
 
 
 def is_rank() -> bool:
@@ -16,12 +21,17 @@ def is_rank() -> bool:
 
 
 def run_rank(
-    config: str, overrides: Sequence[str], *, resume: bool = False, overwrite: bool = False, dry_run: bool = False
+    configs: Sequence[str],
+    overrides: Sequence[str],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
 ) -> int:
     """Train on this rank.
 
     Args:
-        config: path of the TOML file.
+        configs: paths of the TOML files.
         overrides: `--key.path=value` arguments.
         resume: continue from the newest checkpoint in the run folder.
         overwrite: delete what an earlier run left in the run folder.
@@ -33,35 +43,47 @@ def run_rank(
     from megatron_entropy.distributed import process_groups
     from megatron_entropy.monitor.console import setup_logging
 
+    end_with_launcher()
     rank = int(os.environ["RANK"])
     setup_logging(rank)
     try:
         process_groups.init_process_group()
         if dry_run:
             raise ConfigError("--dry-run starts no ranks; run megatron-entropy train without torchrun")
-        return _train(config, overrides, resume=resume, overwrite=overwrite)
+        return _train(configs, overrides, resume=resume, overwrite=overwrite)
     except Exception as error:  # every failure ends in one line, printed by the launcher or here
         return report_failure(error, rank=rank)
     finally:
         process_groups.destroy_process_group()
 
 
-def _train(config: str, overrides: Sequence[str], *, resume: bool, overwrite: bool) -> int:
+def end_with_launcher() -> None:
+    """Let the kernel kill this process when the launcher or torchrun's agent dies, by SIGKILL for instance.
+
+    The engines and the verifier's workers end with rank 0.
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    launcher = os.environ.get(LAUNCHER_VARIABLE)
+    if launcher is not None and os.getppid() != int(launcher):  # it died before
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _train(configs: Sequence[str], overrides: Sequence[str], *, resume: bool, overwrite: bool) -> int:
     import torch.distributed as dist
 
-    from megatron_entropy.config.load import write
     from megatron_entropy.distributed import process_groups
     from megatron_entropy.monitor.report import print_table
     from megatron_entropy.trainer.loop import log, train
     from megatron_entropy.trainer.stop_signal import Stopped
 
-    spec = resolve(config, overrides, world_size=dist.get_world_size())
+    spec = resolve(configs, overrides, world_size=dist.get_world_size())
 
     def prepare() -> None:
         if LAUNCHER_VARIABLE not in os.environ:  # the launcher has done it before the ranks started
-            check_rows(spec)
-            prepare_run_folder(spec, resume=resume, overwrite=overwrite)
-        write(spec.configs, spec.folder.config)
+            check_inputs(spec)
+        prepare_run_folder(spec, resume=resume, overwrite=overwrite)
 
     process_groups.run_on_rank_zero(prepare)
     try:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from megatron_entropy.distributed import loopback
 from megatron_entropy.launch.failures import LAUNCHER_VARIABLE, STOPPED, RankFailure, first_failure
 
 if TYPE_CHECKING:
@@ -43,7 +44,9 @@ def launch(arguments: Sequence[str], *, world_size: int) -> int:
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // world_size)))
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: new buffers of host memory fill 3 times faster
-    os.environ[LAUNCHER_VARIABLE] = "1"
+    os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
+    if not os.environ.get("RAY_ADDRESS"):  # engines of a joined cluster may be on other machines
+        loopback.request()
     ranks = _Ranks(world_size)
     previous = {number: signal.signal(number, ranks.stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
@@ -114,6 +117,8 @@ def _run_agent(arguments: list[str], world_size: int) -> list[RankFailure]:
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
+
+    loopback.activate()
 
     logging.disable(logging.CRITICAL)  # of this process: torchrun would log every failure as well
     with tempfile.TemporaryDirectory(prefix="megatron_entropy_") as folder:

@@ -9,16 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from megatron_entropy.actor.actor import Actor
 from megatron_entropy.actor.model import resolve_dtype
 from megatron_entropy.actor.reference import needs_weights
 from megatron_entropy.checkpoint import saver as checkpoint
-from megatron_entropy.checkpoint.saver import Saver, StageProgress
+from megatron_entropy.checkpoint.saver import Saver
 from megatron_entropy.config.architecture import read_architecture
 from megatron_entropy.config.schema import Config
 from megatron_entropy.data.dataset import PromptStream, load_prompts
 from megatron_entropy.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_entropy.distributed import process_groups
+from megatron_entropy.errors import CheckpointError, Fault
 from megatron_entropy.methods import build_method
 from megatron_entropy.methods.base import Method
 from megatron_entropy.monitor.run_folder import RunFolder
@@ -26,11 +29,13 @@ from megatron_entropy.monitor.timer import StepTimer
 from megatron_entropy.records import Prompt
 from megatron_entropy.rollout.pool import EnginePool
 from megatron_entropy.trainer.engines import RunEngines
+from megatron_entropy.trainer.resume import StagePlan
 from megatron_entropy.trainer.rollout_service import RolloutService
 from megatron_entropy.trainer.rollouts import MethodRollouts
 from megatron_entropy.trainer.stop_signal import StopSignal
 from megatron_entropy.weights import source as weights
 from megatron_entropy.weights.hf_folder import write_folder
+from megatron_entropy.weights.manifest import StageProgress
 from megatron_entropy.weights.megatron_folder import open_model
 from megatron_entropy.weights.peft import write_adapter
 from megatron_entropy.weights.sync import WeightSync
@@ -55,11 +60,11 @@ class Components:
     progress: StageProgress
 
 
-def build(config: Config, folder: RunFolder, engines: RunEngines, stop: StopSignal, *, resume: bool) -> Components:
+def build(config: Config, folder: RunFolder, engines: RunEngines, stop: StopSignal, plan: StagePlan) -> Components:
     """Build the components of a stage and load its weights; a collective.
 
     Args:
-        resume: restore the newest checkpoint of the stage, if there is one.
+        plan: names the checkpoint to restore, if there is one.
     Raises:
         UserError: on every rank, for wrong settings, data, weights or checkpoints.
         Fault: on every rank, when engines cannot start.
@@ -79,9 +84,12 @@ def build(config: Config, folder: RunFolder, engines: RunEngines, stop: StopSign
     )
     actor = Actor(arch, config.actor, total_updates=config.steps * config.batch.updates, seed=config.seed)
     source = _weight_source(actor, config.rollout.dtype)
-    progress = _restore(config, folder, actor, method, resume=resume)
+    progress = _restore(config, actor, method, plan)
     saver = Saver(
-        folder.checkpoints(config.name), keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
+        folder.checkpoints(config.name),
+        keep=config.checkpoint.keep,
+        asynchronous=config.checkpoint.asynchronous,
+        resumed_step=progress.step,
     )
     pool, weight_sync = None, None
     if (method.uses_rollouts or eval_prompts) and not config.rollout.replay:
@@ -113,8 +121,10 @@ def export(components: Components, *, last: bool) -> None:
         last: the stage is the last one, its model is the result of the run.
     Raises:
         UserError: when the folder cannot be written.
+        Fault: on every rank, for a weight that is not finite.
     """
     config, folder, actor = components.config, components.folder, components.actor
+    _check_finite(actor)
     source = _weight_source(actor, config.actor.dtype)
     if process_groups.rank() == 0:
         tensors = ((name, tensor) for name, tensor in source if tensor is not None)
@@ -134,23 +144,30 @@ def export(components: Components, *, last: bool) -> None:
     process_groups.barrier()
 
 
-def _restore(config: Config, folder: RunFolder, actor: Actor, method: Method[Any], *, resume: bool) -> StageProgress:
-    """Load the newest checkpoint, or else the model folder."""
-    start = StageProgress(0, 0, 0, config.fingerprint())
-    stage_folder = folder.checkpoints(config.name)
-    found = process_groups.run_on_rank_zero(lambda: checkpoint.newest(stage_folder) if resume else None)
-    _load_initial_weights(config, actor, method, is_resumed=found is not None)
-    if found is None:
-        if resume:
-            log.info("stage %s has no complete checkpoint and starts from its first step", config.name)
+def _check_finite(actor: Actor) -> None:
+    bad = next((name for name, weight in actor.merged_shards().items() if not bool(weight.isfinite().all())), None)
+    found = [bad] * dist.get_world_size()
+    dist.all_gather_object(found, bad)
+    if names := [name for name in found if name is not None]:
+        raise Fault(f"weight {names[0]} holds values that are not finite; the model is not exported")
+
+
+def _restore(config: Config, actor: Actor, method: Method[Any], plan: StagePlan) -> StageProgress:
+    """Load the planned checkpoint, or else the model folder."""
+    start = StageProgress(0, 0, 0, config.fingerprint(), {}, plan.settings)
+    _load_initial_weights(config, actor, method, is_resumed=plan.checkpoint is not None)
+    if plan.checkpoint is None:
         return start
-    path, progress = found
-    if progress.fingerprint != start.fingerprint:
-        log.warning("%s was written with other settings; training continues with the present ones", path)
+    path, progress = plan.checkpoint
     checkpoint.load(path, actor, progress)
-    method.restore(progress.method)
+    try:
+        method.restore(progress.method)
+    except CheckpointError:
+        raise
+    except (LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: the state of method {config.method.name} cannot be read: {error}") from None
     log.info("resuming stage %s after step %d from %s", config.name, progress.step, path)
-    return dataclasses.replace(progress, fingerprint=start.fingerprint)
+    return dataclasses.replace(progress, fingerprint=start.fingerprint, settings=start.settings)
 
 
 def _load_initial_weights(config: Config, actor: Actor, method: Method[Any], *, is_resumed: bool) -> None:

@@ -14,16 +14,20 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import tomli_w
+
 from megatron_entropy.config.schema import Config
 from megatron_entropy.distributed import process_groups, seeds
 from megatron_entropy.errors import NonFiniteLossError
 from megatron_entropy.evaluation.evaluate import evaluate
+from megatron_entropy.files import atomic_write_text
 from megatron_entropy.monitor.report import write_report
 from megatron_entropy.monitor.run_folder import RunFolder
-from megatron_entropy.monitor.summary import StageSummary, read_summary, write_summary
+from megatron_entropy.monitor.summary import StageSummary, write_summary
 from megatron_entropy.records import Group, Metric, samples_of
 from megatron_entropy.trainer.build import Components, build, export
 from megatron_entropy.trainer.engines import RunEngines
+from megatron_entropy.trainer.resume import StagePlan, plan_stages
 from megatron_entropy.trainer.step_log import StepLog
 from megatron_entropy.trainer.stop_signal import Stopped, StopSignal
 
@@ -43,20 +47,30 @@ def train(configs: Sequence[Config], *, resume: bool) -> None:
     """
     folder = RunFolder(Path(configs[0].output))
     stop = StopSignal()
-    done = process_groups.run_on_rank_zero(lambda: read_summary(folder) if resume else [])
+    plans = process_groups.run_on_rank_zero(lambda: plan_stages(configs, folder, resume=resume))
+    done = {plan.summary.name: plan.summary for plan in plans if plan.summary is not None}
+    if len(done) == len(configs):
+        log.info("every stage is finished, nothing is trained; more steps or stages continue the run")
     model = configs[0].model.path
     with RunEngines(configs) as engines:
-        for config in configs:
+        for config, plan in zip(configs, plans, strict=True):
             last = config is configs[-1]
-            config = config.model_copy(update={"model": config.model.model_copy(update={"path": model})})
-            if config.name not in [entry.name for entry in done]:
+            if plan.summary is None:
                 start = time.perf_counter()
-                TrainingLoop(build(config, folder, engines, stop, resume=resume), stop).run(last=last)
+                config = config.model_copy(update={"model": config.model.model_copy(update={"path": model})})
+                components = build(config, folder, engines, stop, plan)
+                process_groups.run_on_rank_zero(lambda: _write_settings(folder, plans))
+                TrainingLoop(components, stop).run(last=last)
                 if process_groups.rank() == 0:
-                    done.append(StageSummary.of_stage(folder, config, seconds=time.perf_counter() - start))
-                    write_summary(folder, done)
+                    done[config.name] = StageSummary.of_stage(folder, config, seconds=time.perf_counter() - start)
+                    write_summary(folder, [done[stage.name] for stage in configs if stage.name in done])
                     write_report(folder)
             model = str(folder.export(config.name, last))
+
+
+def _write_settings(folder: RunFolder, plans: Sequence[StagePlan]) -> None:
+    """Write `config.toml`, when a stage starts to train: it never says what was not trained."""
+    atomic_write_text(folder.config, tomli_w.dumps({"stages": [plan.settings for plan in plans]}))
 
 
 class TrainingLoop:

@@ -12,23 +12,32 @@ import os
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
+
+from megatron_entropy.config.schema import ParallelConfig
 from megatron_entropy.errors import CheckpointError
-from megatron_entropy.files import fsync_path
+from megatron_entropy.files import fsync_path, read_json
+from megatron_entropy.weights.safe_index import read_index
 
 NAME = "state.json"
 _CHUNK = 4 * 2**20
+_ONLY_KNOWN = ConfigDict(extra="forbid")
+
+Count = Annotated[int, Field(strict=True, ge=0, le=2**53)]
+Size = Annotated[int, Field(strict=True, ge=1, le=2**53)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_ONLY_KNOWN)
 class FileRecord:
     """Size and CRC-32 of a file."""
 
-    bytes: int
-    crc32: int
+    bytes: Count
+    crc32: Count
 
     @classmethod
     def of(cls, path: Path) -> FileRecord:
@@ -42,39 +51,91 @@ class FileRecord:
         return cls(size, checksum)
 
 
-def write(folder: Path, content: Mapping[str, Any], files: Mapping[str, FileRecord]) -> None:
+@dataclass(frozen=True, config=_ONLY_KNOWN)
+class StageProgress:
+    """The progress of a stage.
+
+    `step`: steps done. `updates`: optimizer steps taken, also the position of the learning-rate schedule. `position`:
+    prompts drawn. `fingerprint`: of the stage's settings. `method`: `Method.state()`. `settings`: all of the stage's.
+    """
+
+    step: Count
+    updates: Count
+    position: Count
+    fingerprint: str
+    method: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+class ModelFacts(BaseModel):
+    """What is said of the model beside the tensors; `vocab_size` excludes padding."""
+
+    model_config = _ONLY_KNOWN
+
+    architecture: str
+    num_layers: Size
+    hidden_size: Size
+    vocab_size: Size
+
+
+class Content(BaseModel):
+    """What a checkpoint holds, and the layout that saved it."""
+
+    model_config = _ONLY_KNOWN
+
+    progress: StageProgress
+    layout: ParallelConfig
+    model: ModelFacts
+
+
+class State(BaseModel):
+    """The whole file: `files` by path relative to the checkpoint, `crc32` of all else."""
+
+    model_config = _ONLY_KNOWN
+
+    content: Content
+    files: dict[Annotated[str, Field(pattern=r"^shards/[^/]+$")], FileRecord]
+    crc32: Count
+
+
+def write(folder: Path, content: Content, files: Mapping[str, FileRecord]) -> None:
     """Write `folder/state.json` and force it, the small files beside it and the folder's entries to disk.
 
     Args:
-        content: any JSON values that describe the checkpoint.
+        content: describes the checkpoint.
         files: records by path relative to the folder.
     """
-    body = {"content": dict(content), "files": {name: asdict(record) for name, record in sorted(files.items())}}
-    (folder / NAME).write_text(json.dumps({**body, "crc32": _checksum(body)}, indent=1))
+    state = State(content=content, files=dict(sorted(files.items())), crc32=0).model_dump(mode="json")
+    del state["crc32"]
+    (folder / NAME).write_text(json.dumps({**state, "crc32": _checksum(state)}, indent=1))
     for path in [folder / NAME, *folder.rglob("*"), folder]:
         fsync_path(path)
 
 
-def read(folder: Path) -> tuple[dict[str, Any], dict[str, FileRecord]]:
-    """Read content and files of a checkpoint, as `write` got them.
+def read(folder: Path) -> State:
+    """Read `folder/state.json`.
 
     Raises:
-        CheckpointError: `state.json` is missing, cannot be read or was changed.
+        CheckpointError: it is missing, cannot be read, was changed, or holds impossible values.
     """
+    if not (folder / NAME).exists():
+        raise CheckpointError(f"{NAME} is missing")
+    body = read_json(folder / NAME, CheckpointError)
     try:
-        body = json.loads((folder / NAME).read_bytes())
-        checksum = body.pop("crc32")
-        files = {name: FileRecord(**record) for name, record in body["files"].items()}
-        content = dict(body["content"])
-    except FileNotFoundError:
-        raise CheckpointError(f"{NAME} is missing") from None
-    except OSError as error:
-        raise CheckpointError(f"{NAME} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{NAME} is not a checkpoint's (torn, or of another version)") from None
-    if checksum != _checksum(body):
+        state = State.model_validate(body)
+        body.pop("crc32")
+        checksum = _checksum(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
+        if first["type"] != "missing":
+            reason += f", found {first['input']!r:.60}"
+        raise CheckpointError(f"{NAME} is not a checkpoint's (torn, or of another version): {reason}") from None
+    except (RecursionError, ValueError) as error:
+        raise CheckpointError(f"{NAME} is not a checkpoint's: {error}") from None
+    if checksum != state.crc32:
         raise CheckpointError(f"{NAME} was changed after it was written (wrong checksum)")
-    return content, files
+    return state
 
 
 def verify(folder: Path, files: Mapping[str, FileRecord], *, checksums: bool = True) -> None:
@@ -114,13 +175,14 @@ def tensors(shards: Path) -> dict[str, TensorRecord]:
 
     Args:
         shards: the folder with Megatron's files.
+    Raises:
+        CheckpointError: for a missing, damaged or forged index.
     """
     import torch
-    from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     found = {}
-    for name, entry in FileSystemReader(shards).read_metadata().state_dict_metadata.items():
+    for name, entry in read_index(shards).state_dict_metadata.items():
         if isinstance(entry, TensorStorageMetadata):
             dtype = entry.properties.dtype
             size = entry.size.numel() * torch.empty(0, dtype=dtype).element_size()

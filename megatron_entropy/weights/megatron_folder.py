@@ -14,7 +14,6 @@ import io
 import itertools
 import json
 import math
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +42,7 @@ from megatron_entropy.config.architecture import ModelArchitecture
 from megatron_entropy.errors import CheckpointError
 from megatron_entropy.weights import manifest, names
 from megatron_entropy.weights.hf_folder import TensorFolder
+from megatron_entropy.weights.safe_index import read_index
 
 SHARDS = "shards"
 """The folder of Megatron's files in a checkpoint."""
@@ -108,7 +108,7 @@ class MegatronFolder:
         self._shards = self.folder / SHARDS if (self.folder / SHARDS).is_dir() else self.folder
         self._arch = arch
         self._reader = FileSystemReader(self._shards)
-        self._metadata = _read_metadata(self._reader, self._shards)
+        self._metadata = read_index(self._shards)
         self._entries = {tensor: entry for entry in names.entries(arch) for tensor in entry.tensors}
         self._tensors = {
             key: stored
@@ -165,10 +165,9 @@ class MegatronFolder:
             )
         try:
             self._reader.read_data(LoadPlan(items), _SingleTensorPlanner(target)).wait()
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, AssertionError) as error:
-            raise CheckpointError(
-                f"{self.file(entry.tensors[0])}: cannot read {position.key}: {_line(error)}"
-            ) from error
+        except (MemoryError, Exception) as error:  # torch raises anything for damaged bytes
+            file = self.file(entry.tensors[0])
+            raise CheckpointError(f"{file}: cannot read {position.key}: {_line(error)}") from None
         return target.reshape(position.size[len(position.lead) :])
 
     def _chunks_of(self, position: StoredPosition) -> list[ChunkStorageMetadata]:
@@ -202,7 +201,7 @@ class MegatronFolder:
         state = self.folder / manifest.NAME
         if state.exists():
             try:
-                rows = manifest.read(self.folder)[0]["model"]["vocab_size"]
+                rows = manifest.read(self.folder).content.model.vocab_size
             except CheckpointError as error:
                 raise CheckpointError(f"{self.folder}: {error}") from None
             if rows != self._arch.vocab_size:
@@ -348,19 +347,6 @@ class _SingleTensorPlanner(DefaultLoadPlanner):
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         return self._target
-
-
-def _read_metadata(reader: FileSystemReader, shards: Path) -> Any:
-    file = shards / ".metadata"
-    if not file.exists():
-        raise CheckpointError(f"{shards}: not a Megatron checkpoint, it has no .metadata")
-    try:
-        metadata = reader.read_metadata()
-    except Exception as error:  # unpickling a damaged file can raise anything
-        raise CheckpointError(f"{file}: cannot be read: {_line(error)}") from error
-    if not metadata.storage_data:
-        raise CheckpointError(f"{file}: names no files")
-    return metadata
 
 
 def _line(error: BaseException) -> str:

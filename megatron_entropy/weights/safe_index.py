@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -51,24 +52,58 @@ def read_index(shards: Path) -> Any:
     Raises:
         CheckpointError: for a missing, damaged or forged index.
     """
-    from torch.distributed.checkpoint.metadata import Metadata
-
     file = shards / INDEX
     try:
         index = _Unpickler(io.BytesIO(file.read_bytes())).load()
-        if not isinstance(index, Metadata) or not isinstance(index.state_dict_metadata, dict):
-            raise pickle.UnpicklingError("it is no index of tensors")
-        files = {stored.relative_path for stored in dict(index.storage_data or {}).values()}
+        problem = _find_problem(index)
     except FileNotFoundError:
         raise CheckpointError(f"{shards}: not a Megatron checkpoint, {INDEX} is missing") from None
     except (MemoryError, RecursionError, Exception) as error:  # damaged bytes make the unpickler raise anything
         raise CheckpointError(f"{file}: cannot be read: {_first_line(error)}") from None
-    if not files:
-        raise CheckpointError(f"{file}: names no data files")
-    for name in files:
-        if not isinstance(name, str) or len(PurePosixPath(name).parts) != 1 or name == "..":
-            raise CheckpointError(f"{file}: refers to {name!r}, which is not a file of the checkpoint's folder")
+    if problem:
+        raise CheckpointError(f"{file}: {problem}")
     return index
+
+
+def _find_problem(index: Any) -> str:
+    """Say what keeps an unpickled object from being an index that can be read; an empty string for a good one."""
+    import torch
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+
+    if not isinstance(index, Metadata) or not isinstance(index.state_dict_metadata, dict):
+        return "it is no index of tensors"
+    if not isinstance(index.storage_data, dict) or not index.storage_data:
+        return "names no data files"
+    for key, stored in index.storage_data.items():
+        if not isinstance(key, MetadataIndex) or not isinstance(stored, _StorageInfo):
+            return f"{type(key).__name__}: {type(stored).__name__} is not the position of a tensor"
+        name = stored.relative_path
+        if not isinstance(name, str) or len(PurePosixPath(name).parts) != 1 or name == ".." or "\0" in name:
+            return f"refers to {name!r}, which is not a file of the checkpoint's folder"
+        if not _are_counts((stored.offset, stored.length)) or stored.transform_descriptors:
+            return f"the position of {key.fqn} in {name} is damaged"
+    for name, entry in index.state_dict_metadata.items():
+        if not isinstance(name, str):
+            return f"{name!r:.60} is not the name of a tensor"
+        if isinstance(entry, BytesStorageMetadata):
+            continue
+        size, dtype = entry.size, entry.properties.dtype
+        if not isinstance(size, torch.Size) or not isinstance(dtype, torch.dtype) or not _are_counts(size):
+            return f"tensor {name} has no shape or no type"
+        for chunk in entry.chunks:
+            ends = [start + length for start, length in zip(chunk.offsets, chunk.sizes, strict=True)]
+            if not _are_counts((*chunk.offsets, *chunk.sizes)) or len(ends) != len(size):
+                return f"a chunk of tensor {name} is damaged"
+            if any(end > whole for end, whole in zip(ends, size, strict=True)):
+                return f"a chunk of tensor {name} lies outside of it"
+            if MetadataIndex(name, chunk.offsets) not in index.storage_data:
+                return f"a chunk of tensor {name} is in no file"
+    return ""
+
+
+def _are_counts(values: Iterable[Any]) -> bool:
+    return all(type(value) is int and 0 <= value < 2**60 for value in values)
 
 
 def check_checkpoint(shards: Path) -> None:

@@ -9,10 +9,12 @@ order (about 1e-7 relative in fp32).
 import io
 import json
 import os
+import pickle
 import resource
 import shutil
 import signal
 import threading
+import zlib
 from pathlib import Path
 
 import check_layouts
@@ -27,7 +29,8 @@ from megatron_entropy.config.schema import ActorConfig, OptimizerConfig, Paralle
 from megatron_entropy.distributed import process_groups
 from megatron_entropy.errors import CheckpointError, Fault, UserError
 from megatron_entropy.weights import manifest
-from megatron_entropy.weights.manifest import FileRecord
+from megatron_entropy.weights.manifest import Content, FileRecord, ModelFacts, StageProgress
+from megatron_entropy.weights.megatron_folder import MegatronFolder
 
 pytestmark = pytest.mark.actor
 
@@ -169,9 +172,43 @@ def check_saver(folder: str, checkpoints: str) -> None:
         assert names() == ["step_000002", "step_000003"]
     saver.close()
 
-    saver = checkpoint.Saver(root, keep=1, asynchronous=False)
+    saver = checkpoint.Saver(root, keep=1, asynchronous=False, resumed_step=3)
     saver.save(actor, progress(4))
     assert names() == ["step_000004"]
+    saver.close()
+
+    # A damaged checkpoint is no obstacle to its successor of the same step, nor to a later one, and never called good.
+    for save_step in (5, 5, 7):
+        if process_groups.rank() == 0 and not (root / "step_000005").exists():
+            shutil.copytree(root / "step_000004", root / "step_000005")  # says that it is of step 4
+        process_groups.barrier()
+        assert process_groups.run_on_rank_zero(lambda: checkpoint.newest(root))[0].name == "step_000004"
+        saver = checkpoint.Saver(root, keep=2, asynchronous=True, resumed_step=4)
+        if save_step == 7:
+            limit(50_000)
+            with pytest.raises(Fault, match=r"step_000007 could not be written .*step_000004 is the last good one"):
+                saver.save(actor, progress(7))
+                saver.wait()
+            limit(resource.RLIM_INFINITY)
+            assert names() == ["step_000004", "step_000005"]
+        saver.save(actor, progress(save_step))
+        saver.close()
+        assert names() == ["step_000004", f"step_{save_step:06d}"]
+        if process_groups.rank() == 0:
+            (root / "step_000005").exists() and shutil.rmtree(root / "step_000005")
+        process_groups.barrier()
+
+    # Weights that are not finite are not saved.
+    name, weight = next(iter(actor.named_shards().items()))
+    if process_groups.rank() == 1:
+        weight.data.view(-1)[0] = float("nan")
+    saver = checkpoint.Saver(root, keep=2, asynchronous=True, resumed_step=7)
+    with pytest.raises(
+        Fault, match=r"step_000008 could not be written \(tensor .* not finite.*step_000007 is the last"
+    ):
+        saver.save(actor, progress(8))
+        saver.wait()
+    assert names() == ["step_000004", "step_000007"]
     saver.close()
 
 
@@ -239,8 +276,9 @@ def make_files(folder: Path, step: int) -> Path:
     (checkpoint / "shards").mkdir(parents=True)
     data = checkpoint / "shards" / "data"
     data.write_bytes(b"x" * 1000)
-    progress = {"step": step, "updates": 0, "position": 0, "fingerprint": "", "method": {}}
-    manifest.write(checkpoint, {"progress": progress}, {"shards/data": FileRecord.of(data)})
+    model = ModelFacts(architecture="Qwen3ForCausalLM", num_layers=1, hidden_size=8, vocab_size=16)
+    content = Content(progress=StageProgress(step, 0, 0, ""), layout=ONE, model=model)
+    manifest.write(checkpoint, content, {"shards/data": FileRecord.of(data)})
     return checkpoint
 
 
@@ -255,15 +293,36 @@ def edit_state(checkpoint: Path) -> None:
     (checkpoint / "state.json").write_text(text.replace('"position": 0', '"position": 1'))
 
 
+def forge(**changes):
+    """Change the progress in `state.json`, and its checksum with it."""
+
+    def spoil(checkpoint: Path) -> None:
+        body = json.loads((checkpoint / "state.json").read_text())
+        body["content"]["progress"] |= changes
+        del body["crc32"]
+        body["crc32"] = zlib.crc32(json.dumps(body, sort_keys=True).encode())
+        (checkpoint / "state.json").write_text(json.dumps(body))
+
+    return spoil
+
+
 DAMAGE = {
     "truncated": (lambda c: os.truncate(c / "shards" / "data", 999), "shards/data has 999 bytes instead of 1000"),
     "a flipped bit": (lambda c: flip(c / "shards" / "data", 500), "shards/data was changed"),
     "a missing file": (lambda c: (c / "shards" / "data").unlink(), "shards/data is missing"),
     "no state.json": (lambda c: (c / "state.json").unlink(), "state.json is missing"),
-    "torn state.json": (lambda c: os.truncate(c / "state.json", 50), "state.json is not a checkpoint's"),
-    "other JSON": (lambda c: (c / "state.json").write_text("[]"), "state.json is not a checkpoint's"),
+    "torn state.json": (lambda c: os.truncate(c / "state.json", 50), "state.json: not valid JSON"),
+    "no object": (lambda c: (c / "state.json").write_text("[]"), "state.json: expected a JSON object"),
+    "an empty object": (lambda c: (c / "state.json").write_text("{}"), "state.json is not a checkpoint's"),
+    "deep JSON": (lambda c: (c / "state.json").write_text("[" * 100_000), "state.json: not valid JSON: nested too"),
+    "negative step": (forge(step=-5), "step: input should be greater than or equal to 0, found -5"),
+    "a text as step": (forge(step="2"), "step: input should be a valid integer, found '2'"),
+    "negative position": (forge(position=-3), "position: input should be greater than or equal to 0, found -3"),
+    "a huge position": (forge(position=10**30), "position: "),
+    "another step": (forge(step=7), "state.json is of step 7"),
+    "an unknown key": (forge(order=1), "order: "),
     "edited state.json": (edit_state, "state.json was changed"),
-    "not even a folder": (lambda c: (shutil.rmtree(c), c.write_bytes(b"")), "state.json cannot be read"),
+    "not even a folder": (lambda c: (shutil.rmtree(c), c.write_bytes(b"")), "state.json is missing"),
 }
 
 
@@ -281,7 +340,7 @@ def test_a_damaged_checkpoint_is_skipped_and_reported(tmp_path, caplog, damage):
     spoil(path)
     path, progress = checkpoint.newest(tmp_path)
     assert path.name == "step_000002" and progress.step == 2
-    assert f"step_000004 is damaged and skipped: {reason}" in caplog.text
+    assert "step_000004 is damaged and skipped: " in caplog.text and reason in caplog.text
     spoil(path)
     with pytest.raises(CheckpointError, match="every checkpoint is damaged.*step_000004.*step_000002") as refusal:
         checkpoint.newest(tmp_path)
@@ -322,6 +381,38 @@ def test_inspection_shows_the_content_of_a_checkpoint(run, path):
 def test_inspection_shows_a_hugging_face_folder(run):
     code, shown = inspect(run / "model")
     assert code == 0 and "model.layers.*.mlp.up_proj.weight" in shown and "96 x 64" in shown and "sizes match" in shown
+
+
+def test_a_forged_checkpoint_runs_nothing(run, tmp_path):
+    """Neither its index nor its objects are unpickled freely: when inspected, converted or loaded."""
+
+    class Forged:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    step = shutil.copytree(run / "checkpoints" / "rl" / "step_000001", tmp_path / "rl" / "step_000001")
+    shutil.copy(run / "model" / "config.json", step)
+    forged = pickle.dumps(Forged())
+    (step / "shards" / ".metadata").write_bytes(forged)
+    state = manifest.read(step)
+    files = {**state.files, "shards/.metadata": FileRecord.of(step / "shards" / ".metadata")}
+    manifest.write(step, state.content, files)
+    code, shown = inspect(step)
+    assert code == 1 and "refers to posix.system" in shown
+    with pytest.raises(CheckpointError, match=r"refers to posix\.system"):
+        manifest.tensors(step / "shards")
+    with pytest.raises(CheckpointError, match=r"refers to posix\.system"):
+        MegatronFolder(step, read_architecture(run / "model"))
+    with pytest.raises(RuntimeError, match=r"CheckpointError: .*refers to posix\.system"):
+        run_on_ranks(load_newest, 1, str(run / "model"), str(step.parent))
+    assert not (tmp_path / "ran").exists()
+
+
+def load_newest(folder: str, checkpoints: str) -> None:
+    from megatron_entropy.checkpoint import saver as checkpoint
+
+    path, progress = checkpoint.newest(Path(checkpoints))
+    checkpoint.load(path, build(folder, ONE), progress)
 
 
 def test_inspection_finds_damage(run, tmp_path):

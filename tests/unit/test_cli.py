@@ -1,5 +1,6 @@
 """The command line: quick help, one line per mistake, the plan of a run, keys, and the doctor."""
 
+import importlib.util
 import json
 import os
 import re
@@ -8,10 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tokenizers
+from safetensors.numpy import load_file, save_file
 
 from megatron_entropy.cli import doctor
 from megatron_entropy.cli import main as cli
+from megatron_entropy.config.architecture import read_architecture
+from megatron_entropy.launch import preflight
+from megatron_entropy.weights.names import entries
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "vllm", "ray", "megatron", "matplotlib", "numpy", "pydantic", "rich")
@@ -48,11 +55,27 @@ method.name = "grpo"
 """
 
 
+def write_model(folder, settings):
+    """A model of zeros with a tokenizer of characters."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<e>", "unk_token": "<u>"}))
+    vocabulary = {token: index for index, token in enumerate(["<u>", "<e>", *"0123456789+=\n abcdefghijklmno"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<u>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tensors = {
+        name: np.zeros(shape, np.float16)
+        for entry in entries(read_architecture(folder))
+        for name, shape in zip(entry.tensors, entry.shapes, strict=True)
+    }
+    save_file(tensors, folder / "model.safetensors")
+
+
 @pytest.fixture
 def project(tmp_path):
-    """A folder with a configuration, a model's config.json and a data file."""
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps(MODEL))
+    """A folder with a configuration, a model and a data file."""
+    write_model(tmp_path / "model", MODEL)
     (tmp_path / "train.jsonl").write_text('{"question": "1+1=", "answer": "2", "solution": "Two."}\n')
     (tmp_path / "config.toml").write_text(CONFIG.format(folder=tmp_path))
     return tmp_path
@@ -111,6 +134,11 @@ def test_wrong_command_line_is_one_line_and_exit_code_2(capsys, arguments):
         (["--actor.parallel.tp=3"], "stage warm: actor.parallel.tp=3 does not divide the model's 4 attention heads"),
         (["--stages.rl.actor.parallel.dp=2"], "stages need the same number of ranks, found warm: 2, rl: 4"),
         (["--model.path=/no/where"], "model.path: no such folder: /no/where"),
+        (["--model.reference=/nope"], "stage warm: model.reference: no such folder: /nope"),
+        (["--model.path=Qwen/Qwen3-4B"], "model.path: no such folder: Qwen/Qwen3-4B; a model of the Hugging Face Hub"),
+        (["--method=dapo"], "method is a table, found 'dapo'; write method.name = ... or --method.name=..."),
+        (["--actor.lora.rank=4", "--actor.lora.targets=q"], "stage warm: actor.lora.targets: q is no linear layer"),
+        (["--stages.rl.rollout.colocate=true"], "rollout.colocate differs between stages"),
         (["--data.eval=['lost.jsonl']"], "data.eval: no such file: lost.jsonl"),
         (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
     ],
@@ -123,7 +151,7 @@ def test_users_mistake_is_one_line_and_exit_code_2(capsys, project, arguments, m
 def test_dry_run_prints_settings_and_plan_without_torch_and_writes_nothing(project):
     code = (
         "import sys; from megatron_entropy.cli.main import main; code = main(sys.argv[1:])\n"
-        "heavy = ('torch', 'transformers', 'vllm', 'ray', 'megatron', 'matplotlib')\n"
+        "heavy = ('torch', 'vllm', 'ray', 'megatron', 'matplotlib')\n"
         "print([name for name in heavy if name in sys.modules]); sys.exit(code)"
     )
     before = sorted(project.rglob("*"))
@@ -138,6 +166,112 @@ def test_dry_run_prints_settings_and_plan_without_torch_and_writes_nothing(proje
         ["rl", "grpo", "4", "2", "TP2", "6 x 8", "2,400"],
     ]
     assert sorted(project.rglob("*")) == before
+
+
+TEMPLATES = ["{{ x.y.z }}", "{% for %}", "{{ 1 + 'a' }}", "{{ messages[99].content }}", "{{ 1 // 0 }}"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--reward.verifier=nope"], "stage rl: reward.verifier: unknown name 'nope'"),
+        (["--reward.verifier=bad_verifiers:one_argument"], "stage rl: reward.verifier: 'bad_verifiers:one_argument'"),
+        (["--data.tokenizer=/no/where"], "stage warm: /no/where: no tokenizer.json and no tokenizer.model there"),
+        (["--data.template=no place"], "stage warm: data.template must contain {question}"),
+        (["--data.max_prompt_tokens=1"], "no row is left"),
+        (["--stages.warm.rollout.max_response_tokens=1"], "no row is left"),
+        (["--output=/dev/null"], "output=/dev/null cannot be written to"),
+        (["--output=/proc/none/run"], "output=/proc/none/run cannot be written to"),
+        (["--output=" + "x" * 300], "cannot be written to"),
+        (["--data.train=" + "x" * 300], "data.train: no such file"),
+        (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
+        (["--rollout.replay=/no/where"], "stage warm: rollout.replay: no such folder: /no/where"),
+        (["--rollout.weight_transfer=nccl"], "stage warm: rollout.weight_transfer=nccl needs a GPU"),
+        (["--log.wandb_project=p"], "stage warm: log.wandb_project=p needs the package wandb"),
+        (["--actor.fp8=tensorwise"], "stage warm: actor.fp8=tensorwise needs the package transformer-engine"),
+        (["--rollout.num_engines=1000"], "rollout.num_engines * rollout.tensor_parallel = 1000 processes"),
+        (["--actor.parallel.dp=60000"], "actor.parallel needs tp*pp*cp*dp = 120000 ranks; this machine"),
+        (["--name=../../escaped"], "name: a stage's name is at most 64 letters"),
+    ],
+)
+def test_dry_run_refuses_what_cannot_train(capsys, project, monkeypatch, arguments, message):
+    monkeypatch.setattr(preflight, "count_gpus", lambda: 0)
+    found = importlib.util.find_spec
+    absent = ("wandb", "transformer_engine")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else found(name))
+    path = f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    monkeypatch.setenv("PYTHONPATH", path)
+    code, _, err = run_cli(capsys, "train", project / "config.toml", "--dry-run", *arguments)
+    assert code == 2 and err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_dry_run_renders_the_chat_template(capsys, project, template):
+    settings = {"eos_token": "<e>", "unk_token": "<u>", "chat_template": template + "{{ messages[0].content }}"}
+    (project / "model" / "tokenizer_config.json").write_text(json.dumps(settings))
+    code, _, err = run_cli(capsys, "train", project / "config.toml", "--dry-run")
+    assert code == 2 and "chat template" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "header", "missing", "shape", "type", "empty", "gone"])
+def test_dry_run_reads_the_headers_of_the_weights(capsys, project, damage):
+    file = project / "model" / "model.safetensors"
+    tensors, content = load_file(file), file.read_bytes()
+    name = sorted(tensors)[0]
+    if damage == "gone":
+        file.unlink()
+    elif damage in ("cut", "header", "empty"):
+        file.write_bytes({"cut": content[:-7], "header": b"\xff" * 9 + content[9:], "empty": b""}[damage])
+    else:
+        wrong = {"shape": np.zeros((3, 5), np.float16), "type": tensors[name].astype(np.int32)}
+        kept = {other: tensor for other, tensor in tensors.items() if other != name}
+        save_file({**kept, name: wrong[damage]} if damage in wrong else kept, file)
+    code, _, err = run_cli(capsys, "train", project / "config.toml", "--dry-run")
+    assert code == 2 and str(project / "model") in err and err.count("\n") == 1
+
+
+def test_dry_run_refuses_a_folder_that_holds_a_run(capsys, project):
+    (project / "run").mkdir()
+    (project / "run" / "metrics.jsonl").touch()
+    code, _, err = run_cli(capsys, "train", project / "config.toml", "--dry-run")
+    assert code == 2 and "holds a run already" in err
+    assert run_cli(capsys, "train", project / "config.toml", "--dry-run", "--overwrite")[0] == 0
+    assert (project / "run" / "metrics.jsonl").exists()
+
+
+def test_settings_of_a_later_stage_that_the_engines_ignore_are_named(capsys, project):
+    overrides = ["--stages.rl.rollout.num_engines=2", "--stages.rl.rollout.max_num_seqs=8"]
+    code, _, err = run_cli(capsys, "train", project / "config.toml", "--dry-run", *overrides)
+    assert code == 0 and err.startswith(
+        "warning: stage rl: rollout.num_engines=2, rollout.max_num_seqs=8 has no effect"
+    )
+
+
+def test_a_second_file_wins_over_the_first(capsys, project):
+    (project / "mine.toml").write_text("seed = 9\n[[stages]]\nname = 'rl'\nsteps = 6\n")
+    code, out, _ = run_cli(capsys, "train", project / "config.toml", project / "mine.toml", "--dry-run")
+    assert code == 0 and out.count("seed = 9") == 2 and "steps = 4" in out and "steps = 6" in out
+    code, _, err = run_cli(capsys, "train", project / "config.toml", project / "lost.toml")
+    assert code == 2 and "lost.toml: no such file" in err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_knows_commands_flags_and_keys(capsys, shell):
+    code, script, _ = run_cli(capsys, "completion", shell)
+    assert code == 0 and ("bashcompinit" in script) == (shell == "zsh")
+    for words, expected in (
+        (["megatron-entropy", "tr"], {"train"}),
+        (["megatron-entropy", "train", "a.toml", "--actor.parallel.t"], {"--actor.parallel.tp="}),
+        (["megatron-entropy", "train", "--method.ema_a"], {"--method.ema_alpha="}),
+        (["megatron-entropy", "train", "--res"], {"--resume"}),
+        (["megatron-entropy", "config", "--for"], {"--format"}),
+        (["megatron-entropy", "train", "a.to"], set()),
+    ):
+        typed = f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _megatron_entropy"
+        ask = f'{script}\n{typed}\nprintf "%s\\n" "${{COMPREPLY[@]}}"'
+        if shell == "bash":
+            done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, timeout=60)
+            assert set(done.stdout.split()) == expected, done.stderr
 
 
 def test_column_that_a_later_stage_needs_is_missed_before_the_first_trains(capsys, project):
@@ -193,7 +327,6 @@ def test_config_prints_a_part_of_the_keys(capsys):
     [
         (["--step=3"], "error: step: unknown key; did you mean steps?"),
         (["--resum"], "error: --resum: did you mean --resume?"),
-        (["--steps", "3"], "error: --steps: an override is written --key.path=value"),
     ],
 )
 def test_under_torchrun_only_rank_0_reports_a_mistake(project, arguments, message):

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_entropy.config.schema import Config, MethodConfig
@@ -29,13 +30,15 @@ RANK = '''
 import os, pathlib, signal, sys, time
 from megatron_entropy.launch import failures
 from megatron_entropy.errors import ConfigError, NonFiniteLossError
+from megatron_entropy.launch.rank import end_with_launcher
 
+end_with_launcher()
 mode, folder = sys.argv[1], pathlib.Path(sys.argv[2])
 rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 stopped = []
 if mode in ("graceful", "stubborn"):
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
-(folder / f"ready{rank}").touch()
+(folder / f"ready{rank}").write_text(str(os.getpid()))
 while len(list(folder.glob("ready*"))) < size:
     time.sleep(0.01)
 
@@ -98,6 +101,44 @@ def test_folder_that_holds_a_run_is_refused(tmp_path, left):
     assert (tmp_path / left).exists()
 
 
+def test_a_check_changes_nothing(tmp_path):
+    prepare.check_run_folder(spec_of(tmp_path / "new" / "run"), resume=False, overwrite=False)
+    assert list(tmp_path.iterdir()) == []
+    old_run(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    prepare.check_run_folder(spec_of(tmp_path), resume=False, overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_both_flags_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="--resume and --overwrite exclude each other"):
+        prepare.check_run_folder(spec_of(tmp_path), resume=True, overwrite=True)
+
+
+@pytest.mark.parametrize("output", ["/dev/null", "/dev/null/run", "{folder}/link", "{folder}/" + "x" * 300])
+def test_output_that_cannot_be_a_folder_is_refused(tmp_path, output):
+    (tmp_path / "link").symlink_to(tmp_path / "link")
+    with pytest.raises(ConfigError, match=r"output=.* cannot be written to \(.*\)"):
+        prepare.check_run_folder(spec_of(output.format(folder=tmp_path)), resume=False, overwrite=False)
+
+
+@pytest.mark.parametrize("flags", [{"resume": True}, {"overwrite": True}, {}])
+def test_folder_of_a_living_run_is_refused(tmp_path, flags):
+    spec = old_run(tmp_path)
+    code = "import sys, pathlib; from megatron_entropy.launch.lock import RunLock\n"
+    code += "lock = RunLock(pathlib.Path(sys.argv[1])); print(flush=True); sys.stdin.read()"
+    holder = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    before = sorted(tmp_path.rglob("*"))
+    for function in (prepare.check_run_folder, prepare.prepare_run_folder):
+        with pytest.raises(ConfigError, match=rf"output=.* is in use by a running training \(.*pid {holder.pid},"):
+            function(spec, **{"resume": False, "overwrite": False, **flags})
+    assert sorted(tmp_path.rglob("*")) == before and holder.poll() is None
+    holder.kill()
+    holder.communicate()
+    prepare.check_run_folder(spec, resume=True, overwrite=False)
+
+
 def test_folder_with_inputs_only_is_accepted(tmp_path):
     (tmp_path / "run" / "inputs").mkdir(parents=True)
     prepare.prepare_run_folder(spec_of(tmp_path / "run"), resume=False, overwrite=False)
@@ -109,7 +150,7 @@ def test_overwrite_deletes_what_a_run_writes_and_nothing_else(tmp_path):
     spec = old_run(tmp_path / "run")
     prepare.prepare_run_folder(spec, resume=False, overwrite=True)
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
-    assert left == ["run", "run/inputs", "run/inputs/train.jsonl"]
+    assert left == ["run", "run/.lock", "run/inputs", "run/inputs/train.jsonl"]
     prepare.prepare_run_folder(spec, resume=False, overwrite=True)
 
 
@@ -209,6 +250,24 @@ def test_second_stop_signal_kills_the_ranks(tmp_path):
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 130
+
+
+def test_ranks_end_with_a_killed_launcher(tmp_path):
+    process = start_launcher(tmp_path, "stubborn")
+    wait_for(tmp_path / "ready1", process)
+    wait_for(tmp_path / "ready0", process)
+    ranks = [psutil.Process(int((tmp_path / f"ready{rank}").read_text())) for rank in (0, 1)]
+    process.kill()
+    process.communicate()
+    _, alive = psutil.wait_procs(ranks, timeout=5)
+    assert not [rank for rank in alive if rank.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_rank_of_a_dead_launcher_does_not_start(tmp_path):
+    code = "from megatron_entropy.launch.rank import end_with_launcher; end_with_launcher(); print('lives')"
+    environment = {**os.environ, failures.LAUNCHER_VARIABLE: "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert done.returncode == -signal.SIGKILL and not done.stdout
 
 
 def test_first_failure_prefers_our_errors_then_time():
