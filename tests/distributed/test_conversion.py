@@ -350,7 +350,7 @@ def test_bad_checkpoints_are_refused(tmp_path, capsys):
         return run(capsys, "convert", "to-hf", *arguments)
 
     assert "has no config.json; name the model folder it was trained from with --like" in refusal(bare, out)
-    assert refusal(source, out) == f"{source}: not a Megatron checkpoint, it has no .metadata"
+    assert refusal(source, out) == f"{source}: not a Megatron checkpoint, .metadata is missing"
     shape = "decoder.layers.self_attention.linear_qkv.layer_norm_weight has shape (4, 64), config.json implies (6, 64)"
     assert refusal(bare, out, "--like", other) == f"{metadata}: tensor {shape}"
     missing = "decoder.layers.self_attention.linear_qkv.bias is missing; config.json implies it"
