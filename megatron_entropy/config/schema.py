@@ -53,6 +53,7 @@ NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Processes = Annotated[int, Field(gt=0, le=2**16)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+LearningRate = Annotated[float, Field(ge=0, le=1000)]
 Temperature = Annotated[float, Field(gt=0, le=1000)]
 FloatPair = Annotated[tuple[float, float], Field(strict=False)]
 """A list of two numbers."""
@@ -173,24 +174,24 @@ class ParallelConfig(Section):
 class OptimizerConfig(Section):
     """AdamW with a learning rate schedule, counted in optimizer steps."""
 
-    lr: NonNegativeFloat = 1e-6
+    lr: LearningRate = 1e-6
     """Peak learning rate."""
-    min_lr: NonNegativeFloat = 0.0
+    min_lr: LearningRate = 0.0
     """Learning rate at the end of the decay."""
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps of linear warm-up from `warmup_lr` to `lr`. verl counts training steps, with rate 0 in all of the
     first: multiply its number by `batch.updates`, and the rates agree at the first update of every training step."""
-    warmup_lr: NonNegativeFloat = 0.0
+    warmup_lr: LearningRate = 0.0
     """Learning rate at the start of the warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Shape of the decay after the warm-up."""
     decay_steps: NonNegativeInt = 0
     """Optimizer steps, warm-up included, after which `min_lr` is reached. 0: all of the stage."""
-    weight_decay: NonNegativeFloat = 0.01
+    weight_decay: Annotated[float, Field(ge=0, le=1000)] = 0.01
     """Decoupled weight decay of matrices; norms and biases have none."""
     betas: Betas = (0.9, 0.999)
     """Decay rates of Adam's two moments."""
-    eps: PositiveFloat = 1e-8
+    eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
     """Adam's epsilon."""
     clip_grad: NonNegativeFloat = 1.0
     """Global gradient norm above which gradients are scaled down. 0: no clipping."""

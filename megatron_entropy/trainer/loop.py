@@ -142,10 +142,9 @@ class TrainingLoop:
             with self.timer("update"):
                 metrics = actor.update(samples, method.loss, temperature=temperature, divergence=method.divergence)
         except NonFiniteLossError as error:
-            checkpoints = self.components.folder.checkpoints(self.config.name)
             raise NonFiniteLossError(
-                f"stage {self.config.name}, step {step}: {error}; the update was not applied, the last checkpoint in "
-                f"{checkpoints} is good; lower actor.optimizer.lr or look at the step's data"
+                f"stage {self.config.name}, step {step}: {error}; the update was not applied and nothing of the step "
+                "is saved; start again with a lower actor.optimizer.lr, or look at the step's data"
             ) from None
         self.progress = dataclasses.replace(self.progress, updates=self.progress.updates + 1)
         return metrics

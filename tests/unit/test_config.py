@@ -442,7 +442,7 @@ def test_every_key_has_a_meaning():
 
 def test_description_shows_type_and_default():
     (lr,) = (key for table in describe.select(describe.list_tables({}), "actor.optimizer.lr") for key in table.keys)
-    assert (lr.type, lr.default, lr.meaning) == ("float >= 0", "1e-06", "Peak learning rate.")
+    assert (lr.type, lr.default, lr.meaning) == ("float >= 0 and <= 1000", "1e-06", "Peak learning rate.")
     (top_level,) = describe.select(describe.list_tables({}), "steps")
     assert top_level.keys[0].default is None and top_level.keys[0].type == "int > 0"
     (betas,) = describe.select(describe.list_tables({}), "actor.optimizer.betas")
