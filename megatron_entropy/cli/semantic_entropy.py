@@ -77,13 +77,7 @@ def run(args: argparse.Namespace) -> int:
     config, arch = _config(args), read_architecture(args.model)
     _check_model(args, arch)
     tokenizer = load_tokenizer(args.tokenizer or args.model, vocab_size=arch.vocab_size)
-    loaded = load_prompts(
-        files,
-        tokenizer,
-        max_prompt_tokens=args.max_prompt_tokens,
-        schema=args.format,
-        template=args.template or None,
-    )
+    loaded = load_prompts(files, tokenizer, config.data)
     num_rows = sum(1 for _ in tables.all_rows(files))
     num_rows = min(num_rows, args.limit or num_rows)
     prompts = [dataclasses.replace(prompt, target=None) for prompt in loaded.prompts if prompt.index < num_rows]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_entropy.config.schema import DataConfig
 from megatron_entropy.data.schemas import Message, Row, read_rows
 from megatron_entropy.data.tokenizer import Tokenizer
 from megatron_entropy.errors import ConfigError, DataError
@@ -43,14 +44,9 @@ class PromptSet:
 def load_prompts(
     files: Sequence[str | Path],
     tokenizer: Tokenizer,
+    data: DataConfig,
     *,
-    max_prompt_tokens: int,
     max_target_tokens: int | None = None,
-    schema: str = "auto",
-    columns: Mapping[str, str] | None = None,
-    template: str | None = None,
-    system: str | None = None,
-    chat_options: Mapping[str, object] | None = None,
     first_only: bool = False,
 ) -> PromptSet:
     """Read, template and tokenize a data set.
@@ -60,13 +56,8 @@ def load_prompts(
     Args:
         files: one set may mix the kinds of `readers.READERS`.
         tokenizer: the tokenizer of the model. A target is the worked solution followed by `eos_ids[0]`.
-        max_prompt_tokens: rows with a longer prompt are skipped and counted.
+        data: format, columns, template and limit of a prompt; rows with a longer prompt are skipped and counted.
         max_target_tokens: the same for targets, with the end token; None for no limit but `MAX_CHARS`.
-        schema: see `schemas.load_schema`; `auto` detects it for each file.
-        columns: see `schemas.read_rows`.
-        template: text that contains `{question}`; None for the tokenizer's chat template.
-        system: a system message before every conversation (chat templates only).
-        chat_options: variables of the chat template, such as `enable_thinking`.
         first_only: stop reading a file after its first row within the limits: a quick check of template, tokenizer
             and limits.
 
@@ -77,15 +68,15 @@ def load_prompts(
         ConfigError: a template without `{question}`, or an unknown schema.
         DataError: see `read_rows`; also when every row is skipped.
     """
-    _check_template(template, system)
+    _check_template(data)
+    limit = data.max_prompt_tokens
     prompts: list[Prompt] = []
     long_prompts = long_targets = 0
     numbers = itertools.count()
     for file in files:
-        for row, index in zip(read_rows(file, schema=schema, columns=columns), numbers, strict=False):
-            text = _render(row, tokenizer, template, system, chat_options)
-            prefix = tokenizer.bos_ids if template is not None else ()
-            tokens = _encode(text, tokenizer, max_prompt_tokens, prefix=prefix)
+        for row, index in zip(read_rows(file, schema=data.format, columns=data.columns), numbers, strict=False):
+            text = _render(row, tokenizer, data)
+            tokens = _encode(text, tokenizer, limit, prefix=tokenizer.bos_ids if data.template else ())
             if tokens is None:
                 long_prompts += 1
                 continue
@@ -101,7 +92,7 @@ def load_prompts(
     skipped = Skipped(long_prompts, long_targets)
     if not prompts:
         names = ", ".join(str(file) for file in files) or "data.train is an empty list"
-        raise DataError(f"{names}: no row is left: {skipped} (limits: {max_prompt_tokens}, {max_target_tokens} tokens)")
+        raise DataError(f"{names}: no row is left: {skipped} (limits: {limit}, {max_target_tokens} tokens)")
     return PromptSet(tuple(prompts), skipped)
 
 
@@ -120,27 +111,21 @@ def read_prompts(
     ]
 
 
-def _check_template(template: str | None, system: str | None) -> None:
-    if template is None:
+def _check_template(data: DataConfig) -> None:
+    if not data.template:
         return
-    if "{question}" not in template:
-        raise ConfigError(f"data.template must contain {{question}}, got {template!r}")
-    if system is not None:
+    if "{question}" not in data.template:
+        raise ConfigError(f"data.template must contain {{question}}, got {data.template!r}")
+    if data.system:
         raise ConfigError("data.system needs a chat template: write the system message into data.template")
 
 
-def _render(
-    row: Row,
-    tokenizer: Tokenizer,
-    template: str | None,
-    system: str | None,
-    chat_options: Mapping[str, object] | None,
-) -> str:
+def _render(row: Row, tokenizer: Tokenizer, data: DataConfig) -> str:
     """The templated question."""
-    if template is not None:
-        return template.replace("{question}", "\n".join(message.content for message in row.messages))
-    system_turn = (Message("system", system),) if system is not None else ()
-    return tokenizer.render((*system_turn, *row.messages), chat_options)
+    if data.template:
+        return data.template.replace("{question}", "\n".join(message.content for message in row.messages))
+    system_turn = (Message("system", data.system),) if data.system else ()
+    return tokenizer.render((*system_turn, *row.messages), data.chat_options)
 
 
 def _encode(

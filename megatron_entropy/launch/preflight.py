@@ -58,18 +58,7 @@ def check_data(config: Config, model_folder: str, arch: ModelArchitecture) -> No
     max_target_tokens = None if method.uses_rollouts else config.rollout.max_response_tokens
     for files, limit in ((data.train, max_target_tokens), (data.eval, None)):
         if files:
-            load_prompts(
-                files,
-                tokenizer,
-                max_prompt_tokens=data.max_prompt_tokens,
-                max_target_tokens=limit,
-                schema=data.format,
-                columns=data.columns,
-                template=data.template or None,
-                system=data.system or None,
-                chat_options=data.chat_options,
-                first_only=True,
-            )
+            load_prompts(files, tokenizer, data, max_target_tokens=limit, first_only=True)
     if method.uses_rollouts or data.eval:
         answers = (prompt.answer for prompt in prompts if prompt.answer is not None)
         check_verifier(config.reward.verifier, next(answers, "1"))

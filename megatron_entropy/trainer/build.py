@@ -192,18 +192,7 @@ def _load_weights(path: str, actor: Actor) -> None:
 def _load_prompts(
     config: Config, files: Sequence[str], tokenizer: Tokenizer, max_target_tokens: int | None
 ) -> list[Prompt]:
-    data = config.data
-    loaded = load_prompts(
-        files,
-        tokenizer,
-        max_prompt_tokens=data.max_prompt_tokens,
-        max_target_tokens=max_target_tokens,
-        schema=data.format,
-        columns=data.columns,
-        template=data.template or None,
-        system=data.system or None,
-        chat_options=data.chat_options,
-    )
+    loaded = load_prompts(files, tokenizer, config.data, max_target_tokens=max_target_tokens)
     if loaded.skipped.prompt or loaded.skipped.target:
         log.warning("%s: %s of %d rows", ", ".join(files), loaded.skipped, len(loaded))
     return list(loaded.prompts)

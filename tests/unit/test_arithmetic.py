@@ -22,6 +22,7 @@ sys.path.insert(0, str(REPOSITORY / "examples"))
 
 import make_arithmetic as task  # noqa: E402
 
+from megatron_entropy.config.schema import DataConfig  # noqa: E402
 from megatron_entropy.data.dataset import load_prompts  # noqa: E402
 from megatron_entropy.data.tokenizer import load_tokenizer  # noqa: E402
 from megatron_entropy.rewards import load_verifier  # noqa: E402
@@ -126,7 +127,7 @@ def test_model_folder_loads_in_transformers(made):
 def test_everything_is_in_the_vocabulary(made):
     tokenizer = load_tokenizer(made / "model")
     for name in ("train", "eval"):
-        for prompt in load_prompts([made / f"{name}.jsonl"], tokenizer, max_prompt_tokens=16).prompts:
+        for prompt in load_prompts([made / f"{name}.jsonl"], tokenizer, DataConfig(max_prompt_tokens=16)).prompts:
             assert prompt.target is not None and prompt.target[-1] == tokenizer.eos_ids[0]
             assert min(*prompt.tokens, *prompt.target[:-1]) > 2  # no unknown, end or padding token
             assert len(prompt.target) < 64

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from mutations import damaged
 from sentencepiece_model import train_sentencepiece
 
+from megatron_entropy.config.schema import DataConfig
 from megatron_entropy.data.dataset import PromptStream, epoch_order, load_prompts, read_prompts
 from megatron_entropy.data.schemas import SCHEMAS, Message, load_schema, read_rows
 from megatron_entropy.data.tokenizer import load_tokenizer
@@ -333,7 +334,9 @@ def test_a_schema_may_come_from_another_package(tmp_path, monkeypatch):
 
 def test_prompts_are_tokens_of_template_question_and_solution(tmp_path, tokenizer):
     file = write_jsonl(tmp_path / "a.jsonl", [ROWS["plain"][0]])
-    (prompt,) = load_prompts([file], tokenizer, max_prompt_tokens=99, template="Q: {question} {x}\n").prompts
+    (prompt,) = load_prompts(
+        [file], tokenizer, DataConfig(max_prompt_tokens=99, template="Q: {question} {x}\n")
+    ).prompts
     assert prompt.text == "Q: 1+1? {x}\n"
     assert prompt.tokens == tuple(tokenizer.encode(prompt.text))
     assert prompt.target == (*tokenizer.encode("so 2\n#2"), tokenizer.eos_ids[0])
@@ -342,7 +345,7 @@ def test_prompts_are_tokens_of_template_question_and_solution(tmp_path, tokenize
 
 def test_without_a_template_the_chat_template_is_used(tmp_path, tokenizer):
     file = write_jsonl(tmp_path / "a.jsonl", [ROWS["plain"][0]])
-    (prompt,) = load_prompts([file], tokenizer, max_prompt_tokens=99, system="Think.").prompts
+    (prompt,) = load_prompts([file], tokenizer, DataConfig(max_prompt_tokens=99, system="Think.")).prompts
     assert prompt.text == "Think.\n1+1?\n"
 
 
@@ -352,7 +355,9 @@ def test_rows_over_the_limits_are_counted_and_never_truncated(tmp_path, tokenize
         for length, target in ((4, 4), (5, 4), (6, 4), (4, 5), (4, 6), (9, 9))
     ]
     file = write_jsonl(tmp_path / "a.jsonl", rows)
-    loaded = load_prompts([file], tokenizer, max_prompt_tokens=6, max_target_tokens=6)  # a line break, an end token
+    loaded = load_prompts(
+        [file], tokenizer, DataConfig(max_prompt_tokens=6), max_target_tokens=6
+    )  # a line break, an end token
     assert [prompt.index for prompt in loaded.prompts] == [0, 1, 3]
     assert (loaded.skipped.prompt, loaded.skipped.target) == (2, 1)
     assert str(loaded.skipped) == "skipped 2 rows with too long a prompt, 1 with too long a target"
@@ -367,7 +372,7 @@ def test_a_text_that_cannot_fit_is_not_given_to_the_tokenizer(tmp_path, tokenize
     lengths = []
     encode = tokenizer.encode
     monkeypatch.setattr(tokenizer, "encode", lambda text: lengths.append(len(text)) or encode(text))
-    loaded = load_prompts([file], tokenizer, max_prompt_tokens=50, max_target_tokens=50)
+    loaded = load_prompts([file], tokenizer, DataConfig(max_prompt_tokens=50), max_target_tokens=50)
     assert (loaded.skipped.prompt, loaded.skipped.target, [prompt.index for prompt in loaded.prompts]) == (1, 1, [2])
     assert max(lengths) < 50 * tokenizer.max_token_chars == 800
 
@@ -375,24 +380,32 @@ def test_a_text_that_cannot_fit_is_not_given_to_the_tokenizer(tmp_path, tokenize
 def test_first_only_reads_each_file_up_to_the_first_row_that_fits(tmp_path, tokenizer):
     long, good = {"question": "1" * 99, "answer": "2"}, ROWS["plain"][0]
     files = [write_jsonl(tmp_path / f"{n}.jsonl", [long] * n + [good, "{broken"]) for n in range(3)]
-    loaded = load_prompts(files, tokenizer, max_prompt_tokens=20, first_only=True)
+    loaded = load_prompts(files, tokenizer, DataConfig(max_prompt_tokens=20), first_only=True)
     assert len(loaded) == 3 and loaded.skipped.prompt == 3
     with pytest.raises(DataError, match="only.jsonl: no row is left: skipped 2 rows"):
         load_prompts(
-            [write_jsonl(tmp_path / "only.jsonl", [long, long])], tokenizer, max_prompt_tokens=20, first_only=True
+            [write_jsonl(tmp_path / "only.jsonl", [long, long])],
+            tokenizer,
+            DataConfig(max_prompt_tokens=20),
+            first_only=True,
         )
 
 
 def test_indices_count_rows_over_all_files(tmp_path, tokenizer):
     files = [write_jsonl(tmp_path / f"{name}.jsonl", [ROWS[name][0]] * 2) for name in ("plain", "math")]
-    assert [prompt.index for prompt in load_prompts(files, tokenizer, max_prompt_tokens=99).prompts] == [0, 1, 2, 3]
+    assert [prompt.index for prompt in load_prompts(files, tokenizer, DataConfig(max_prompt_tokens=99)).prompts] == [
+        0,
+        1,
+        2,
+        3,
+    ]
 
 
 def test_a_set_with_nothing_left_is_an_error(tmp_path, tokenizer):
     file = write_jsonl(tmp_path / "a.jsonl", [ROWS["plain"][0]])
     for files, message in (([file], "a.jsonl: no row is left: skipped 1 rows"), ([], "data.train is an empty list")):
         with pytest.raises(DataError, match=message):
-            load_prompts(files, tokenizer, max_prompt_tokens=2)
+            load_prompts(files, tokenizer, DataConfig(max_prompt_tokens=2))
 
 
 @pytest.mark.parametrize(
@@ -402,12 +415,12 @@ def test_a_set_with_nothing_left_is_an_error(tmp_path, tokenizer):
 def test_bad_templates_are_named(tmp_path, tokenizer, options, message):
     file = write_jsonl(tmp_path / "a.jsonl", [ROWS["plain"][0]])
     with pytest.raises(ConfigError, match=message):
-        load_prompts([file], tokenizer, max_prompt_tokens=99, **options)
+        load_prompts([file], tokenizer, DataConfig(max_prompt_tokens=99, **options))
 
 
 def test_prompts_without_tokens_are_the_same_rows(tmp_path, tokenizer):
     files = [write_jsonl(tmp_path / f"{name}.jsonl", [ROWS[name][0]]) for name in ROWS]
-    bare, loaded = read_prompts(files), load_prompts(files, tokenizer, max_prompt_tokens=999).prompts
+    bare, loaded = read_prompts(files), load_prompts(files, tokenizer, DataConfig(max_prompt_tokens=999)).prompts
     assert len(bare) == len(ROWS) and {prompt.target is None for prompt in bare} == {True, False}
     for one, other in zip(bare, loaded, strict=True):
         assert (one.index, one.answer, one.semantic_entropy) == (other.index, other.answer, other.semantic_entropy)

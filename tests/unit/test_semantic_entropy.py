@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 from megatron_entropy.cli import main as cli
 from megatron_entropy.config.architecture import read_architecture
-from megatron_entropy.config.schema import RewardConfig
+from megatron_entropy.config.schema import DataConfig, RewardConfig
 from megatron_entropy.data.dataset import load_prompts
 from megatron_entropy.data.tokenizer import load_tokenizer
 from megatron_entropy.evaluation.evaluate import pass_at_k
@@ -242,7 +242,7 @@ def test_parquet_keeps_its_types_and_the_order_of_files(inputs, fake, tmp_path):
     assert measure(inputs, both, data=[tmp_path / "one.parquet", inputs / "eval.jsonl"]) == 0
     questions = [row["question"] for row in rows] + [row["question"] for row in read(inputs / "eval.jsonl")]
     assert [row["question"] for row in read(both)] == questions
-    prompts = load_prompts([both], load_tokenizer(inputs / "model"), max_prompt_tokens=16).prompts
+    prompts = load_prompts([both], load_tokenizer(inputs / "model"), DataConfig(max_prompt_tokens=16)).prompts
     assert [prompt.semantic_entropy for prompt in prompts] == [row["semantic_entropy"] for row in read(both)]
 
 
