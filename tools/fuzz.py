@@ -118,7 +118,8 @@ def make_inputs(root: Path) -> Inputs:
     progress = {"step": 1, "updates": 1, "position": 4, "fingerprint": "0" * 16, "method": {}}
     arch, layout = read_architecture(root / "model"), ParallelConfig().model_dump()
     model = {name: getattr(arch, name) for name in ("architecture", "num_layers", "hidden_size", "vocab_size")}
-    manifest.write(step, {"progress": progress, "layout": layout, "model": model}, files)
+    content = manifest.Content.model_validate({"progress": progress, "layout": layout, "model": model})
+    manifest.write(step, content, files)
     row = {"stage": "a", "step": 1, "train/loss": 0.5, "timing/step": 1.0, "timing/update": 0.5}
     (root / "run" / "metrics.jsonl").write_text(2 * f"{json.dumps(row)}\n")
     (root / "run" / "summary.json").write_text('{"stages": []}')

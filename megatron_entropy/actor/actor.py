@@ -212,11 +212,12 @@ class Actor:
         )
 
     def _head_inputs(self, batch: Batch, chunk: GPTModel, hidden: Tensor) -> HeadInputs:
+        group: Any = parallel_state.get_tensor_model_parallel_group()  # annotated as if it could be a number
         return HeadInputs(
             hidden=hidden.squeeze(0),
             weight=head_weight(chunk),
             targets=batch.targets,
-            group=parallel_state.get_tensor_model_parallel_group(),
+            group=group,
             sequence_parallel=self.config.parallel.sequence_parallel,
             vocab_size=self.arch.vocab_size,
         )

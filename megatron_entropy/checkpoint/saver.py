@@ -153,7 +153,7 @@ class Saver:
             self._failure = error
 
     def _finish(
-        self, snapshot: Snapshot, outcomes: list[Any], final: Path, partial: Path, content: dict[str, Any]
+        self, snapshot: Snapshot, outcomes: list[Any], final: Path, partial: Path, content: Content
     ) -> BaseException | None:
         """Complete and publish the checkpoint on rank 0, or delete it; returns the first error."""
         failure = next((outcome for outcome in outcomes if isinstance(outcome, BaseException)), None)

@@ -51,7 +51,8 @@ def load_prompts(
 ) -> PromptSet:
     """Read, template and tokenize a data set.
 
-    A text that is too long for any tokenization within the limit is not tokenized.
+    A text of more than `Tokenizer.max_token_chars` characters per token of the limit counts as too long and is not
+    tokenized.
 
     Args:
         files: one set may mix the kinds of `readers.READERS`.

@@ -31,7 +31,8 @@ class Tokenizer(abc.ABC):
         pad_id: the padding id. It is never trained, so it may equal an end id.
         bos_ids: the ids before a plain text. Chat templates write their own.
         max_token_chars: the most characters that one id stands for, at least 16 and at most `MAX_TOKEN_CHARS`. A text
-            of more than n times as many characters has more than n tokens.
+            of more than n times as many characters has more than n tokens, unless the tokenizer joins runs of unknown
+            characters or spaces.
     """
 
     vocab_size: int

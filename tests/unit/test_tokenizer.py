@@ -329,9 +329,11 @@ def test_a_text_that_the_tokenizer_cannot_read_is_named(tmp_path):
 
 @given(text=texts)
 def test_no_token_stands_for_more_characters_than_stated(three, text):
+    """Only `<unk>` (id 0) does: a run of unknown characters is one token."""
     for tokenizer in three[:2]:
         assert tokenizer.max_token_chars == 16
-        assert len(text) <= len(tokenizer.encode(text)) * tokenizer.max_token_chars or not text.strip("▁ ")
+        ids = tokenizer.encode(text)
+        assert len(text) <= len(ids) * tokenizer.max_token_chars or 0 in ids or not text.strip("▁ ")
 
 
 @pytest.fixture(scope="module")
