@@ -49,8 +49,8 @@ compare: setup
 	$(VENV)/bin/python tools/compare.py --seeds 1 2 3 --jobs 2 --out runs/compare --page examples/compare
 
 test: $(VENV)/.setup-dev
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile tests/unit tests/kernels tests/fuzz
-	$(VENV)/bin/python -m pytest -q tests/distributed tests/engines
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile tests/unit tests/kernels tests/fuzz tests/distributed
+	$(VENV)/bin/python -m pytest -q tests/engines
 
 test-fast: $(VENV)/.setup-dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile tests/unit tests/kernels -m "not exhaustive and not slow" --ignore=tests/kernels/test_triton.py
