@@ -24,7 +24,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -185,9 +185,18 @@ class EnginePool:
         """Return the client of each engine; a restarted engine has a new one."""
         return [slot.client for slot in self._slots]
 
-    def generate(self, requests: Sequence[Request], description: str) -> tuple[list[Completion], list[int]]:
+    def generate(
+        self,
+        requests: Sequence[Request],
+        description: str,
+        on_finished: Callable[[Sequence[Completion]], None] | None = None,
+    ) -> tuple[list[Completion], list[int]]:
         """Continue sequences; every engine must have received weights.
 
+        Args:
+            requests: with different keys.
+            description: for the progress bar and the log.
+            on_finished: called with the completions that have just finished, often with none; must return quickly.
         Returns:
             The completions, in the order of `requests`, and the indices of engines that died. If none died there is a
             completion for every request, otherwise those of the dead engines may be missing.
@@ -208,6 +217,8 @@ class EnginePool:
                 else:
                     completions += update
                     progress.advance(len(update), sum(len(completion.tokens) for completion in update))
+                    if on_finished is not None:
+                        on_finished(update)
         return sorted(completions, key=lambda completion: order[completion.key]), sorted(dead)
 
     def restart(self, indices: Iterable[int]) -> None:

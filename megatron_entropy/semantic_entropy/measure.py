@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,15 +20,13 @@ from megatron_entropy.distributed.seeds import derive_seed
 from megatron_entropy.errors import ConfigError
 from megatron_entropy.methods.semantic_entropy import Weight, semantic_entropy
 from megatron_entropy.records import Prompt
-from megatron_entropy.rollout.engine import EngineSpec, Request
+from megatron_entropy.rollout.engine import Request
 from megatron_entropy.semantic_entropy.clusters import UNREADABLE, AnswerJudge
 from megatron_entropy.semantic_entropy.tables import user_writer
+from megatron_entropy.trainer.standalone import open_service
 
 if TYPE_CHECKING:
-    import torch
-
     from megatron_entropy.trainer.rollout_service import RolloutService
-    from megatron_entropy.weights.buckets import TensorMeta
 
 REQUESTS_AT_A_TIME = 2048
 """Requests between two writes of the finished answers."""
@@ -185,74 +182,3 @@ def _json_or_none(line: str) -> dict[str, Any] | None:
         return json.loads(line)
     except ValueError:
         return None
-
-
-@contextmanager
-def open_service(config: Config, arch: ModelArchitecture, tokenizer: Tokenizer) -> Iterator[RolloutService]:
-    """Start engines whose weights come from the model folder; stop them at the end of the `with` block."""
-    import torch
-
-    from megatron_entropy.monitor.timer import StepTimer
-    from megatron_entropy.rollout.pool import EnginePool
-    from megatron_entropy.trainer.rollout_service import RolloutService
-    from megatron_entropy.weights.sync import WeightSync
-
-    on_gpu = torch.cuda.is_available()
-    dtype = config.rollout.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if on_gpu else "float32"
-    source = FolderSource(config.model.path, arch, getattr(torch, dtype))
-    os.environ.setdefault("LOCAL_WORLD_SIZE", "0")  # reserve no GPU for a trainer
-    spec = EngineSpec(
-        model_folder=config.model.path,
-        max_model_len=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
-        eos_ids=tokenizer.eos_ids,
-        dtype=dtype,
-        device="cuda" if on_gpu else "cpu",
-    )
-    pool = EnginePool(config.rollout, spec)
-    try:
-        weight_sync = WeightSync(source, address=pool.address)
-        service = RolloutService(config.rollout, actor=source, weight_sync=weight_sync, pool=pool, timer=StepTimer())
-        with closing(service):
-            yield service
-    finally:
-        pool.shutdown()
-
-
-class FolderSource:
-    """A model folder's tensors as a source of weights, in one process."""
-
-    def __init__(self, folder: str, arch: ModelArchitecture, dtype: torch.dtype) -> None:
-        from megatron_entropy.weights import names
-        from megatron_entropy.weights.buckets import TensorMeta
-        from megatron_entropy.weights.hf_folder import TensorFolder
-
-        self.gather_seconds = 0.0
-        self._folder = TensorFolder(folder)
-        self._metadata = [
-            TensorMeta(name, dtype, shape)
-            for entry in names.entries(arch)
-            for name, shape in zip(entry.tensors, entry.shapes, strict=True)
-        ]
-        for meta in self._metadata:
-            self._folder.check(meta.name, meta.shape)
-        self._open: tuple[int, torch.Tensor] | None = None
-
-    def metadata(self) -> Sequence[TensorMeta]:
-        """Name, type and full shape of every tensor."""
-        return self._metadata
-
-    def read(self, number: int, first: int, count: int, out: torch.Tensor | None, *, in_place: bool) -> None:
-        """Write rows [first, first + count) of tensor `number` into `out`."""
-        assert out is not None, "there is one rank"
-        if self._open is None or self._open[0] != number:
-            meta = self._metadata[number]
-            self._open = number, self._folder.read(meta.name, meta.shape)
-        out.copy_(self._open[1][first : first + count])
-
-    def offload(self) -> None:
-        """Nothing: the weights stay in their files."""
-
-    def onload(self) -> None:
-        """Nothing: see `offload`."""

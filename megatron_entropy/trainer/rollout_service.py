@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_entropy.config.schema import RolloutConfig
@@ -60,20 +60,29 @@ class RolloutService:
         """Sync the actor's weights to the engines before they generate the next time."""
         self._weights_are_stale = True
 
-    def generate(self, requests: Sequence[Request], *, description: str, file: Path) -> list[Completion]:
+    def generate(
+        self,
+        requests: Sequence[Request],
+        *,
+        description: str,
+        file: Path,
+        on_finished: Callable[[Sequence[Completion]], None] | None = None,
+    ) -> list[Completion]:
         """Answer all requests.
 
         Args:
             requests: the same on every rank, with different keys.
             description: for the progress bar and the log.
             file: where `rollout.record` and `rollout.replay` keep these completions, relative to their folder.
+            on_finished: called on rank 0 with the completions that an engine has just finished, often with none; each
+                completion comes once. Replayed completions do not come.
         Returns:
             On rank 0 one completion per request, in the same order; elsewhere nothing.
         Raises:
             EngineFault: on every rank, when an engine has died more often than `rollout.max_restarts`.
             Fault: on every rank, when replayed completions do not answer these requests.
         """
-        completions = [] if self._config.replay else self._generate(requests, description)
+        completions = [] if self._config.replay else self._generate(requests, description, on_finished)
 
         def record_or_replay() -> None:
             if self._config.replay:
@@ -90,14 +99,19 @@ class RolloutService:
         if self._weight_sync is not None:
             self._weight_sync.close()
 
-    def _generate(self, requests: Sequence[Request], description: str) -> list[Completion]:
+    def _generate(
+        self,
+        requests: Sequence[Request],
+        description: str,
+        on_finished: Callable[[Sequence[Completion]], None] | None,
+    ) -> list[Completion]:
         """Let the engines answer; those that die are replaced and get the weights again."""
         answered: dict[tuple[int, ...], Completion] = {}
 
         def generate_missing() -> bool:
             """Return whether an engine died, so that requests may be left."""
             missing = [request for request in requests if request.key not in answered]
-            completions, dead = self._engines.generate(missing, description)
+            completions, dead = self._engines.generate(missing, description, on_finished)
             answered.update({completion.key: completion for completion in completions})
             self._engines.restart(dead)
             return bool(dead)

@@ -76,7 +76,9 @@ class World:
             self.gpu.engine_tags = {"weights", "kv_cache"}
             self.gpu.log.append("restart")
 
-    def generate(self, requests: Sequence[Request], description: str) -> tuple[list[Completion], list[int]]:
+    def generate(
+        self, requests: Sequence[Request], description: str, on_finished: object = None
+    ) -> tuple[list[Completion], list[int]]:
         self.at("generate")
         answer = np.array([1], np.int32), np.zeros(1, np.float32)
         return [Completion(request.key, *answer, "stop") for request in requests], []

@@ -28,13 +28,13 @@ from megatron_entropy.config.architecture import read_architecture
 from megatron_entropy.config.schema import DataConfig, RewardConfig
 from megatron_entropy.data.dataset import load_prompts
 from megatron_entropy.data.tokenizer import load_tokenizer
-from megatron_entropy.evaluation.evaluate import pass_at_k
 from megatron_entropy.methods.semantic_entropy import semantic_entropy, split_curriculum
 from megatron_entropy.records import Grade, Group, Prompt, Sample
 from megatron_entropy.rollout.engine import Completion, Request
 from megatron_entropy.semantic_entropy import measure as measuring
 from megatron_entropy.semantic_entropy.clusters import AnswerJudge, assign_clusters
-from megatron_entropy.semantic_entropy.measure import COLUMNS, Answers, FolderSource
+from megatron_entropy.semantic_entropy.measure import COLUMNS, Answers
+from megatron_entropy.trainer.standalone import FolderSource
 
 ROOT = Path(__file__).parents[2]
 LIMITS = ["--max-tokens", "24", "--max-prompt-tokens", "16", "--verifier", "final_marker"]
@@ -101,12 +101,6 @@ def test_every_question_is_in_one_stage_and_stages_ascend(entropies, stages):
     values = [entropies[index] for index in indices]
     assert values == sorted(values)
     assert max(map(len, split)) - min(map(len, split)) <= 1
-
-
-@pytest.mark.parametrize("n,right,k,expected", [(16, 0, 16, 0.0), (16, 1, 16, 1.0), (16, 3, 8, 0.9)])
-def test_pass_at_k(n, right, k, expected):
-    samples = [Sample(np.zeros(1, np.int32), 0, "stop", "", grade=Grade(i < right)) for i in range(n)]
-    assert pass_at_k(Group(Prompt(0, "", ()), tuple(samples)), k) == pytest.approx(expected)
 
 
 def test_answers_join_the_earliest_equal_cluster():
