@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from megatron_entropy.config.schema import EvalConfig
+from megatron_entropy.evaluation.metrics import pass_at_k
 from megatron_entropy.records import Group, Metric, Prompt, samples_of
 
 
@@ -47,17 +48,9 @@ def evaluate(
         "eval/truncated": Metric(sum(s.finish_reason == "length" for s in samples), len(samples)),
         "eval/errors": Metric(len(samples) - len(graded), len(samples)),
     }
+    correct = [[bool(s.grade and s.grade.correct) for s in group.samples] for group in groups]
     k = 1
     while 1 < config.samples >= k:
-        metrics[f"eval/pass_at_{k}"] = Metric(sum(pass_at_k(group, k) for group in groups), len(groups))
+        metrics[f"eval/pass_at_{k}"] = Metric(sum(pass_at_k(verdicts, k) for verdicts in correct), len(groups))
         k *= 2
     return metrics, groups
-
-
-def pass_at_k(group: Group, k: int) -> float:
-    """Estimate without bias the probability that one of k responses is correct (Chen et al. 2021, eq. 1)."""
-    n = len(group.samples)
-    num_correct = sum(bool(s.grade and s.grade.correct) for s in group.samples)
-    if n - num_correct < k:
-        return 1.0
-    return 1.0 - float(np.prod([1.0 - k / i for i in range(n - num_correct + 1, n + 1)]))

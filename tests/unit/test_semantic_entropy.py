@@ -29,7 +29,6 @@ from megatron_entropy.config.schema import DataConfig, RewardConfig
 from megatron_entropy.data.dataset import load_prompts
 from megatron_entropy.data.tokenizer import load_tokenizer
 from megatron_entropy.methods.semantic_entropy import semantic_entropy, split_curriculum
-from megatron_entropy.records import Grade, Group, Prompt, Sample
 from megatron_entropy.rollout.engine import Completion, Request
 from megatron_entropy.semantic_entropy import measure as measuring
 from megatron_entropy.semantic_entropy.clusters import AnswerJudge, assign_clusters
