@@ -14,6 +14,8 @@ from megatron_entropy.errors import ConfigError
 from megatron_entropy.plugins import load_plugin
 from megatron_entropy.records import Grade
 from megatron_entropy.rewards.dapo import dapo
+from megatron_entropy.rewards.gsm8k import gsm8k_flexible, gsm8k_strict
+from megatron_entropy.rewards.multiple_choice import gpqa, multiple_choice
 from megatron_entropy.rewards.strings import boxed, choice, final_marker
 from megatron_entropy.rewards.symbolic import math_verify
 
@@ -24,10 +26,16 @@ VERIFIERS: dict[str, Verifier] = {
     "choice": choice,
     "dapo": dapo,
     "final_marker": final_marker,
+    "gpqa": gpqa,
+    "gsm8k_flexible": gsm8k_flexible,
+    "gsm8k_strict": gsm8k_strict,
     "math_verify": math_verify,
+    "multiple_choice": multiple_choice,
 }
 
-INLINE = frozenset({"boxed", "choice", "dapo", "final_marker"})
+INLINE = frozenset(
+    {"boxed", "choice", "dapo", "final_marker", "gpqa", "gsm8k_flexible", "gsm8k_strict", "multiple_choice"}
+)
 """Verifiers that can neither hang nor crash (string scans in linear time). They run in the caller's process."""
 
 
