@@ -1,13 +1,19 @@
-"""Readers: raw rows of JSONL, JSON, CSV and parquet files, each with its location for error messages."""
+"""Readers: raw rows of JSONL, JSON, CSV and parquet files, each with its location for error messages.
+
+JSONL, JSON and CSV files may be compressed by gzip (`.jsonl.gz`).
+"""
 
 from __future__ import annotations
 
 import codecs
 import csv
+import gzip
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from megatron_entropy.errors import DataError
 from megatron_entropy.files import json_problem
@@ -18,7 +24,7 @@ RawRow = Mapping[str, object]
 MAX_LINE_BYTES = 2**28
 """Longest line that is read."""
 MAX_ARRAY_BYTES = 2**30
-"""Largest `.json` file that holds an array: it is read as a whole."""
+"""Largest `.json` file that holds an array (uncompressed): it is read as a whole."""
 
 
 def read_raw_rows(path: Path) -> Iterator[tuple[str, RawRow]]:
@@ -28,14 +34,15 @@ def read_raw_rows(path: Path) -> Iterator[tuple[str, RawRow]]:
         DataError: a missing file, a suffix without reader, a file that is not of its kind, or a row that is not an
             object.
     """
-    if path.suffix not in READERS:
-        raise DataError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; use {', '.join(READERS)}")
+    suffix = path.with_suffix("").suffix + path.suffix if path.suffix == ".gz" else path.suffix
+    if suffix not in READERS:
+        raise DataError(f"{path}: cannot read {suffix or 'a file without suffix'}; use {', '.join(READERS)}")
     if not os.path.isfile(path):
         raise DataError(f"{path}: {'not a regular file' if os.path.lexists(path) else 'no such file'}")
     try:
-        yield from READERS[path.suffix](path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+        yield from READERS[suffix](path)
+    except (OSError, EOFError, zlib.error) as error:  # the last two: a damaged .gz file
+        raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def kind_of(value: object) -> str:
@@ -48,17 +55,28 @@ def kind_of(value: object) -> str:
     return names.get(type(value), type(value).__name__)
 
 
+def _open(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+
+
 def _json(path: Path) -> Iterator[tuple[str, RawRow]]:
     """An array of objects, or one object per line."""
-    with path.open("rb") as file:
+    with _open(path) as file:
         start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
     return _json_array(path) if start.startswith(b"[") else _json_lines(path)
 
 
 def _json_array(path: Path) -> Iterator[tuple[str, RawRow]]:
-    if (size := path.stat().st_size) > MAX_ARRAY_BYTES:
-        raise DataError(f"{path}: {size} bytes are too many for one JSON array; write one object per line (.jsonl)")
-    rows = _parse(path.read_bytes(), str(path), "not a JSON array")
+    chunks, size = [], 0
+    with _open(path) as file:
+        while chunk := file.read(2**20):
+            chunks.append(chunk)
+            if (size := size + len(chunk)) > MAX_ARRAY_BYTES:
+                raise DataError(
+                    f"{path}: more than {MAX_ARRAY_BYTES} bytes are too many for one JSON array; write one object per "
+                    "line (.jsonl)"
+                )
+    rows = _parse(b"".join(chunks), str(path), "not a JSON array")
     assert isinstance(rows, list), "it starts with a bracket"
     for number, row in enumerate(rows, start=1):
         location = f"{path} item {number}"
@@ -85,7 +103,7 @@ def _parse(text: bytes, location: str, problem: str) -> object:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    with path.open("rb") as file:
+    with _open(path) as file:
         number = 0
         while line := file.readline(MAX_LINE_BYTES):
             number += 1
@@ -132,5 +150,8 @@ READERS: dict[str, Callable[[Path], Iterator[tuple[str, RawRow]]]] = {
     ".json": _json,
     ".csv": _csv_rows,
     ".parquet": _parquet_rows,
+    ".jsonl.gz": _json_lines,
+    ".json.gz": _json,
+    ".csv.gz": _csv_rows,
 }
 """Suffix -> reader."""
