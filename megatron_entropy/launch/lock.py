@@ -1,4 +1,4 @@
-"""The lock of a run folder: one living run writes to it at a time."""
+"""The lock of a folder: one living run or evaluation writes to it at a time."""
 
 from __future__ import annotations
 
@@ -19,19 +19,22 @@ LOCK_FILE = ".lock"
 
 
 class RunLock:
-    """Locks a run folder for the life of this process.
+    """Locks a folder for the life of this process.
 
     It is a POSIX record lock, which the kernel releases when the process ends, however it ends; network file systems
     (NFS, Lustre, GPFS, CephFS) keep it for all machines. The file itself stays and names the last owner.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, option: str = "output") -> None:
         """Take the lock.
 
+        Args:
+            folder: exists already.
+            option: the flag that names the folder, for the message.
         Raises:
             ConfigError: another process holds it; the message names its machine, its pid and since when.
         """
-        self._file = _open_locked(folder, os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX)
+        self._file = _open_locked(folder, os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX, option)
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now}).encode(), 0)
@@ -51,14 +54,14 @@ def check_unlocked(folder: Path) -> None:
         os.close(_open_locked(folder, os.O_RDONLY, fcntl.LOCK_SH))
 
 
-def _open_locked(folder: Path, flags: int, kind: int) -> int:
+def _open_locked(folder: Path, flags: int, kind: int, option: str = "output") -> int:
     """Open and lock the file; a file system without locks is warned of."""
     try:
         file = os.open(folder / LOCK_FILE, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     except OSError as error:
         raise ConfigError(
-            f"output={folder}: {LOCK_FILE} cannot be opened ({error.strerror}); fix that, or choose another folder "
-            "with --output=..."
+            f"{option}={folder}: {LOCK_FILE} cannot be opened ({error.strerror}); fix that, or choose another folder "
+            f"with --{option}=..."
         ) from None
     try:
         fcntl.lockf(file, kind | fcntl.LOCK_NB)
@@ -67,11 +70,12 @@ def _open_locked(folder: Path, flags: int, kind: int) -> int:
             owner = os.pread(file, 4096, 0)
             os.close(file)
             raise ConfigError(
-                f"output={folder} is in use by a running training ({_describe(owner)}); stop it first, or choose "
-                "another folder with --output=..."
+                f"{option}={folder} is in use by a running process ({_describe(owner)}); stop it first, or choose "
+                f"another folder with --{option}=..."
             ) from None
         log.warning(
-            "output=%s is on a file system without file locks (%s): nothing keeps a second run from writing to it",
+            "%s=%s is on a file system without file locks (%s): nothing keeps a second process from writing to it",
+            option,
             folder,
             error.strerror,
         )

@@ -123,7 +123,7 @@ def test_a_living_run_keeps_its_folder_and_ends_with_its_launcher(inputs, tmp_pa
     wait_for_step(process, run, 2)
     for flag in ("--overwrite", "--resume"):
         (line,) = train(inputs, run, flag, code=2).splitlines()
-        assert re.match(rf"error: output={run} is in use by a running training \(on \S+, pid \d+, since 20", line)
+        assert re.match(rf"error: output={run} is in use by a running process \(on \S+, pid \d+, since 20", line)
     wait_for_step(process, run, 5 + (run / "metrics.jsonl").read_text().count("\n"))
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)

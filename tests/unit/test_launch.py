@@ -131,7 +131,7 @@ def test_folder_of_a_living_run_is_refused(tmp_path, flags):
     holder.stdout.readline()
     before = sorted(tmp_path.rglob("*"))
     for function in (prepare.check_run_folder, prepare.prepare_run_folder):
-        with pytest.raises(ConfigError, match=rf"output=.* is in use by a running training \(.*pid {holder.pid},"):
+        with pytest.raises(ConfigError, match=rf"output=.* is in use by a running process \(.*pid {holder.pid},"):
             function(spec, **{"resume": False, "overwrite": False, **flags})
     assert sorted(tmp_path.rglob("*")) == before and holder.poll() is None
     holder.kill()

@@ -23,7 +23,7 @@ FLOORS = (
     ("data", "monitor", "rewards", "weights"),
     ("actor", "methods", "rollout"),
     ("checkpoint",),
-    ("evaluation", "semantic_entropy", "trainer"),
+    ("benchmarks", "evaluation", "semantic_entropy", "trainer"),
     ("launch",),
     ("__main__", "cli"),
 )
@@ -32,6 +32,8 @@ NEIGHBOURS_ALLOWED = {
     ("weights", "monitor"),
     ("trainer", "evaluation"),
     ("semantic_entropy", "trainer"),
+    ("benchmarks", "trainer"),
+    ("benchmarks", "evaluation"),
     ("__main__", "cli"),
     ("monitor", "data"),
 }
