@@ -56,7 +56,7 @@ def _load(paths: Sequence[str | Path], overrides: Sequence[str], load_method_con
     top: dict[str, Any] = {}
     stages: dict[str, dict[str, Any]] = {}
     for path in paths:
-        tree = _read(path)
+        tree = read_toml(path, usage="the arguments of train are TOML files, then --key.path=value")
         own = tree.pop("stages", [])
         if not isinstance(own, list) or not all(isinstance(stage, dict) for stage in own):
             raise ConfigError(f"{path}: stages must be written as [[stages]] tables")
@@ -82,15 +82,18 @@ def _load(paths: Sequence[str | Path], overrides: Sequence[str], load_method_con
     return configs
 
 
-def _read(path: str | Path) -> dict[str, Any]:
-    """The content of a TOML file.
+def read_toml(path: str | Path, *, usage: str) -> dict[str, Any]:
+    """Read the content of a TOML file.
 
+    Args:
+        path: the file.
+        usage: how the file is named, for the message about a missing one.
     Raises:
         ConfigError: not a readable TOML file of at most `MAX_FILE_BYTES`.
     """
     if not os.path.isfile(path):
         found = "not a regular file" if os.path.exists(path) else "no such file"
-        raise ConfigError(f"{path}: {found}; the arguments of train are TOML files, then --key.path=value")
+        raise ConfigError(f"{path}: {found}; {usage}")
     if (size := os.path.getsize(path)) > MAX_FILE_BYTES:
         raise ConfigError(f"{path}: {size} bytes are too many for a configuration; at most {MAX_FILE_BYTES}")
     try:
@@ -124,18 +127,22 @@ def _build(tree: dict[str, Any], load_method_config: LoadMethodConfig) -> Config
     if not isinstance(method["name"], str):
         raise ConfigError(f'method.name must be a text such as "grpo", found {_show(method["name"])}')
     method_class = load_method_config(method["name"])
-    _reject_unknown_keys({key: value for key, value in tree.items() if key != "method"}, Config, "")
-    _reject_unknown_keys(method, method_class, "method.")
+    reject_unknown_keys({key: value for key, value in tree.items() if key != "method"}, Config, "")
+    reject_unknown_keys(method, method_class, "method.")
     try:
         return Config.model_validate({**tree, "method": method_class.model_validate(method)})
     except ValidationError as error:
-        first = error.errors()[0]
-        prefix = "method." if error.title == method_class.__name__ else ""
-        key = prefix + ".".join(str(part) for part in first["loc"])
-        found = "" if first["type"] == "missing" else f" (got {_show(first['input'])})"
-        reason = first["msg"].removeprefix("Value error, ")
-        hint = _HINTS.get(first["type"], "").format(key=key)
-        raise ConfigError(f"{key}: {reason[0].lower()}{reason[1:]}{found}{hint}") from None
+        raise ConfigError(describe_problem(error, "method." if error.title == method_class.__name__ else "")) from None
+
+
+def describe_problem(error: ValidationError, prefix: str) -> str:
+    """Say in one line what the first problem is that pydantic found, and under which key."""
+    first = error.errors()[0]
+    key = prefix + ".".join(str(part) for part in first["loc"])
+    found = "" if first["type"] == "missing" else f" (got {_show(first['input'])})"
+    reason = first["msg"].removeprefix("Value error, ")
+    hint = _HINTS.get(first["type"], "").format(key=key)
+    return f"{key}: {reason[0].lower()}{reason[1:]}{found}{hint}"
 
 
 _HINTS = {
@@ -154,13 +161,18 @@ def _show(value: object) -> str:
     return text if len(text) <= 120 else f"{text[:120]}..."
 
 
-def _reject_unknown_keys(tree: Mapping[str, Any], section: type[BaseModel], prefix: str) -> None:
+def reject_unknown_keys(tree: Mapping[str, Any], section: type[BaseModel], prefix: str) -> None:
+    """Check that a table has only the keys of a section.
+
+    Raises:
+        ConfigError: an unknown key, at any depth; the message names the nearest known one.
+    """
     for key, value in tree.items():
         if key not in section.model_fields:
             raise ConfigError(f"{prefix}{key}: unknown key{suggest_key(key, section, prefix)}")
         inner = section.model_fields[key].annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel) and isinstance(value, dict):
-            _reject_unknown_keys(value, inner, f"{prefix}{key}.")
+            reject_unknown_keys(value, inner, f"{prefix}{key}.")
 
 
 def _parse_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
