@@ -1,0 +1,1 @@
+"""Benchmarks of a model: questions, samples of many engines, grades, tables and reports."""
