@@ -7,42 +7,185 @@
 - Workers are fresh interpreters (spawn). They import the verifier, but neither torch nor the caller's main script.
   The first `grade` starts them.
 - Grading ends when its budget of time is used up. The responses without a grade then get the error `budget`.
+
+`RewardPool` is what a run uses; `GradingQueue` (queue.py) grades single answers for a server.
 """
 
 from __future__ import annotations
 
-import importlib.machinery
 import logging
-import signal
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import TimeoutError as GradeTimeout
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.context import SpawnContext, SpawnProcess
 from types import TracebackType
+from typing import Self
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from megatron_entropy.errors import ConfigError, Fault
 from megatron_entropy.records import Grade
-from megatron_entropy.rewards.registry import INLINE, VERIFIERS, Verifier, load_verifier
+from megatron_entropy.rewards import worker
+from megatron_entropy.rewards.registry import INLINE, VERIFIERS, load_verifier
+from megatron_entropy.rewards.worker import Task
 
 logger = logging.getLogger(__name__)
 BUDGET_RESPONSES = 1000  # a call with more responses gets proportionally more time
 CHECK_SECONDS = 5.0  # limit of `check_verifier` for its response
-START_SECONDS = 300.0  # limit for a worker to import its verifier
+START_SECONDS = 300.0  # limit for a worker to import its verifiers
 MAX_BREAKDOWNS = 5  # of the whole pool in a row, without a new grade; then the first response without one is the cause
 UNUSABLE = ("timeout", "crash", "TypeError: the verifier returned", "NameError", "ImportError", "ModuleNotFoundError")
-ERROR_LENGTH = 120  # characters of an error message kept in a grade
-MEMORY_GIB = 4.0  # memory that grading may add to what a worker uses after its imports
+"""Beginnings of errors that show a verifier to be unusable."""
 
 
-class RewardPool:
+class WorkerPool:
+    """Processes that grade tasks by the verifiers they have imported.
+
+    Args:
+        verifiers: names, see `load_verifier`.
+        workers: number of processes.
+        timeout: seconds for one response.
+
+    `lost_workers`: number of processes that were killed or died so far, each of which was replaced.
+    """
+
+    def __init__(self, verifiers: Sequence[str], *, workers: int, timeout: float) -> None:
+        assert workers > 0 and timeout > 0, (workers, timeout)
+        self.verifiers = tuple(verifiers)
+        self.workers = workers
+        self.timeout = timeout
+        self.lost_workers = 0
+        self._pool: ProcessPool | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Start the workers, unless they run.
+
+        Raises:
+            Fault: they cannot be started.
+        """
+        self._running_pool()
+
+    def close(self) -> None:
+        """Stop the workers immediately; the next task starts new ones."""
+        if self._pool is not None:
+            self._pool.stop()
+            self._pool.join()
+            self._pool = None
+
+    def grade_tasks(self, tasks: Sequence[Task], seconds: float) -> list[Grade]:
+        """Grade tasks within `seconds`, to which the start of the workers is not counted.
+
+        Returns:
+            The grades in the order of the tasks, see `RewardPool.grade`.
+
+        Raises:
+            Fault: the workers cannot be started.
+        """
+        if not tasks:
+            return []
+        grades: dict[int, Grade] = {}
+        suspects: set[int] = set()
+        breakdowns = 0
+        self._running_pool()
+        deadline = time.monotonic() + min(seconds, threading.TIMEOUT_MAX)
+        while len(grades) < len(tasks):
+            before = len(grades)
+            self._attempt(tasks, grades, suspects, deadline)
+            if time.monotonic() >= deadline:
+                break
+            breakdowns = breakdowns + 1 if len(grades) == before else 0
+            if breakdowns == MAX_BREAKDOWNS:
+                first = next(index for index in range(len(tasks)) if index not in grades)
+                grades[first] = Grade(None, error="crash")
+                breakdowns = 0
+        if len(grades) < len(tasks):
+            self.close()
+        return [grades.get(index, Grade(None, error="budget")) for index in range(len(tasks))]
+
+    def _attempt(self, tasks: Sequence[Task], grades: dict[int, Grade], suspects: set[int], deadline: float) -> None:
+        """Grade the tasks that have no grade yet, until all are graded, the pool breaks down, or the deadline.
+
+        A response whose worker dies becomes a suspect and is graded again in the next attempt; if its worker dies
+        again, it gets `crash`. pebble stops its pool when it cannot tell which response a dead worker was grading.
+        The tasks without a grade then go to a new pool.
+
+        Args:
+            tasks: all tasks of the call.
+            grades: by index of the task; filled here.
+            suspects: indices of tasks whose worker has died once; filled here.
+            deadline: a time of `time.monotonic`.
+        """
+        pool = self._running_pool()
+        futures = {}
+        try:
+            for index, task in enumerate(tasks):
+                if index not in grades:
+                    futures[index] = pool.schedule(worker.grade_task, args=task, timeout=self.timeout)
+            is_broken = False
+        except RuntimeError:  # the pool broke down while tasks were being scheduled
+            is_broken = True
+        for index, future in futures.items():
+            try:
+                error = future.exception(max(0.0, deadline - time.monotonic()))
+            except GradeTimeout:  # the deadline; a response that takes too long returns its error
+                continue
+            grade = _result(future, error)
+            self.lost_workers += isinstance(error, GradeTimeout | ProcessExpired)
+            if grade is None:
+                is_broken = True
+            elif isinstance(error, ProcessExpired) and index not in suspects:
+                suspects.add(index)
+            else:
+                grades[index] = grade
+        if is_broken:
+            self.lost_workers += 1
+            self.close()
+
+    def _running_pool(self) -> ProcessPool:
+        """A pool whose first worker is prepared; started twice at most, as a worker may be killed meanwhile."""
+        if self._pool is not None and not self._pool.active:  # a worker died between two calls
+            self.lost_workers += 1
+            self.close()
+        for attempt in range(2):
+            if self._pool is not None:
+                break
+            self._pool = pool = ProcessPool(
+                max_workers=self.workers,
+                initializer=worker.prepare,
+                initargs=(self.verifiers,),
+                context=worker.WorkerContext(),
+            )
+            try:
+                pool.schedule(worker.ready).result(START_SECONDS)
+            except (GradeTimeout, BrokenProcessPool, ProcessExpired) as error:
+                self.close()
+                if attempt:
+                    names = ", ".join(map(repr, self.verifiers))
+                    raise Fault(
+                        f"the reward workers cannot load the verifier {names}: importing it in a fresh "
+                        f"`{sys.executable}` fails or takes more than {START_SECONDS:.0f} s"
+                    ) from error
+        assert self._pool is not None
+        return self._pool
+
+
+class RewardPool(WorkerPool):
     """Grades responses with one verifier, in worker processes if the verifier may hang or crash.
 
-    The string verifiers (`registry.INLINE`) run in the caller's process, which is much faster. `math_verify` and
+    The string verifiers (`registry.INLINE`) run in the caller's process, which is much faster. The other ones and
     external verifiers run in workers. Use the pool as a context manager, or call `close`.
 
     Args:
@@ -57,31 +200,11 @@ class RewardPool:
     """
 
     def __init__(self, *, verifier: str, workers: int = 2, timeout: float = 10.0, budget: float = 60.0) -> None:
-        assert workers > 0 and timeout > 0 and budget > 0, (workers, timeout, budget)
+        assert budget > 0, budget
+        super().__init__([verifier], workers=workers, timeout=timeout)
         self.verifier = verifier
-        self.workers = workers
-        self.timeout = timeout
         self.budget = budget
         self._function = load_verifier(verifier)
-        self._pool: ProcessPool | None = None
-
-    def __enter__(self) -> RewardPool:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stop the workers immediately; a later `grade` starts new ones."""
-        if self._pool is not None:
-            self._pool.stop()
-            self._pool.join()
-            self._pool = None
 
     def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
         """Grade (response, ground truth) pairs.
@@ -94,99 +217,23 @@ class RewardPool:
             Fault: the workers cannot be started.
         """
         if self.verifier in INLINE:
-            return [_grade(self._function, response, answer) for response, answer in pairs]
-        if not pairs:
-            return []
-        grades: dict[int, Grade] = {}
-        suspects: set[int] = set()
-        breakdowns = 0
-        self._running_pool()
-        seconds = min(self.budget * max(1.0, len(pairs) / BUDGET_RESPONSES), threading.TIMEOUT_MAX)
-        deadline = time.monotonic() + seconds
-        while len(grades) < len(pairs):
-            before = len(grades)
-            self._attempt(pairs, grades, suspects, deadline)
-            if time.monotonic() >= deadline:
-                break
-            breakdowns = breakdowns + 1 if len(grades) == before else 0
-            if breakdowns == MAX_BREAKDOWNS:
-                first = next(index for index in range(len(pairs)) if index not in grades)
-                grades[first] = Grade(None, error="crash")
-                breakdowns = 0
-        if len(grades) < len(pairs):
-            self.close()
+            return [worker.call_verifier(self._function, response, answer) for response, answer in pairs]
+        seconds = scale_budget(self.budget, len(pairs))
+        grades = self.grade_tasks([(self.verifier, response, answer) for response, answer in pairs], seconds)
+        if skipped := sum(grade.error == "budget" for grade in grades):
             logger.warning(
                 "%d of %d responses were not graded within %g s and count as errors (reward/error_budget): raise "
                 "reward.budget or reward.workers, or lower reward.timeout",
-                len(pairs) - len(grades),
+                skipped,
                 len(pairs),
                 seconds,
             )
-        return [grades.get(index, Grade(None, error="budget")) for index in range(len(pairs))]
+        return grades
 
-    def _attempt(
-        self, pairs: Sequence[tuple[str, str]], grades: dict[int, Grade], suspects: set[int], deadline: float
-    ) -> None:
-        """Grade the pairs that have no grade yet, until all are graded, the pool breaks down, or the deadline.
 
-        A response whose worker dies becomes a suspect and is graded again in the next attempt; if its worker dies
-        again, it gets `crash`. pebble stops its pool when it cannot tell which response a dead worker was grading.
-        The pairs without a grade then go to a new pool.
-
-        Args:
-            pairs: all pairs of the call.
-            grades: by index of the pair; filled here.
-            suspects: indices of pairs whose worker has died once; filled here.
-            deadline: a time of `time.monotonic`.
-        """
-        pool = self._running_pool()
-        futures = {}
-        try:
-            for index, pair in enumerate(pairs):
-                if index not in grades:
-                    futures[index] = pool.schedule(_work, args=pair, timeout=self.timeout)
-            is_broken = False
-        except RuntimeError:  # the pool broke down while tasks were being scheduled
-            is_broken = True
-        for index, future in futures.items():
-            try:
-                error = future.exception(max(0.0, deadline - time.monotonic()))
-            except GradeTimeout:  # the deadline; a response that takes too long returns its error
-                continue
-            grade = _result(future, error)
-            if grade is None:
-                is_broken = True
-            elif isinstance(error, ProcessExpired) and index not in suspects:
-                suspects.add(index)
-            else:
-                grades[index] = grade
-        if is_broken:
-            self.close()
-
-    def _running_pool(self) -> ProcessPool:
-        """A pool whose first worker has loaded the verifier; starts it twice, as a worker may be killed meanwhile."""
-        if self._pool is not None and not self._pool.active:  # a worker died between two calls
-            self.close()
-        for attempt in range(2):
-            if self._pool is not None:
-                break
-            self._pool = pool = ProcessPool(
-                max_workers=self.workers,
-                initializer=_prepare_worker,
-                initargs=(self.verifier,),
-                context=_WorkerContext(),
-            )
-            try:
-                pool.schedule(_ready).result(START_SECONDS)
-            except (GradeTimeout, BrokenProcessPool, ProcessExpired) as error:
-                self.close()
-                if attempt:
-                    raise Fault(
-                        f"the reward workers cannot load the verifier {self.verifier!r}: importing it in a fresh "
-                        f"`{sys.executable}` fails or takes more than {START_SECONDS:.0f} s"
-                    ) from error
-        assert self._pool is not None
-        return self._pool
+def scale_budget(budget: float, num_responses: int) -> float:
+    """Seconds for one call: `budget` for up to `BUDGET_RESPONSES` responses, proportionally more for more."""
+    return budget * max(1.0, num_responses / BUDGET_RESPONSES)
 
 
 def check_verifier(name: str, answer: str = "1") -> None:
@@ -201,7 +248,7 @@ def check_verifier(name: str, answer: str = "1") -> None:
             neither a Grade nor a bool.
     """
     if name in VERIFIERS:
-        error = _grade(load_verifier(name), "1", "1").error or ""
+        error = worker.call_verifier(load_verifier(name), "1", "1").error or ""
     else:
         try:
             with RewardPool(verifier=name, workers=1, timeout=CHECK_SECONDS) as pool:
@@ -219,91 +266,3 @@ def _result(future: ProcessFuture, error: BaseException | None) -> Grade | None:
     if isinstance(error, BrokenProcessPool):
         return None
     return Grade(None, error="timeout" if isinstance(error, GradeTimeout) else "crash")
-
-
-def _grade(verifier: Verifier, response: str, answer: str) -> Grade:
-    """Call a verifier; what it raises becomes the error of the grade."""
-    try:
-        grade = verifier(response, answer)
-    except MemoryError:
-        return Grade(None, error="crash")
-    except Exception as error:
-        message = " ".join(str(error).split())
-        return Grade(None, error=f"{type(error).__name__}: {message}"[:ERROR_LENGTH])
-    if isinstance(grade, bool):
-        return Grade(grade)
-    if not isinstance(grade, Grade):
-        return Grade(None, error=f"TypeError: the verifier returned {type(grade).__name__}, not a Grade")
-    if not (isinstance(grade.correct, bool | None) and isinstance(grade.extracted, str | None)):
-        return Grade(
-            None, error="TypeError: the verifier returned a Grade with wrong types (correct: bool, extracted: str)"
-        )
-    return grade
-
-
-_worker_verifier: Verifier | None = None
-
-
-def _prepare_worker(verifier: str) -> None:
-    """Import the verifier and limit the memory; every worker starts with this."""
-    global _worker_verifier
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pebble's handler would wait until compiled code returns
-    _worker_verifier = load_verifier(verifier)
-    if verifier == "math_verify":
-        _worker_verifier("$1$", "1")  # its slow imports are part of the start, not of the first response
-    _limit_memory(MEMORY_GIB)
-
-
-def _limit_memory(gib: float) -> None:
-    """Limit this process to `gib` more memory, so that a runaway verifier raises MemoryError (Linux only)."""
-    if not sys.platform.startswith("linux"):
-        return
-    import resource
-
-    with open("/proc/self/statm") as file:
-        in_use = int(file.read().split()[0]) * resource.getpagesize()
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = in_use + int(gib * 2**30)
-    resource.setrlimit(resource.RLIMIT_AS, (limit if hard < 0 else min(limit, hard), hard))
-
-
-def _ready() -> None:
-    """The first task of a pool; it returns when a worker is prepared."""
-
-
-def _work(response: str, answer: str) -> Grade:
-    """Grade one response, in a worker."""
-    assert _worker_verifier is not None, "_prepare_worker runs first"
-    try:
-        return _grade(_worker_verifier, response, answer)
-    except BaseException:  # SystemExit and KeyboardInterrupt must not reach the caller
-        return Grade(None, error="crash")
-
-
-_starting = threading.Lock()
-
-
-class _WorkerProcess(SpawnProcess):
-    """A spawned process that does not import the caller's main script.
-
-    `multiprocessing` imports the parent's `__main__` in every child. For a trainer that costs seconds of importing
-    torch in each worker, and a script without a `__main__` guard starts itself again and again. A main module whose
-    spec is named `__main__` is not imported (`multiprocessing.spawn._fixup_main_from_name`), so it gets such a spec
-    while the child starts.
-    """
-
-    def start(self) -> None:
-        main = sys.modules["__main__"]
-        with _starting:
-            spec = getattr(main, "__spec__", None)
-            main.__spec__ = importlib.machinery.ModuleSpec("__main__", None)
-            try:
-                super().start()
-            finally:
-                main.__spec__ = spec
-
-
-class _WorkerContext(SpawnContext):
-    """The spawn context with `_WorkerProcess`."""
-
-    Process = _WorkerProcess
