@@ -16,6 +16,7 @@ from megatron_entropy.records import Grade
 from megatron_entropy.rewards.dapo import dapo
 from megatron_entropy.rewards.gsm8k import gsm8k_flexible, gsm8k_strict
 from megatron_entropy.rewards.multiple_choice import gpqa, multiple_choice
+from megatron_entropy.rewards.opencompass import opencompass_v2
 from megatron_entropy.rewards.strings import boxed, choice, final_marker
 from megatron_entropy.rewards.symbolic import math_verify
 
@@ -31,10 +32,11 @@ VERIFIERS: dict[str, Verifier] = {
     "gsm8k_strict": gsm8k_strict,
     "math_verify": math_verify,
     "multiple_choice": multiple_choice,
+    "opencompass_v2": opencompass_v2,
 }
 
 INLINE = frozenset(
-    {"boxed", "choice", "dapo", "final_marker", "gpqa", "gsm8k_flexible", "gsm8k_strict", "multiple_choice"}
+    "boxed choice dapo final_marker gpqa gsm8k_flexible gsm8k_strict multiple_choice opencompass_v2".split()
 )
 """Verifiers that can neither hang nor crash (string scans in linear time). They run in the caller's process."""
 
