@@ -55,6 +55,12 @@ def kind_of(value: object) -> str:
     return names.get(type(value), type(value).__name__)
 
 
+def column_names(row: RawRow) -> str:
+    """List the columns of a row for an error message, shortened."""
+    names = [name if name.isprintable() and len(name) < 60 else f"{name[:60]!a}" for name in list(row)[:20]]
+    return (", ".join(names) or "no columns") + (", ..." if len(row) > 20 else "")
+
+
 def _open(path: Path) -> BinaryIO:
     return cast(BinaryIO, gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_entropy.data.readers import RawRow, kind_of, read_raw_rows
+from megatron_entropy.data.readers import RawRow, column_names, kind_of, read_raw_rows
 from megatron_entropy.errors import ConfigError, DataError
 from megatron_entropy.plugins import load_plugin
 
@@ -88,7 +88,7 @@ def read_rows(file: str | Path, *, schema: str = "auto", columns: Mapping[str, s
         for column in chosen.columns:
             if column not in raw:
                 raise DataError(
-                    f"{location}: column {column!r} is missing; found {_column_names(in_file)}; "
+                    f"{location}: column {column!r} is missing; found {column_names(in_file)}; "
                     f"data.columns.{column} names it where it has another name"
                 )
         try:
@@ -118,7 +118,7 @@ def _rename(row: RawRow, columns: Mapping[str, str], location: str) -> RawRow:
     for ours, theirs in columns.items():
         if theirs not in row:
             raise DataError(
-                f"{location}: column {theirs!r} is missing, which data.columns.{ours} names; found {_column_names(row)}"
+                f"{location}: column {theirs!r} is missing, which data.columns.{ours} names; found {column_names(row)}"
             )
     kept = {name: value for name, value in row.items() if name not in columns.values()}
     return {**kept, **{ours: row[theirs] for ours, theirs in columns.items()}}
@@ -133,7 +133,7 @@ def _detect_schema(row: RawRow, location: str) -> Schema:
             return schema
     known = "; ".join(f"{name}: {', '.join(schema.columns)}" for name, schema in SCHEMAS.items())
     raise DataError(
-        f"{location}: no schema has the columns {_column_names(row)}; known are {known}; "
+        f"{location}: no schema has the columns {column_names(row)}; known are {known}; "
         'data.columns.question = "NAME" reads a column with another name'
     )
 
@@ -150,11 +150,6 @@ def _check_unicode(row: Row) -> None:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"a text is not valid Unicode: character {error.start} is {text[error.start]!a}") from None
-
-
-def _column_names(row: RawRow) -> str:
-    names = [name if name.isprintable() and len(name) < 60 else f"{name[:60]!a}" for name in list(row)[:20]]
-    return (", ".join(names) or "no columns") + (", ..." if len(row) > 20 else "")
 
 
 def _text(row: RawRow, column: str) -> str:
