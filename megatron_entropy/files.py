@@ -24,19 +24,22 @@ def read_json(path: Path, error: type[UserError]) -> dict[str, Any]:
 
     Raises:
         UserError: of the class `error`, in one line that names the file: it is missing, not a regular file, too large,
-            not UTF-8, not JSON, nested too deeply, or not an object.
+            not UTF-8, not JSON, nested too deeply, half a surrogate pair, or not an object.
     """
     try:
         if not os.path.isfile(path):
             raise error(f"{path}: {'not a regular file' if os.path.lexists(path) else 'no such file'}")
         if (size := path.stat().st_size) > MAX_JSON_BYTES:
             raise error(f"{path}: {size} bytes are too many for this file; at most {MAX_JSON_BYTES} are read")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        if r"\ud" in text.lower():
+            json.dumps(content, ensure_ascii=False).encode()  # a lone surrogate is no text
     except OSError as reason:
         raise error(f"{path}: cannot be read: {reason.strerror or reason}") from None
     except error:
         raise
-    except (ValueError, RecursionError) as reason:  # UnicodeDecodeError, JSONDecodeError, a number of 5,000 digits
+    except (ValueError, RecursionError) as reason:  # JSONDecodeError, UnicodeError, a number of 5,000 digits
         raise error(f"{path}: not valid JSON: {json_problem(reason)}") from None
     if not isinstance(content, dict):
         raise error(f"{path}: expected a JSON object, found {type(content).__name__}")

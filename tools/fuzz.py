@@ -173,8 +173,7 @@ def fuzz_config(inputs: Inputs, rng: random.Random, scratch: Path) -> tuple[list
         return ["train", str(file), "--dry-run"], False
     keys = [*keys_of(Config), *keys_of(METHOD_CONFIGS[method], ("method",))]
     overrides = []
-    for _ in range(rng.randint(1, 3)):
-        path, annotation = rng.choice(keys)
+    for path, annotation in rng.sample(keys, rng.randint(1, 3)):
         wrong = NEVER_RIGHT.get(annotation if isinstance(annotation, type) else object, ())
         is_wrong = bool(wrong) and rng.random() < 0.6
         value = rng.choice(wrong if is_wrong else PLAUSIBLE)

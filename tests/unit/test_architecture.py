@@ -151,6 +151,7 @@ def test_mistakes_in_config_name_file_key_and_value(tmp_path, changes, message):
         ("", "not valid JSON"),
         ("[" * 100_000, "not valid JSON: nested too deeply"),
         ('{"a": ' * 100_000, "not valid JSON: nested too deeply"),
+        (r'{"\ud800": 1}', "not valid JSON: .*surrogates not allowed"),
         ('{"a": ' + "9" * 5000 + "}", "not valid JSON: Exceeds the limit"),
         (b"\xff{}", "not valid JSON: .*utf-8"),
     ],
