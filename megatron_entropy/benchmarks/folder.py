@@ -141,21 +141,20 @@ def extend_record(folder: EvalFolder, asked: EvalRecord, digests: Mapping[str, S
         for what in ("samples", "questions"):
             if getattr(new, what) < getattr(old, what):
                 raise _differs(folder, f"{name}: {what}", getattr(old, what), getattr(new, what))
-        _check_equal(folder, f"{name}: graders", ",".join(old.graders), ",".join(new.graders), "regrade it (--regrade)")
         _check_equal(folder, f"{name}: questions", old.digest, digests[name][old.questions])
     benchmarks = {**before.benchmarks, **asked.benchmarks}
     return replace(asked, benchmarks=benchmarks, started=before.started)
 
 
-def _check_equal(folder: EvalFolder, name: str, old: Setting | None, new: Setting | None, advice: str = "") -> None:
+def _check_equal(folder: EvalFolder, name: str, old: Setting | None, new: Setting | None) -> None:
     if old != new:
-        raise _differs(folder, name, old, new, advice)
+        raise _differs(folder, name, old, new)
 
 
-def _differs(folder: EvalFolder, name: str, old: Setting | None, new: Setting | None, advice: str = "") -> ConfigError:
+def _differs(folder: EvalFolder, name: str, old: Setting | None, new: Setting | None) -> ConfigError:
     return ConfigError(
-        f"{folder.root}: holds an evaluation with {name} = {old}, this one has {new}; "
-        f"{advice or 'repeat the earlier command to finish it'}, or choose another folder with --out"
+        f"{folder.root}: holds an evaluation with {name} = {old}, this one has {new}; repeat the earlier command to go "
+        "on with it, or choose another folder with --out"
     )
 
 
