@@ -15,12 +15,13 @@ from megatron_entropy.cli import (
     merge_lora,
     report,
     semantic_entropy,
+    serve_rewards,
     train,
 )
 from megatron_entropy.cli.arguments import Parser
 from megatron_entropy.errors import Fault, UserError
 
-COMMANDS = (train, config, report, convert, inspect, merge_lora, semantic_entropy, doctor, completion)
+COMMANDS = (train, config, report, convert, inspect, merge_lora, semantic_entropy, serve_rewards, doctor, completion)
 """Modules of the subcommands, in the order of `--help`."""
 
 

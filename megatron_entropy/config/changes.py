@@ -21,6 +21,7 @@ MAY_CHANGE = (
     "reward.workers",
     "reward.timeout",
     "reward.budget",
+    "reward.url",
     "rollout.num_engines",
     "rollout.tensor_parallel",
     "rollout.max_num_seqs",
@@ -30,6 +31,7 @@ MAY_CHANGE = (
     "rollout.weight_transfer",
     "rollout.verify_weights",
     "rollout.max_restarts",
+    "rollout.entropy_check_every",
     "rollout.record",
     "rollout.replay",
 )

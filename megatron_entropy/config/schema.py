@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -40,6 +41,17 @@ def _check_path(path: str) -> str:
     return path
 
 
+def _check_server_url(url: str) -> str:
+    if not url:
+        return url
+    parts = urlsplit(url)  # raises ValueError for a port that is no number
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0 or parts.query or parts.fragment:
+        raise ValueError("a server is written http://HOST:PORT or https://HOST:PORT")
+    if parts.username is not None:
+        raise ValueError("the address holds a user name; a token belongs into MEGATRON_ENTROPY_REWARD_TOKEN")
+    return url
+
+
 def _split_commas(value: object) -> object:
     """The items of a text, as a command line writes a list; other values as they are."""
     if not isinstance(value, str):
@@ -61,6 +73,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[tuple[Decay, Decay], Field(strict=False)]
 StageName = Annotated[str, AfterValidator(_check_stage_name)]
 PathText = Annotated[str, AfterValidator(_check_path)]
+ServerUrl = Annotated[str, AfterValidator(_check_server_url)]
 TextList = Annotated[list[str], BeforeValidator(_split_commas)]
 """A list of texts, or one text with commas between them."""
 PathList = Annotated[list[PathText], BeforeValidator(_split_commas)]
@@ -277,6 +290,10 @@ class RolloutConfig(Section):
     """Compare checksums of all synced weights on both sides; a difference ends the run."""
     max_restarts: NonNegativeInt = 3
     """Number of times each engine may die and be restarted."""
+    entropy: bool = False
+    """Record the full-vocabulary entropy of every token while it is sampled, and use it instead of the trainer's."""
+    entropy_check_every: NonNegativeInt = 10
+    """Training steps between two comparisons of these entropies with the trainer's. 0: never."""
     record: PathText = ""
     """Folder to record the engines' answers in. Empty: no recording."""
     replay: PathText = ""
@@ -289,12 +306,15 @@ class RewardConfig(Section):
     verifier: str = "math_verify"
     """Verifier: `boxed`, `choice`, `dapo`, `final_marker`, `math_verify`, or `package.module:function`."""
     workers: int = Field(default=2, gt=0, le=1024)
-    """Processes that grade."""
+    """Processes that grade. With `url` those of the server count."""
     timeout: float = Field(default=10.0, gt=0, le=86400)
-    """Seconds that grading one response may take before its worker is killed."""
+    """Seconds that grading one response may take before its worker is killed. With `url` the server's limit counts."""
     budget: PositiveFloat = 60.0
     """Seconds that grading up to 1,000 responses may take in one call, proportionally more for more; the responses
     without a grade then count as errors."""
+    url: ServerUrl = ""
+    """Reward server (`megatron-entropy serve-rewards`) that grades, such as `http://127.0.0.1:19876`. Its token is read
+    from the environment variable `MEGATRON_ENTROPY_REWARD_TOKEN`. Empty: processes of this machine grade."""
 
 
 class BatchConfig(Section):
@@ -383,4 +403,5 @@ class Config(Section):
         """Hash every setting that changes the numbers of a run; a resume compares the result."""
         settings = self.model_dump(mode="json", exclude={"output", "steps", "checkpoint", "log", "eval"})
         settings["actor"].pop("parallel")
+        settings["reward"].pop("url")
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

@@ -47,7 +47,7 @@ def check_data(config: Config, model_folder: str, arch: ModelArchitecture) -> No
     """
     from megatron_entropy.data.dataset import load_prompts, read_prompts  # import pyarrow, which `--help` must not
     from megatron_entropy.data.tokenizer import load_tokenizer
-    from megatron_entropy.rewards import check_verifier
+    from megatron_entropy.rewards import check_grader
 
     data, method = config.data, build_method(config)
     read_prompts(data.eval, schema=data.format, columns=data.columns)
@@ -61,7 +61,7 @@ def check_data(config: Config, model_folder: str, arch: ModelArchitecture) -> No
             load_prompts(files, tokenizer, data, max_target_tokens=limit, first_only=True)
     if method.uses_rollouts or data.eval:
         answers = (prompt.answer for prompt in prompts if prompt.answer is not None)
-        check_verifier(config.reward.verifier, next(answers, "1"))
+        check_grader(config.reward, next(answers, "1"))
 
 
 def _can_select(method: Method, prompt: Prompt) -> bool:

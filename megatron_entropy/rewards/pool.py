@@ -8,7 +8,7 @@
   The first `grade` starts them.
 - Grading ends when its budget of time is used up. The responses without a grade then get the error `budget`.
 
-`RewardPool` is what a run uses; `GradingQueue` (queue.py) grades single answers for a server.
+`RewardPool` is what a run uses; `GradingQueue` (grading_queue.py) grades single answers for a server.
 """
 
 from __future__ import annotations

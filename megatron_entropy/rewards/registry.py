@@ -41,6 +41,10 @@ INLINE = frozenset(
 """Verifiers that can neither hang nor crash (string scans in linear time). They run in the caller's process."""
 
 
+COMPARISON = "megatron_entropy.rewards.same_answer:same_answer"
+"""Compares the answers of two responses; a verifier for `semantic_entropy`, not for training."""
+
+
 def load_verifier(name: str) -> Verifier:
     """Find a verifier: a name of `VERIFIERS`, an entry point of `megatron_entropy.verifiers`, or `package.module:NAME`.
 

@@ -7,12 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 
 from megatron_entropy.config.schema import RewardConfig
-from megatron_entropy.rewards import RewardPool
+from megatron_entropy.rewards import COMPARISON, Grader, open_grader
 from megatron_entropy.rewards.dapo import INVALID
 
 UNREADABLE = -1
 """The cluster of answers that cannot be read."""
-COMPARISON = "megatron_entropy.rewards.same_answer:same_answer"
 
 
 def assign_clusters(answers: Sequence[str | None], equal: Mapping[tuple[str, str], bool]) -> list[int]:
@@ -46,10 +45,9 @@ class AnswerJudge:
     """
 
     def __init__(self, config: RewardConfig) -> None:
-        limits = {"workers": config.workers, "timeout": config.timeout, "budget": math.inf}
-        self._verifier = RewardPool(verifier=config.verifier, **limits)
+        self._verifier = open_grader(config, budget=math.inf)
         is_symbolic = config.verifier == "math_verify"
-        self._comparison = RewardPool(verifier=COMPARISON, **limits) if is_symbolic else None
+        self._comparison = open_grader(config, verifier=COMPARISON, budget=math.inf) if is_symbolic else None
 
     def close(self) -> None:
         """Stop the workers."""
@@ -79,7 +77,7 @@ class AnswerJudge:
             clusters = self._compare(self._comparison, [texts for _, texts in questions])
         return list(zip(correct, clusters, strict=True))
 
-    def _compare(self, comparison: RewardPool, questions: Sequence[Sequence[str]]) -> list[list[int]]:
+    def _compare(self, comparison: Grader, questions: Sequence[Sequence[str]]) -> list[list[int]]:
         """Clusters by mathematical equality, compared for each pair of different answers to a question."""
         grades = iter(comparison.grade([(text, text) for texts in questions for text in texts]))
         answers = [[next(grades).extracted for _ in texts] for texts in questions]
