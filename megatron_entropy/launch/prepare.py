@@ -65,7 +65,7 @@ def resolve(
             raise ConfigError(f"{text}: did you mean {close[0]}?")
     configs = load.load(paths, overrides, load_method_config)
     check.check_stages(configs)
-    arch = _read_architecture("model.path", configs[0].model.path)
+    arch = read_model("model.path", configs[0].model.path)
     spec = RunSpec(configs, arch)
     for config in configs:
         with _naming_stage(spec, config):
@@ -117,7 +117,16 @@ def _model_folders(config: Config) -> list[tuple[str, str]]:
     return [(key, folder) for key, folder in named if folder]
 
 
-def _read_architecture(key: str, folder: str) -> ModelArchitecture:
+def read_model(key: str, folder: str) -> ModelArchitecture:
+    """Read the architecture of a model folder.
+
+    Args:
+        key: what names the folder, for the message.
+        folder: as the user wrote it.
+    Raises:
+        ModelError: it cannot be used; for the name of a model of the Hugging Face Hub the message says how to
+            download it.
+    """
     if re.fullmatch(r"[\w.-]+/[\w.-]+", folder) and not os.path.exists(folder):
         name = folder.partition("/")[2]
         raise ModelError(
@@ -128,7 +137,7 @@ def _read_architecture(key: str, folder: str) -> ModelArchitecture:
 
 
 def _check_architecture(key: str, folder: str, arch: ModelArchitecture) -> None:
-    other = _read_architecture(key, folder)
+    other = read_model(key, folder)
     for field in fields(arch):
         expected, found = getattr(arch, field.name), getattr(other, field.name)
         if found != expected:
@@ -179,7 +188,8 @@ def prepare_run_folder(spec: RunSpec, *, resume: bool, overwrite: bool) -> None:
     folder = spec.folder
     check_run_folder(spec, resume=resume, overwrite=overwrite)
     try:
-        folder.root.mkdir(parents=True, exist_ok=True)
+        folder.root.parent.mkdir(parents=True, exist_ok=True)
+        folder.root.mkdir(mode=0o700, exist_ok=True)  # questions and answers are for the user alone
         RunLock(folder.root)
         for path in _existing_paths(folder) if overwrite else ():
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -226,6 +236,7 @@ def written_paths(folder: RunFolder) -> list[Path]:
         folder.adapter("", last=True),
         folder.root / "stages",
         folder.checkpoints(""),
+        folder.benchmarks,
     )
     return [folder.config, folder.metrics, folder.summary, folder.report, folder.plots, *of_stages, *exports]
 

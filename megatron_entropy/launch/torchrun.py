@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 import uuid
 from collections.abc import Sequence
 from types import FrameType
@@ -21,6 +20,7 @@ import psutil
 
 from megatron_entropy.distributed import loopback
 from megatron_entropy.launch.failures import LAUNCHER_VARIABLE, STOPPED, RankFailure, first_failure
+from megatron_entropy.launch.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -121,7 +121,7 @@ def _run_agent(arguments: list[str], world_size: int) -> list[RankFailure]:
     loopback.activate()
 
     logging.disable(logging.CRITICAL)  # of this process: torchrun would log every failure as well
-    with tempfile.TemporaryDirectory(prefix="megatron_entropy_") as folder:
+    with scratch_folder() as folder:
         options = ["--nnodes=1", f"--nproc-per-node={world_size}", "--max-restarts=0", f"--log-dir={folder}"]
         options += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", f"--rdzv-id={uuid.uuid4()}"]
         options += ["--signals-to-handle=SIGQUIT", "--module", RANK_MODULE]
