@@ -102,7 +102,7 @@ def _is_equal(found: str, truth: str) -> bool:
 
 def _final_answer(text: str) -> str:
     """Source: `normalize_final_answer`."""
-    text = _replace(text, REPLACED_V2)
+    text = replace_all(text, REPLACED_V2)
     for word in REMOVED_V2:
         text = text.replace(word, "")
     for pattern in UNWRAPPED_V2:
@@ -126,11 +126,11 @@ def _strip(text: str) -> str:
     Raises:
         ValueError: the text has one slash, but is not a fraction of two integers.
     """
-    text = _replace(text.strip().replace("\n", "").rstrip("."), SPACING)
-    text = _without_final_text(text)
-    text = _replace(text, SYMBOLS)
+    text = replace_all(text.strip().replace("\n", "").rstrip("."), SPACING)
+    text = without_final_text(text)
+    text = replace_all(text, SYMBOLS)
     text = text if "\\infty" in text else text.replace("inf", "\\infty")
-    text = _replace(text, (("+\\inity", "\\infty"), ("and", ""), ("\\mathbf", "")))
+    text = replace_all(text, (("+\\inity", "\\infty"), ("and", ""), ("\\mathbf", "")))
     text = MBOX.sub("", text)
     text = text.replace("j", "i") if "i" not in text else text
     text = ZERO_DECIMALS.sub(r"\1\2", text)
@@ -139,22 +139,23 @@ def _strip(text: str) -> str:
     sides = text.split("=")
     text = sides[1] if len(sides) == 2 and len(sides[0]) <= 2 else text  # "x = 5"
     text = re.sub(r"\\sqrt(\w+)", r"\\sqrt{\1}", text).replace(" ", "")
-    return _fraction(_braced_fractions(text))
+    return _fraction(braced_fractions(text))
 
 
-def _replace(text: str, pairs: Iterable[tuple[str, str]]) -> str:
+def replace_all(text: str, pairs: Iterable[tuple[str, str]]) -> str:
+    """Replace the pairs (old, new) one after another."""
     for old, new in pairs:
         text = text.replace(old, new)
     return text
 
 
-def _without_final_text(text: str) -> str:
+def without_final_text(text: str) -> str:
     r"""Remove everything from the first `\text{` on if the text ends with a brace and begins otherwise (a unit)."""
     start = text.find("\\text{")
     return text[:start].strip() or text if start >= 0 and text.endswith("}") else text
 
 
-def _braced_fractions(text: str) -> str:
+def braced_fractions(text: str) -> str:
     r"""Write `\frac12` and `\frac1{2}` with braces; a text with an incomplete `\frac` is left unchanged."""
     first, *rest = text.split("\\frac")
     result = [first]

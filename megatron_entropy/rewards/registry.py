@@ -15,6 +15,7 @@ from megatron_entropy.plugins import load_plugin
 from megatron_entropy.records import Grade
 from megatron_entropy.rewards.dapo import dapo
 from megatron_entropy.rewards.gsm8k import gsm8k_flexible, gsm8k_strict
+from megatron_entropy.rewards.minerva import minerva
 from megatron_entropy.rewards.multiple_choice import gpqa, multiple_choice
 from megatron_entropy.rewards.opencompass import opencompass_v2
 from megatron_entropy.rewards.strings import boxed, choice, final_marker
@@ -31,6 +32,7 @@ VERIFIERS: dict[str, Verifier] = {
     "gsm8k_flexible": gsm8k_flexible,
     "gsm8k_strict": gsm8k_strict,
     "math_verify": math_verify,
+    "minerva": minerva,
     "multiple_choice": multiple_choice,
     "opencompass_v2": opencompass_v2,
 }
