@@ -65,7 +65,11 @@ setup(
     # kernels/ is not a package itself: a top-level `kernels` would shadow a Hugging Face package of that name. It can
     # also be installed alone (kernels/pyproject.toml).
     package_dir={"entropy_kernels": "kernels/entropy_kernels", "megatron_entropy": "megatron_entropy"},
-    package_data={"megatron_entropy.monitor": ["*.j2"], "entropy_kernels": ["*.c"]},
+    package_data={
+        "megatron_entropy.benchmarks": ["*.j2"],
+        "megatron_entropy.monitor": ["*.j2"],
+        "entropy_kernels": ["*.c"],
+    },
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={

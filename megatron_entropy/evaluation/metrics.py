@@ -163,11 +163,11 @@ def clustered_mean(questions: Sequence[Sequence[float]]) -> Estimate:
     samples = sum(map(len, questions))
     variance = mean * (1 - mean)
     effective = min(max(variance / error**2, len(means)), samples) if error > 1e-9 else len(means)
-    return Estimate(mean, error, *_wilson(mean, effective))
+    return Estimate(mean, error, *wilson_interval(mean, effective))
 
 
-def _wilson(mean: float, n: float) -> tuple[float, float]:
-    """Wilson's 95 % interval of a fraction that was observed n times."""
+def wilson_interval(mean: float, n: float) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of a fraction that is the mean of n independent observations."""
     shrink = 1 + Z95**2 / n
     center = (mean + Z95**2 / (2 * n)) / shrink
     half = Z95 / shrink * math.sqrt(mean * (1 - mean) / n + Z95**2 / (4 * n**2))

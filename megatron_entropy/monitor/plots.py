@@ -94,7 +94,7 @@ def _draw_quantity(quantity: Quantity, stages: Mapping[str, Sequence[Row]], fold
     for stage, lines in curves.items():
         if not lines:
             continue
-        figure, axes = _figure(stage, quantity.unit)
+        figure, axes = new_figure(stage, quantity.unit)
         for label, points, style in lines:
             axes.plot(*zip(*points, strict=True), label=label, **style)
         if quantity.shared:
@@ -125,7 +125,7 @@ def _draw_times(stages: Mapping[str, Sequence[Row]], folder: Path) -> list[Panel
         timed = [row for row in rows if row["step"] and row.get("timing/step") is not None]
         if not timed:
             continue
-        figure, axes = _figure(stage, "seconds per step")
+        figure, axes = new_figure(stage, "seconds per step")
         edges = [row["step"] - 0.5 for row in timed] + [timed[-1]["step"] + 0.5]
         top = [0.0] * len(timed)
         for phase in PHASES:
@@ -141,7 +141,14 @@ def _draw_times(stages: Mapping[str, Sequence[Row]], folder: Path) -> list[Panel
     return panels
 
 
-def _figure(stage: str, unit: str) -> tuple[Figure, Axes]:
+def new_figure(title: str, unit: str, *, xlabel: str = "step") -> tuple[Figure, Axes]:
+    """Return an empty panel in the style of the reports.
+
+    Args:
+        title: at the top left, not read as mathematics.
+        unit: label of the y axis.
+        xlabel: label of the x axis; steps are whole numbers.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -149,10 +156,11 @@ def _figure(stage: str, unit: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(4.8, 3.2), dpi=180, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.set_title(stage, loc="left", fontsize=12, fontweight="bold", parse_math=False)
-    axes.set_xlabel("step")
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", parse_math=False)
+    axes.set_xlabel(xlabel)
     axes.set_ylabel(unit)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if xlabel == "step":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

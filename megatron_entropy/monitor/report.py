@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
@@ -20,6 +20,9 @@ from megatron_entropy.files import atomic_write_text
 from megatron_entropy.monitor.metrics import read_metrics
 from megatron_entropy.monitor.run_folder import RunFolder
 from megatron_entropy.monitor.summary import Change, StageSummary, layout_label, read_summary, versions
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +70,6 @@ def write_report(folder: RunFolder) -> None:
     Raises:
         DataError: the folder holds no `metrics.jsonl`, or a file of it cannot be read.
     """
-    import jinja2
-
     from megatron_entropy.monitor.plots import draw_all
 
     if not folder.metrics.exists():
@@ -78,10 +79,7 @@ def write_report(folder: RunFolder) -> None:
     rows = read_metrics(folder.metrics)
     entries = read_summary(folder)
     examples = _examples(folder, list(dict.fromkeys(row["stage"] for row in rows)))
-    template = jinja2.Environment(autoescape=True).from_string(
-        Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
-    )
-    page = template.render(
+    page = load_template(Path(__file__).with_name("report.html.j2")).render(
         title=f"Run {folder.root.resolve().name}",
         headings=HEADINGS,
         stages=[_cells(entry) for entry in entries],
@@ -101,6 +99,14 @@ def write_report(folder: RunFolder) -> None:
         config=folder.config.read_text(encoding="utf-8", errors="replace") if folder.config.is_file() else "",
     )
     atomic_write_text(folder.report, page)
+
+
+def load_template(file: Path) -> Template:
+    """Load a page's template; it escapes what is filled in, and can include this package's `style.css.j2`."""
+    import jinja2
+
+    loader = jinja2.FileSystemLoader([file.parent, Path(__file__).parent])
+    return jinja2.Environment(loader=loader, autoescape=True).get_template(file.name)
 
 
 def _cells(entry: StageSummary) -> tuple[str, ...]:
