@@ -71,10 +71,13 @@ class Sample:
     text: str
     policy_version: int = 0
     parent: int | None = None
-    rollout_logprob: np.ndarray | None = None  # by the engine, at the rollout temperature
+    rollout_logprob: np.ndarray | None = None  # by the engine, at the rollout temperature, cut to top-p and top-k
+    rollout_uncut_logprob: np.ndarray | None = None  # by the engine with `rollout.entropy`: before top-p and top-k
+    rollout_entropy: np.ndarray | None = None  # by the engine with `rollout.entropy`: nats, full vocabulary
+    rollout_temperature: float | None = None  # of `rollout_entropy`
     grade: Grade | None = None
     logprob: np.ndarray | None = None  # by `score`: the policy before the update
-    entropy: np.ndarray | None = None  # by `score`: nats, full vocabulary
+    entropy: np.ndarray | None = None  # by `score`: nats, full vocabulary; with `rollout.entropy` the engine's
     reference_logprob: np.ndarray | None = None  # by `score_reference`, at `reference_temperature`
     reference_temperature: np.ndarray | None = None  # of each token; None: the temperature of the pass
     reward: float | None = None

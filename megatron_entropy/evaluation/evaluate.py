@@ -19,8 +19,8 @@ class EvalRollouts(Protocol):
         """Sample graded responses to each prompt from the policy, with the evaluation's sampling parameters."""
         ...
 
-    def score(self, groups: Sequence[Group], *, temperature: float) -> list[Group]:
-        """Fill `logprob` and `entropy` of every response token."""
+    def score(self, groups: Sequence[Group], *, temperature: float, logprob: bool) -> list[Group]:
+        """Fill `entropy` of every response token, and `logprob` if requested or if it costs nothing."""
         ...
 
 
@@ -37,7 +37,7 @@ def evaluate(
         4, ...; and the scored groups.
     """
     groups = rollouts.sample_eval(prompts[: config.limit or None], config)
-    groups = rollouts.score(groups, temperature=config.temperature)
+    groups = rollouts.score(groups, temperature=config.temperature, logprob=False)
     samples = samples_of(groups)
     graded = [s.grade.correct for s in samples if s.grade is not None and s.grade.correct is not None]
     num_tokens = sum(s.response_length for s in samples)

@@ -65,10 +65,11 @@ class Rollouts(Protocol):
         """
         ...
 
-    def score(self, groups: Sequence[Group]) -> list[Group]:
-        """Fill `logprob` and `entropy` by the policy at the rollout temperature.
+    def score(self, groups: Sequence[Group], *, logprob: bool = True, entropy: bool = True) -> list[Group]:
+        """Fill `logprob` and `entropy` of the policy at the rollout temperature, those of them that are requested.
 
-        Samples that have both keep them, so nothing is computed twice.
+        Samples that have them keep them, so nothing is computed twice. With `rollout.entropy` the entropies are those
+        that the engine recorded; the actor computes only what is missing.
         """
         ...
 
@@ -109,7 +110,8 @@ class Method(Generic[ConfigT]):
     `config`: the configuration of the stage. `settings`: the method's own settings in it.
 
     `uses_rollouts`: responses come from the engines. `scores`: what the actor computes for every response before
-    `reward` (`logprob`, `entropy`, or nothing). `reference`: the weights behind `score_reference`: the `initial` policy
+    `reward` (`logprob`, `entropy`, or nothing). `takes_rollout_entropy`: with `rollout.entropy` the engine's entropies
+    serve instead of the actor's. `reference`: the weights behind `score_reference`: the `initial` policy
     of the stage (with LoRA the base model), a copy that follows the policy (`ema`, see `Rollouts.update_ema`), or the
     `policy` itself. `divergence`: a full-vocabulary divergence between reference and policy, which `loss` finds in its
     statistics as `kl_forward` (expectation under the reference) or `kl_reverse` (under the policy).
@@ -117,6 +119,7 @@ class Method(Generic[ConfigT]):
 
     uses_rollouts: ClassVar[bool] = True
     scores: ClassVar[frozenset[str]] = frozenset({"logprob", "entropy"})
+    takes_rollout_entropy: ClassVar[bool] = True
     reference: Literal["none", "initial", "ema", "policy"] = "none"
     divergence: Literal["none", "forward", "reverse"] = "none"
 

@@ -52,7 +52,7 @@ class Cure(Dapo["CureConfig"]):
         if not config.branches:
             return groups
         if config.critical_token == "entropy":
-            groups = rollouts.score(groups)
+            groups = rollouts.score(groups, logprob=False)
         branch_prompts = [
             self.branch_prompt(group.prompt, number, sample, rollouts.token_text)
             for group in groups

@@ -70,7 +70,9 @@ if TYPE_CHECKING:
 
 
 class Sent(Grpo["SentConfig"]):
-    """GRPO with the curriculum and the penalty."""
+    """GRPO with the curriculum and the penalty; the entropies that select tokens are always the actor's."""
+
+    takes_rollout_entropy = False
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

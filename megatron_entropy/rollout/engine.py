@@ -40,12 +40,17 @@ class Completion:
     `tokens`: int32 [r], the end token included. `logprobs`: float32 [r] nats, of each token under
     softmax(logits / temperature), after the repetition penalty and cut to the tokens of `top_p` and `top_k`.
     `finish_reason`: `stop` after an end token, `length` after `max_tokens` tokens.
+
+    With `rollout.entropy`, of the same distribution before `top_p` and `top_k`, over the full vocabulary: `entropy`,
+    float32 [r] nats, and `uncut_logprobs`, float32 [r] nats. Otherwise None.
     """
 
     key: tuple[int, ...]
     tokens: np.ndarray
     logprobs: np.ndarray
     finish_reason: Literal["stop", "length"]
+    entropy: np.ndarray | None = None
+    uncut_logprobs: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ initializes torch.distributed, which the trainer's process does itself.
 
 from __future__ import annotations
 
+import importlib
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ import numpy as np
 from megatron_entropy.config.schema import RolloutConfig
 from megatron_entropy.errors import MissingPackageError
 from megatron_entropy.rollout.engine import Completion, EngineSpec, GenerationUpdate, Request
+from megatron_entropy.rollout.entropy import ROW, EntropyTable, uncut_logprobs
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
@@ -40,10 +42,13 @@ class VllmEngine:
 
     def __init__(self, spec: EngineSpec, config: RolloutConfig, threads: int = 1) -> None:
         self._spec = spec
+        self._records_entropy = config.entropy
         self._has_weights = False
         self._num_added = 0
         self._awake = {"weights", "kv_cache"}
         _prepare_environment(spec, threads)
+        if config.entropy:  # the two model runners of vLLM have different logits processors
+            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1" if spec.device == "cuda" else "0"
         try:
             from vllm.v1.engine.llm_engine import LLMEngine
         except ImportError as error:
@@ -69,22 +74,30 @@ class VllmEngine:
             raise RuntimeError("the engine has no weights yet; sync them first")
         from vllm.inputs import TokensPrompt
 
-        by_id: dict[str, Request] = {}
-        for request in requests:
+        by_id: dict[str, tuple[int, Request]] = {}
+        for row, request in enumerate(requests):
             longest = len(request.tokens) + request.max_tokens
             assert longest <= self._spec.max_model_len, f"{request.key}: {longest} > {self._spec.max_model_len} tokens"
             self._num_added += 1
-            by_id[str(self._num_added)] = request
+            by_id[str(self._num_added)] = (row, request)
             prompt = TokensPrompt(prompt_token_ids=list(request.tokens))
-            self._engine.add_request(str(self._num_added), prompt, self._sampling(request))
-        finished: list[Completion] = []
+            self._engine.add_request(str(self._num_added), prompt, self._sampling(request, row))
+        longest = max((request.max_tokens for request in requests), default=0)
+        table = EntropyTable(len(requests), longest) if self._records_entropy else None
+        finished: list[RequestOutput] = []
+
+        def update() -> GenerationUpdate:
+            if table is not None:
+                table.add(self._on_workers("read_entropy"))
+            return GenerationUpdate([_completion(*by_id[output.request_id], output, table) for output in finished])
+
         last_update = time.monotonic()
         while self._engine.has_unfinished_requests():
-            finished += [_completion(by_id[output.request_id], output) for output in self._step()]
+            finished += self._step()
             if time.monotonic() - last_update > UPDATE_SECONDS:
-                yield GenerationUpdate(finished)
+                yield update()
                 finished, last_update = [], time.monotonic()
-        yield GenerationUpdate(finished)
+        yield update()
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Join a transfer group."""
@@ -151,9 +164,10 @@ class VllmEngine:
     def _step(self) -> list[RequestOutput]:
         return cast("list[RequestOutput]", self._engine.step())  # a pooling model's outputs are of another type
 
-    def _sampling(self, request: Request) -> SamplingParams:
+    def _sampling(self, request: Request, row: int) -> SamplingParams:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+        needs_top = self._records_entropy and _is_cut(request)
         return SamplingParams(
             seed=request.seed,
             temperature=request.temperature,
@@ -162,7 +176,8 @@ class VllmEngine:
             repetition_penalty=request.repetition_penalty,
             max_tokens=request.max_tokens,
             stop_token_ids=list(self._spec.eos_ids),
-            logprobs=0,  # of the sampled token only
+            logprobs=1 if needs_top else 0,  # besides the sampled token, the most probable one
+            extra_args={ROW: row} if self._records_entropy else None,
             flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -213,6 +228,8 @@ def _engine_args(spec: EngineSpec, config: RolloutConfig) -> EngineArgs:
         "disable_log_stats": True,
         "seed": 0,
     }
+    if config.entropy:
+        common["logits_processors"] = [_entropy_processor(spec.device)]
     if spec.device == "cuda":
         return EngineArgs(
             **common,
@@ -231,11 +248,41 @@ def _engine_args(spec: EngineSpec, config: RolloutConfig) -> EngineArgs:
     )
 
 
-def _completion(request: Request, output: RequestOutput) -> Completion:
+def _entropy_processor(device: str) -> str:
+    """Return the logits processor that records entropies, in vLLM's notation.
+
+    Raises:
+        MissingPackageError: when this version of vLLM lacks its base class.
+    """
+    module = "megatron_entropy.rollout." + ("vllm_entropy_v2" if device == "cuda" else "vllm_entropy")
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise MissingPackageError(
+            f"rollout.entropy=true needs a vLLM with logits processors for its sampler, as 0.32 has: {error}; "
+            "update vLLM or set it to false"
+        ) from None
+    return f"{module}:EntropyProcessor"
+
+
+def _is_cut(request: Request) -> bool:
+    """Whether a request samples from a part of the vocabulary."""
+    return request.top_p < 1 or request.top_k > 0
+
+
+def _completion(row: int, request: Request, output: RequestOutput, table: EntropyTable | None) -> Completion:
     answer = output.outputs[0]
     tokens = np.array(answer.token_ids, np.int32)
     logprobs = np.array(answer.logprobs.logprobs, np.float32)  # type: ignore[union-attr]
-    assert len(tokens) == len(logprobs), f"{request.key}: {len(tokens)} tokens, {len(logprobs)} log-probs"
+    has_top = table is not None and _is_cut(request)
+    assert len(logprobs) == len(tokens) * (1 + has_top), f"{request.key}: {len(tokens)}, {len(logprobs)} log-probs"
     if answer.finish_reason not in ("stop", "length"):
         raise RuntimeError(f"vLLM ended request {request.key} with {answer.finish_reason!r}")
-    return Completion(request.key, tokens, logprobs, answer.finish_reason)
+    if table is None:
+        return Completion(request.key, tokens, logprobs, answer.finish_reason)
+    entropy, top = table.response(row, len(tokens))
+    sampled, uncut = logprobs, logprobs
+    if has_top:  # pairs of the sampled token and the most probable one
+        sampled, cut_top = logprobs.reshape(-1, 2).T.copy()
+        uncut = uncut_logprobs(sampled, cut_top, top)
+    return Completion(request.key, tokens, sampled, answer.finish_reason, entropy, uncut)

@@ -25,6 +25,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from megatron_entropy.distributed import loopback
 from megatron_entropy.errors import Fault
+from megatron_entropy.rollout.entropy import Recorded
 from megatron_entropy.weights.buckets import TensorMeta, checksum
 from megatron_entropy.weights.links import LinkInfo
 from megatron_entropy.weights.transport import Receiver
@@ -173,6 +174,12 @@ class Worker:
         if worker._weight_update_active:
             worker.finish_weight_update()
         worker.start_weight_update()
+
+    def read_entropy(self) -> Recorded:
+        """Return what the logits processor has recorded since the last call."""
+        from megatron_entropy.rollout.vllm_entropy import LOG
+
+        return LOG.read()
 
     def load_seconds(self) -> float:
         """Return the seconds that loading took in the last update, without receiving."""

@@ -17,7 +17,7 @@ class RunEngines:
     """Starts the engines when a stage first needs them and stops them at the end of the `with` block.
 
     All stages use the same engines. They are built from the first stage's `rollout` and `model` settings; only the
-    longest sequence is the maximum over the stages.
+    longest sequence is the maximum over the stages, and they record entropies if any stage wants them.
     """
 
     def __init__(self, configs: Sequence[Config]) -> None:
@@ -34,7 +34,9 @@ class RunEngines:
     def start(self) -> EnginePool | None:
         """Return the engines on rank 0 and None elsewhere. They may still be loading."""
         if process_groups.rank() == 0 and self._pool is None:
-            self._pool = EnginePool(self._configs[0].rollout, self._spec())
+            records_entropy = any(config.rollout.entropy for config in self._configs)
+            settings = self._configs[0].rollout.model_copy(update={"entropy": records_entropy})
+            self._pool = EnginePool(settings, self._spec())
         return self._pool
 
     def _spec(self) -> EngineSpec:

@@ -117,7 +117,9 @@ class TrainingLoop:
         rollouts.begin_step(step)
         groups = method.generate(rollouts)
         if method.scores:
-            groups = rollouts.score(groups, entropy="entropy" in method.scores)
+            groups = rollouts.score(
+                groups, entropy="entropy" in method.scores, take_rollout_entropy=method.takes_rollout_entropy
+            )
         groups = method.score_reference(groups, rollouts)
         with self.timer("reward"):
             groups = method.reward(groups)

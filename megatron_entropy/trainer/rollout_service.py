@@ -86,7 +86,8 @@ class RolloutService:
 
         def record_or_replay() -> None:
             if self._config.replay:
-                completions.extend(recording.read(Path(self._config.replay) / file, requests))
+                source = Path(self._config.replay) / file
+                completions.extend(recording.read(source, requests, needs_entropy=self._config.entropy))
             if self._config.record:
                 recording.write(Path(self._config.record) / file, requests, completions)
 

@@ -23,8 +23,9 @@ from megatron_entropy.distributed import process_groups
 from megatron_entropy.distributed.seeds import derive_seed
 from megatron_entropy.monitor.timer import StepTimer
 from megatron_entropy.records import Grade, Group, Metric, Prompt, Sample, TokenStatistics, samples_of
-from megatron_entropy.rewards.pool import RewardPool
+from megatron_entropy.rewards import Grader, open_grader
 from megatron_entropy.rollout.engine import Completion, Request
+from megatron_entropy.trainer import rollout_entropy
 from megatron_entropy.trainer.rollout_service import RolloutService
 
 
@@ -52,10 +53,7 @@ class MethodRollouts:
         self._actor = actor
         self._service = service
         self._timer = timer
-        reward = config.reward
-        self._reward_pool = RewardPool(
-            verifier=reward.verifier, workers=reward.workers, timeout=reward.timeout, budget=reward.budget
-        )
+        self._grader = open_grader(config.reward)
         self._metrics: dict[str, Metric] = {}
         self._times_sampled: Counter[int] = Counter()
         self._step = 0
@@ -119,19 +117,42 @@ class MethodRollouts:
         }
         return self._sample("eval", prompts, [(0, prompt.index, 0) for prompt in prompts], config.samples, sampling)
 
-    def score(self, groups: Sequence[Group], *, entropy: bool = True, temperature: float | None = None) -> list[Group]:
-        """Fill `logprob` and, if requested, `entropy` by the actor; samples that have them keep them.
+    def score(
+        self,
+        groups: Sequence[Group],
+        *,
+        logprob: bool = True,
+        entropy: bool = True,
+        temperature: float | None = None,
+        take_rollout_entropy: bool = True,
+    ) -> list[Group]:
+        """Fill `logprob` and `entropy`, those of them that are requested; samples that have them keep them.
+
+        Every `rollout.entropy_check_every` steps the pass of the actor also computes entropies that the engines have
+        recorded, and compares them; those of the engines are kept.
 
         Args:
             temperature: None is the policy's.
+            take_rollout_entropy: use the entropies that the engines recorded at this temperature.
         """
-        statistics = policy_statistics(temperature=temperature or self.temperature, entropy=entropy)
+        temperature = temperature or self.temperature
+        if entropy and take_rollout_entropy:
+            groups = rollout_entropy.take_rollout_entropy(groups, temperature)
 
         def is_missing(sample: Sample) -> bool:
-            return sample.logprob is None or (entropy and sample.entropy is None)
+            return (logprob and sample.logprob is None) or (entropy and sample.entropy is None)
+
+        def compute(samples: list[Sample]) -> list[Sample]:
+            is_checked = logprob and self._compares_entropy(samples)
+            computes_entropy = is_checked or (entropy and any(sample.entropy is None for sample in samples))
+            statistics = policy_statistics(temperature=temperature, entropy=computes_entropy)
+            scored = self._actor.score(samples, statistics)
+            if is_checked:
+                self._compare_entropy(scored, temperature)
+            return rollout_entropy.keep_entropy(samples, scored)
 
         with self._timer("score"):
-            return _fill(groups, is_missing, lambda samples: self._actor.score(samples, statistics))
+            return _fill(groups, is_missing, compute)
 
     def score_reference(
         self,
@@ -162,7 +183,7 @@ class MethodRollouts:
 
     def close(self) -> None:
         """Stop the verifier's workers."""
-        self._reward_pool.close()
+        self._grader.close()
 
     def _sample(
         self,
@@ -195,13 +216,31 @@ class MethodRollouts:
                 completions,
                 tokenizer=self._tokenizer,
                 policy_version=self._service.version,
+                entropy_temperature=self._entropy_temperature(sampling),
             )
-            return grade_groups(
-                groups, reward_pool=self._reward_pool, tokenizer=self._tokenizer, grade_prefix=grade_prefix
-            )
+            return grade_groups(groups, grader=self._grader, tokenizer=self._tokenizer, grade_prefix=grade_prefix)
 
         with self._timer("reward"):
             return process_groups.run_on_rank_zero(grade)
+
+    def _entropy_temperature(self, sampling: Mapping[str, Any]) -> float | None:
+        """Temperature of the policy whose entropies the engines record with these parameters; None: of no policy.
+
+        A repetition penalty changes the distribution that the engine measures, and the actor has none.
+        """
+        is_policy = self._config.rollout.entropy and sampling.get("repetition_penalty", 1.0) == 1.0
+        return sampling["temperature"] if is_policy else None
+
+    def _compares_entropy(self, samples: Sequence[Sample]) -> bool:
+        every = self._config.rollout.entropy_check_every
+        return bool(every and self._step % every == 0 and any(s.rollout_entropy is not None for s in samples))
+
+    def _compare_entropy(self, scored: Sequence[Sample], temperature: float) -> None:
+        metrics = rollout_entropy.differences(scored, temperature)
+        if metrics and process_groups.rank() == 0:
+            rollout_entropy.log_differences(self._config, self._step, metrics)
+        for name, metric in metrics.items():
+            self._count(name, metric)
 
     def _count(self, name: str, metric: Metric) -> None:
         self._metrics[name] = self._metrics.get(name, Metric(0.0, 0.0)) + metric
@@ -213,6 +252,9 @@ class MethodRollouts:
             assert grade is not None
             self._count("rollout/length", Metric(sample.response_length))
             self._count("rollout/truncated", Metric(sample.finish_reason == "length"))
+            if sample.rollout_entropy is not None:
+                entropy = float(sample.response("rollout_entropy").sum(dtype=np.float64))
+                self._count("rollout/entropy", Metric(entropy, sample.response_length))
             self._count("reward/errors", Metric(grade.correct is None))
             if grade.correct is not None:
                 self._count("reward/accuracy", Metric(grade.correct))
@@ -228,23 +270,37 @@ def build_groups(
     *,
     tokenizer: Tokenizer,
     policy_version: int,
+    entropy_temperature: float | None = None,
 ) -> list[Group]:
     """Build one ungraded group per prompt.
 
     Args:
         completions: `num_samples` of the first prompt, then those of the second, and so on.
+        entropy_temperature: of the completions' entropies; None: they are not used.
     """
     assert len(completions) == len(prompts) * num_samples, (len(completions), len(prompts), num_samples)
 
     def build(prompt: Prompt, completion: Completion) -> Sample:
         prompt_tokens = prompt.tokens + prompt.response_prefix
-        return Sample(
+
+        def padded(values: np.ndarray | None) -> np.ndarray | None:
+            return None if values is None else np.concatenate([np.zeros(len(prompt_tokens), np.float32), values])
+
+        sample = Sample(
             tokens=np.concatenate([np.array(prompt_tokens, np.int32), completion.tokens]),
             prompt_length=len(prompt_tokens),
             finish_reason=completion.finish_reason,
             text=tokenizer.decode(completion.tokens.tolist()),
             policy_version=policy_version,
-            rollout_logprob=np.concatenate([np.zeros(len(prompt_tokens), np.float32), completion.logprobs]),
+            rollout_logprob=padded(completion.logprobs),
+        )
+        if entropy_temperature is None:
+            return sample
+        return dataclasses.replace(
+            sample,
+            rollout_entropy=padded(completion.entropy),
+            rollout_uncut_logprob=padded(completion.uncut_logprobs),
+            rollout_temperature=entropy_temperature,
         )
 
     remaining = iter(completions)
@@ -252,7 +308,7 @@ def build_groups(
 
 
 def grade_groups(
-    groups: Sequence[Group], *, reward_pool: RewardPool, tokenizer: Tokenizer, grade_prefix: bool = False
+    groups: Sequence[Group], *, grader: Grader, tokenizer: Tokenizer, grade_prefix: bool = False
 ) -> list[Group]:
     """Fill `grade` of every sample.
 
@@ -266,7 +322,7 @@ def grade_groups(
         return tokenizer.decode(sample.tokens[len(prompt.tokens) :].tolist())
 
     pairs = [(response_text(g.prompt, sample), g.prompt.answer or "") for g in groups for sample in g.samples]
-    grades = iter(reward_pool.grade(pairs))
+    grades = iter(grader.grade(pairs))
     return [g.with_samples([dataclasses.replace(s, grade=next(grades)) for s in g.samples]) for g in groups]
 
 

@@ -1,13 +1,15 @@
 """Real vLLM engines in Ray actors, with weights synced from a plain source.
 
-Proves: log-probs equal those of transformers at a temperature other than 1; a completion is a function of the request
-and the weights alone (not of the batch, the number of engines, or the death of an engine); a weight sync replaces the
-weights and survives dead engines, changed bytes and missing tensors; the death of Ray's head is reported soon, whatever
-waits for Ray. Not proved here: sharded sources, GPUs.
+Proves: log-probs, and the entropies recorded while sampling, equal those of transformers at several temperatures, also
+where the sampler cuts the vocabulary; a completion is a function of the request and the weights alone (not of the batch,
+the number of engines, or the death of an engine); a weight sync replaces the weights and survives dead engines, changed
+bytes and missing tensors; the death of Ray's head is reported soon, whatever waits for Ray. Not proved here: sharded
+sources, GPUs.
 """
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -98,7 +100,7 @@ def spec(model: Qwen3ForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> E
 @pytest.fixture(scope="module")
 def pool(spec: EngineSpec) -> Iterator[EnginePool]:
     """Two engines that decode at most 32 sequences at a time, so that a generation needs several updates."""
-    pool = EnginePool(RolloutConfig(num_engines=2, max_num_seqs=32, max_restarts=5), spec)
+    pool = EnginePool(RolloutConfig(num_engines=2, max_num_seqs=32, max_restarts=5, entropy=True), spec)
     pool.wait_ready()
     yield pool
     pool.shutdown()
@@ -144,18 +146,31 @@ def assert_same(left: list[Completion], right: list[Completion]) -> None:
         assert one.key == other.key and one.finish_reason == other.finish_reason
         np.testing.assert_array_equal(one.tokens, other.tokens)
         np.testing.assert_array_equal(one.logprobs, other.logprobs)
+        np.testing.assert_allclose(one.entropy, other.entropy, atol=1e-6)  # a shorter batch adds in another order
 
 
 def worst_difference(model: PreTrainedModel, wanted: list[Request], done: list[Completion]) -> float:
-    """Largest difference of an engine's log-prob from transformers' log_softmax(logits / temperature)."""
+    """Largest difference of an engine's log-prob or entropy from those of transformers' softmax(logits / temperature).
+
+    The log-probs are those before top-p and top-k, if the engine has recorded them.
+    """
     worst = 0.0
     for request, completion in zip(wanted, done, strict=True):
-        tokens = torch.tensor([*request.tokens, *completion.tokens.tolist()])
+        tokens, begin = torch.tensor([*request.tokens, *completion.tokens.tolist()]), len(request.tokens)
         with torch.no_grad():
-            logits = model(tokens[None]).logits[0, len(request.tokens) - 1 : -1]
+            logits = model(tokens[None]).logits[0, begin - 1 : -1]
+        for position, row in enumerate(logits):
+            seen = tokens[: begin + position].unique()
+            penalty = row[seen].sign() * math.log(request.repetition_penalty)
+            row[seen] *= (-penalty).exp()
         logprobs = torch.log_softmax(logits / request.temperature, -1)
-        expected = logprobs.gather(1, tokens[len(request.tokens) :, None])[:, 0]
-        worst = max(worst, float((expected - torch.from_numpy(completion.logprobs.copy())).abs().max()))
+        expected = [logprobs.gather(1, tokens[begin:, None])[:, 0]]
+        found = [completion.logprobs]
+        if completion.entropy is not None:
+            expected.append(torch.special.entr(logprobs.exp()).sum(-1))
+            found = [completion.uncut_logprobs, completion.entropy]
+        for ours, theirs in zip(expected, found, strict=True):
+            worst = max(worst, float((ours - torch.from_numpy(theirs.copy())).abs().max()))
     return worst
 
 
@@ -186,6 +201,28 @@ def test_the_backend_of_the_weight_sync_follows_the_machine(pool: EnginePool, mo
     monkeypatch.setattr(pool, "_config", RolloutConfig(weight_transfer="nccl"))
     with pytest.raises(ConfigError, match=r"rollout.weight_transfer='nccl' needs engines on GPUs"):
         pool.backend(trainer_on_one_machine=True)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 1.0, "top_p": 0.9},
+        {"temperature": 1.5, "top_p": 0.9, "top_k": 20},
+        {"temperature": 0.7, "repetition_penalty": 1.3},
+    ],
+)
+def test_entropies_are_of_the_distribution_before_the_cut(
+    pool: EnginePool, weight_sync: WeightSync, model: Qwen3ForCausalLM, sampling: dict
+) -> None:
+    weight_sync.sync(1, pool.clients())
+    wanted = requests(80, **sampling)  # more than twice the 32 slots of an engine
+    done = answers(pool, wanted)
+    assert worst_difference(model, wanted, done) < 1e-4
+    for completion in done:
+        assert completion.entropy.dtype == completion.uncut_logprobs.dtype == np.float32
+        is_cut = "top_p" in sampling
+        assert (completion.logprobs >= completion.uncut_logprobs - 1e-5).all()
+        assert (np.abs(completion.logprobs - completion.uncut_logprobs).max() > 0.01) == is_cut
 
 
 def test_top_p_samples_from_the_nucleus(pool: EnginePool, weight_sync: WeightSync) -> None:
