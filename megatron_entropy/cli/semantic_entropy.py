@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     config, arch = _config(args), read_architecture(args.model)
     _check_model(args, arch)
     tokenizer = load_tokenizer(args.tokenizer or args.model, vocab_size=arch.vocab_size)
+    load_prompts(files, tokenizer, config.data, first_only=True)  # a chat template that never ends is found here
     loaded = load_prompts(files, tokenizer, config.data)
     num_rows = sum(1 for _ in tables.all_rows(files))
     num_rows = min(num_rows, args.limit or num_rows)

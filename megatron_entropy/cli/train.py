@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from megatron_entropy.cli.arguments import Subparsers
+from megatron_entropy.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_entropy.launch.prepare import RunSpec
@@ -36,9 +37,10 @@ def run(args: argparse.Namespace) -> int:
     from megatron_entropy.launch import preflight, prepare, rank, torchrun
 
     flags = {"resume": args.resume, "overwrite": args.overwrite}
+    configs, overrides = _split(args)
     if rank.is_rank():
-        return rank.run_rank(args.configs, args.overrides, **flags, dry_run=args.dry_run)
-    spec = prepare.resolve(args.configs, args.overrides)
+        return rank.run_rank(configs, overrides, **flags, dry_run=args.dry_run)
+    spec = prepare.resolve(configs, overrides)
     for line in check.ignored_settings(spec.configs):
         print(f"warning: {line}", file=sys.stderr)
     preflight.check_machine(spec.configs)
@@ -48,7 +50,15 @@ def run(args: argparse.Namespace) -> int:
         _print_plan(spec)
         return 0
     given = [f"--{name}" for name, value in flags.items() if value]
-    return torchrun.launch(["train", *args.configs, *given, *args.overrides], world_size=spec.world_size)
+    return torchrun.launch(["train", *configs, *given, *overrides], world_size=spec.world_size)
+
+
+def _split(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """The files and the overrides; argparse takes an override with a space in it for a file."""
+    files = [text for text in args.configs if not text.startswith("--")]
+    if not files:
+        raise ConfigError("the configuration is missing; the arguments of train are TOML files, then --key.path=value")
+    return files, [*args.overrides, *(text for text in args.configs if text.startswith("--"))]
 
 
 def _print_plan(spec: RunSpec) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_entropy.config.schema import DataConfig
+from megatron_entropy.data.limits import exceeded_limit
 from megatron_entropy.data.schemas import Message, Row, read_rows
 from megatron_entropy.data.tokenizer import Tokenizer
 from megatron_entropy.errors import ConfigError, DataError
@@ -60,13 +61,13 @@ def load_prompts(
         data: format, columns, template and limit of a prompt; rows with a longer prompt are skipped and counted.
         max_target_tokens: the same for targets, with the end token; None for no limit but `MAX_CHARS`.
         first_only: stop reading a file after its first row within the limits: a quick check of template, tokenizer
-            and limits.
+            and limits. The template of the first row may use limited time and memory.
 
     Returns:
         The prompts; `Prompt.index` is the row number over all files, counting skipped rows.
 
     Raises:
-        ConfigError: a template without `{question}`, or an unknown schema.
+        ConfigError: a template without `{question}`, an unknown schema, or a chat template that fails.
         DataError: see `read_rows`; also when every row is skipped.
     """
     _check_template(data)
@@ -75,7 +76,11 @@ def load_prompts(
     long_prompts = long_targets = 0
     numbers = itertools.count()
     for file in files:
+        is_tried = not first_only
         for row, index in zip(read_rows(file, schema=data.format, columns=data.columns), numbers, strict=False):
+            if not is_tried:
+                _try_to_render(row, tokenizer, data)
+                is_tried = True
             text = _render(row, tokenizer, data)
             tokens = _encode(text, tokenizer, limit, prefix=tokenizer.bos_ids if data.template else ())
             if tokens is None:
@@ -127,6 +132,15 @@ def _render(row: Row, tokenizer: Tokenizer, data: DataConfig) -> str:
         return data.template.replace("{question}", "\n".join(message.content for message in row.messages))
     system_turn = (Message("system", data.system),) if data.system else ()
     return tokenizer.render((*system_turn, *row.messages), data.chat_options)
+
+
+def _try_to_render(row: Row, tokenizer: Tokenizer, data: DataConfig) -> None:
+    """Raise a `ConfigError` if the template takes too long or too much memory; its other errors come later."""
+    if limit := exceeded_limit(lambda: _render(row, tokenizer, data)):
+        raise ConfigError(
+            f"the tokenizer's chat template fails: it needs more than {limit} for one question; data.template "
+            "replaces it"
+        )
 
 
 def _encode(

@@ -255,6 +255,14 @@ def test_a_second_file_wins_over_the_first(capsys, project):
     assert code == 2 and "lost.toml: no such file" in err
 
 
+def test_an_override_may_contain_spaces(capsys, project):
+    overrides = ["--data.template=Q: {question} A", "--actor.optimizer.betas=[0.8, 0.9]", "--seed=7"]
+    code, out, err = run_cli(capsys, "train", project / "config.toml", "--dry-run", *overrides)
+    assert (code, err) == (0, "") and "Q: {question} A" in out and "0.8" in out and "seed = 7" in out
+    code, _, err = run_cli(capsys, "train", "--data.system=Be brief.", "--dry-run")
+    assert code == 2 and err.startswith("error: the configuration is missing") and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
 def test_completion_knows_commands_flags_and_keys(capsys, shell):
     code, script, _ = run_cli(capsys, "completion", shell)

@@ -18,12 +18,14 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutations import damaged
 from sentencepiece_model import train_sentencepiece
 
 from megatron_entropy.config.schema import DataConfig
+from megatron_entropy.data import limits
 from megatron_entropy.data.dataset import PromptStream, epoch_order, load_prompts, read_prompts
 from megatron_entropy.data.schemas import SCHEMAS, Message, load_schema, read_rows
 from megatron_entropy.data.tokenizer import load_tokenizer
@@ -389,6 +391,26 @@ def test_first_only_reads_each_file_up_to_the_first_row_that_fits(tmp_path, toke
             DataConfig(max_prompt_tokens=20),
             first_only=True,
         )
+
+
+@pytest.mark.parametrize(
+    ("template", "limit"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "1 s of CPU time"),
+        ("{{ 10 ** (10 ** 9) }}", "1 s of CPU time"),
+        ("{{ ('x' * (3 * 10 ** 9)) | length }}", "1 GiB of memory"),
+    ],
+    ids=["loop", "compiled code", "memory"],
+)
+def test_a_chat_template_that_hangs_or_fills_the_memory_is_refused(tmp_path, monkeypatch, template, limit):
+    monkeypatch.setattr(limits, "CPU_SECONDS", 1)
+    monkeypatch.setattr(limits, "MEMORY_GIB", 1)
+    ids = tokenizers.models.WordLevel({"1": 0, "<s>": 1, "<unk>": 2}, unk_token="<unk>")
+    tokenizers.Tokenizer(ids).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<s>", "chat_template": template}))
+    file = write_jsonl(tmp_path / "a.jsonl", [ROWS["plain"][0]])
+    with pytest.raises(ConfigError, match=f"chat template fails: it needs more than {limit}"):
+        load_prompts([file], load_tokenizer(tmp_path), DataConfig(max_prompt_tokens=20), first_only=True)
 
 
 def test_indices_count_rows_over_all_files(tmp_path, tokenizer):
