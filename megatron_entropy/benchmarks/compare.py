@@ -144,9 +144,11 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     console = Console() if console is None else console
     if not console.is_terminal:
         console.width = max(console.width, 100)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table = Table(
+        title="Accuracy (%)", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0), pad_edge=False, show_edge=False
+    )
     table.add_column("", overflow="fold")
-    for heading in ("A (%)", "B (%)", "B - A", "95 %\ninterval", "p", "ques-\ntions", "bet-\nter", "worse"):
+    for heading in ("A", "B", "B - A", "95 %\ninterval", "p", "ques-\ntions", "bet-\nter", "worse"):
         table.add_column(heading, justify="right", no_wrap=True)
     for one in comparison.benchmarks:
         counts = (str(one.questions), str(one.better), str(one.worse))
@@ -179,5 +181,5 @@ def remarks(comparison: Comparison) -> list[str]:
         for side, ids in (("A", one.only_first), ("B", one.only_second)):
             if ids:
                 more = f" and {len(ids) - 10} more" if len(ids) > 10 else ""
-                lines.append(f"{one.benchmark}: {len(ids)} questions in {side} only: {', '.join(ids[:10])}{more}")
+                lines.append(f"{one.benchmark}: in {side} only, {len(ids)}: {', '.join(ids[:10])}{more}")
     return lines

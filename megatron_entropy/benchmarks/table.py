@@ -251,7 +251,7 @@ def score_cells(score: GraderSummary) -> tuple[str, ...]:
         f"{percent(estimate.mean)} ± {percent(estimate.std_err)}",
         f"{percent(estimate.low)}-{percent(estimate.high)}" if math.isfinite(estimate.low) else "-",
         percent(score.std_err_runs),
-        percent(score.unparsed),
+        f"{percent(score.unparsed)}%",
         str(score.errors),
     )
 
@@ -263,7 +263,7 @@ def sample_cells(summary: BenchmarkSummary) -> tuple[str, ...]:
         str(sum(map(len, summary.skipped.values()))),
         str(summary.samples),
         f"{summary.length:.0f}",
-        percent(summary.truncated),
+        f"{percent(summary.truncated)}%",
         "-" if summary.entropy is None else f"{summary.entropy:.3f}",
     )
 
@@ -276,7 +276,7 @@ def at_k_cells(at_k: AtK) -> tuple[str, ...]:
 
 SCORE_HEADINGS = ("accuracy\n(%)", "95 %\ninterval", "±\nruns", "un-\nparsed", "er-\nrors")
 SAMPLE_HEADINGS = ("ques-\ntions", "skip-\nped", "n", "tokens", "trun-\ncated", "entropy\n(nats)")
-AT_K_HEADINGS = ("k", "pass@k\n(%)", "maj@k\n(%)", "maj@k\nties avg", "G-Pass\n0.5", "G-Pass\n1.0", "mG-\nPass")
+AT_K_HEADINGS = ("k", "pass@k\n(%)", "maj@k\n(%)", "maj@k\nties avg", "G-Pass\n0.5", "G-Pass\n1.0", "mG\nPass")
 
 
 def print_table(summary: Summary, console: Console | None = None) -> None:
