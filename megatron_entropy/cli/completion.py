@@ -17,10 +17,20 @@ SCRIPT = """_megatron_entropy() {
   if [ "$COMP_CWORD" = 1 ] || [ "${current#-}" != "$current" ]; then
     COMPREPLY=($(compgen -W "$words" -- "$current"))
   fi
-  if [ "${COMPREPLY[*]%%=}" != "${COMPREPLY[*]}" ]; then compopt -o nospace 2> /dev/null; fi
+%s
 }
-complete -o default -F _megatron_entropy megatron-entropy
+complete %s -o default -F _megatron_entropy megatron-entropy
 """
+
+BASH_END = """  if [ "${COMPREPLY[*]%=}" != "${COMPREPLY[*]}" ]; then compopt -o nospace; fi"""
+ZSH_START = """(( $+functions[compdef] )) || { autoload -U +X compinit && compinit }
+autoload -U +X bashcompinit && bashcompinit"""
+ZSH_END = """  local word found  # zsh has no compopt: it adds no space, so words bring their own
+  found=()
+  for word in "${COMPREPLY[@]}"; do
+    case "$word" in *=) found+=("$word") ;; *) found+=("$word ") ;; esac
+  done
+  COMPREPLY=("${found[@]}")"""
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -46,9 +56,11 @@ def run(args: argparse.Namespace) -> int:
     tables = describe.list_tables(METHOD_CONFIGS)
     words["train"] += sorted({f"--{table.path(key)}=" for table in tables for key in table.keys})
     cases = "\n".join(f'    {name}) words="{" ".join(found)}" ;;' for name, found in words.items())
-    if args.shell == "zsh":
-        print("autoload -U +X bashcompinit && bashcompinit")
-    print(SCRIPT % (cases, " ".join(commands)), end="")
+    is_zsh = args.shell == "zsh"
+    if is_zsh:
+        print(ZSH_START)
+    ending = (ZSH_END, "-o nospace") if is_zsh else (BASH_END, "")
+    print(SCRIPT % (cases, " ".join(commands), *ending), end="")
     return 0
 
 
