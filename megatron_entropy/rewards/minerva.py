@@ -17,6 +17,7 @@ import math
 import re
 
 from megatron_entropy.records import Grade
+from megatron_entropy.rewards import latex, numeric
 from megatron_entropy.rewards.opencompass import braced_fractions, replace_all, without_final_text
 
 TAIL = 50_000  # only the last characters of a response are read
@@ -123,8 +124,6 @@ def _canonical(text: str) -> str:
 
 def _is_equal(found: str, truth: str) -> bool:
     """Whether two canonical answers are equal. Source: `math_equal`."""
-    from megatron_entropy.rewards import latex
-
     if found.translate(BRACKETS).lower() == truth.translate(BRACKETS).lower():
         return True
     left, right = _literal(found), _literal(truth)
@@ -138,24 +137,32 @@ def _is_equal(found: str, truth: str) -> bool:
         return _is_equal(assigned[1].strip(), truth)
     if "=" not in found and (assigned := ASSIGNED.fullmatch(truth)):
         return _is_equal(found, assigned[1].strip())
-    left, right = _as_latex(_without_unit(found)), _as_latex(truth)
+    left, right = _as_latex(found), _as_latex(truth)
     latex.read(right)
-    if latex.is_readable(left) and latex.is_close(left, right, relative=TOLERANCE):
+    if _numbers_close(_as_latex(_without_unit(found)), right):
         return True
-    left = _as_latex(found)
     if "=" in found and "=" in truth:
         return _is_same_equation(left, right)
-    return latex.is_readable(left) and latex.is_equal(left, right, tolerance=0.0)
+    return latex.is_readable(left) and numeric.is_equal(left, right, tolerance=0.0)
+
+
+def _numbers_close(left: str, right: str) -> bool:
+    """Whether both texts are expressions of real numbers with close values; `e` is Euler's number."""
+    if not latex.is_readable(left):
+        return False
+    values = numeric.expression_values(latex.read(left), latex.read(right))
+    if len(values) != 1 or any(value.imag for value in values[0]):  # with variables there are several points
+        return False
+    value, truth = values[0]
+    return abs(value - truth) <= TOLERANCE * max(abs(value), abs(truth))
 
 
 def _is_same_equation(left: str, right: str) -> bool:
-    from megatron_entropy.rewards import latex
-
     try:
-        ratio = latex.equation_ratio(left, right)
+        ratio = numeric.equation_ratio(left, right)
     except latex.UnreadableError:
         return False
-    return ratio is not None and math.isclose(abs(ratio), 1.0, rel_tol=latex.AGREEMENT)
+    return ratio is not None and math.isclose(abs(ratio), 1.0, rel_tol=numeric.AGREEMENT)
 
 
 def _is_close(value: float, truth: float) -> bool:
