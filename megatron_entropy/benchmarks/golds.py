@@ -127,13 +127,13 @@ def value_of(row: RawRow, name: str) -> object:
 def cell_text(row: RawRow, column: str) -> str:
     """Return the text of a cell, stripped; a finite number becomes text (`27.0` is `27`)."""
     value = value_of(row, column)
-    if isinstance(value, float) and math.isfinite(value) and value.is_integer():
-        value = int(value)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str) or not value.strip():
-        raise GoldError("the row has no answer" if value in (None, "") else "the answer is not a text or a number")
-    return value.strip()
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise GoldError("the row has no answer")
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise GoldError("the answer is not a text or a number")
+    return str(int(value)) if value == int(value) else str(value)
 
 
 def _text_list(value: object) -> list[str]:

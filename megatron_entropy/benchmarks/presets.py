@@ -57,7 +57,8 @@ PRESETS: dict[str, Preset] = {
         choice_prompt=ANSWER_LINE,
         grader="math_verify",
     ),
-    "curiosft": Preset(  # scripts/3_eval_math.sh and 4_*.sh of the release; prompts come with its data files
+    "curiosft": Preset(  # scripts/3_eval_math.sh and 4_*.sh of the release; prompts come with its data files. The
+        # release takes the maximum of math-verify and Oat's boxed grader
         name="curiosft",
         temperature=0.6,
         top_p=1.0,
@@ -93,7 +94,7 @@ PRESETS: dict[str, Preset] = {
         prompt="{question}",
         choice_prompt="{question}",
         system="Let's think step by step. Put your final answer in $\\boxed{}$",
-        grader="boxed",
+        grader="cer_eval",
     ),
 }
 

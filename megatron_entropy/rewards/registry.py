@@ -18,13 +18,14 @@ from megatron_entropy.rewards.gsm8k import gsm8k_flexible, gsm8k_strict
 from megatron_entropy.rewards.minerva import minerva
 from megatron_entropy.rewards.multiple_choice import gpqa, multiple_choice
 from megatron_entropy.rewards.opencompass import opencompass_v2
-from megatron_entropy.rewards.strings import boxed, choice, final_marker
+from megatron_entropy.rewards.strings import boxed, cer_eval, choice, final_marker
 from megatron_entropy.rewards.symbolic import math_verify
 
 Verifier = Callable[[str, str], Grade]
 
 VERIFIERS: dict[str, Verifier] = {
     "boxed": boxed,
+    "cer_eval": cer_eval,
     "choice": choice,
     "dapo": dapo,
     "final_marker": final_marker,
@@ -38,7 +39,7 @@ VERIFIERS: dict[str, Verifier] = {
 }
 
 INLINE = frozenset(
-    "boxed choice dapo final_marker gpqa gsm8k_flexible gsm8k_strict multiple_choice opencompass_v2".split()
+    "boxed cer_eval choice dapo final_marker gpqa gsm8k_flexible gsm8k_strict multiple_choice opencompass_v2".split()
 )
 """Verifiers that can neither hang nor crash (string scans in linear time). They run in the caller's process."""
 

@@ -1,4 +1,4 @@
-"""Verifiers that compare strings: `boxed`, `choice`, `final_marker`.
+"""Verifiers that compare strings: `boxed`, `cer_eval`, `choice`, `final_marker`.
 
 They take time linear in the length of the response and cannot crash, so they run in the caller's process (see
 `registry.INLINE`). A response without an answer is wrong (`correct=False`, `extracted=None`). A ground truth that the
@@ -61,6 +61,17 @@ def boxed(response: str, answer: str) -> Grade:
     """
     extracted = boxed_content(response)
     return Grade(extracted is not None and extracted == answer.strip(), extracted)
+
+
+def cer_eval(response: str, answer: str) -> Grade:
+    r"""Grade by equality of the ground truth and the text from the last `\boxed{` to the first `}` after it.
+
+    Without a box the whole response counts. Nothing is stripped, and `\boxed{\frac{1}{2}}` has the answer `\frac{1`.
+    Source: CER's release, `src/test_transformers.py`, which its published accuracies come from; `boxed` is its reward.
+    """
+    _, box, rest = response.rpartition("\\boxed{")
+    extracted = rest.split("}", 1)[0] if box else None
+    return Grade((response if extracted is None else extracted) == answer, extracted)
 
 
 def choice(response: str, answer: str) -> Grade:
