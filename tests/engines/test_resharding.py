@@ -3,7 +3,8 @@
 Proves: after a weight sync every tensor of an engine equals the actor's, byte for byte, for every layout of the actor
 and for engines with tensor parallelism 1 and 2, which join the same sync. The expected values are computed here
 from the Hugging Face tensors, without our names and without vLLM's loader: the actor's parameters are those tensors
-times a number. After an optimizer step the engines' log-probs are the actor's. A flipped bit is named; an engine is
+times a number. After an optimizer step the engines' log-probs and entropies are the actor's, and CURE cuts at the same
+tokens with either. A flipped bit is named; an engine is
 lost with any of its workers. Both backends are used, gloo and shared memory. Experts, which vLLM pads and packs, are
 checked by log-probs only, in an exhaustive test. Not proved here: GPUs.
 """
@@ -26,7 +27,7 @@ from megatron_entropy.config.architecture import read_architecture
 from megatron_entropy.config.schema import ActorConfig, OptimizerConfig, ParallelConfig, RolloutConfig
 from megatron_entropy.distributed import process_groups
 from megatron_entropy.errors import ChecksumError, EngineLost, Fault
-from megatron_entropy.records import Sample
+from megatron_entropy.records import Prompt, Sample
 from megatron_entropy.weights.hf_folder import TensorFolder
 from megatron_entropy.weights.source import ShardedSource, load
 from megatron_entropy.weights.sync import WeightSync
@@ -101,7 +102,7 @@ def start_engines(folder: str) -> tuple[list, list | None]:
     if process_groups.rank():
         return [], None
     spec = EngineSpec(folder, 256, (EOS,), threads=1)
-    pools = [EnginePool(RolloutConfig(tensor_parallel=tp), spec) for tp in ENGINE_TP]
+    pools = [EnginePool(RolloutConfig(tensor_parallel=tp, entropy=True), spec) for tp in ENGINE_TP]
     clients = [client for pool in pools for client in pool.clients()]
     for index, client in enumerate(clients):
         client.index = index
@@ -143,7 +144,7 @@ def answers(pools: list) -> list[list[Sample]]:
     generator = np.random.default_rng(0)
     prompts = [tuple(generator.integers(2, VOCABULARY, 4 + length).tolist()) for length in range(8)]
     requests = [
-        Request((number,), prompt, seed=number, max_tokens=16, temperature=TEMPERATURE)
+        Request((number,), prompt, seed=number, max_tokens=16, temperature=TEMPERATURE, top_p=0.9)
         for number, prompt in enumerate(prompts)
     ]
     samples = []
@@ -152,7 +153,14 @@ def answers(pools: list) -> list[list[Sample]]:
         assert not dead
         samples.append(
             [
-                Sample(np.array([*p, *c.tokens], np.int32), len(p), "stop", "", rollout_logprob=c.logprobs)
+                Sample(
+                    np.array([*p, *c.tokens], np.int32),
+                    len(p),
+                    "stop",
+                    "",
+                    rollout_uncut_logprob=np.concatenate([np.zeros(len(p), np.float32), c.uncut_logprobs]),
+                    rollout_entropy=np.concatenate([np.zeros(len(p), np.float32), c.entropy]),
+                )
                 for p, c in zip(prompts, done, strict=True)
             ]
         )
@@ -160,14 +168,33 @@ def answers(pools: list) -> list[list[Sample]]:
 
 
 def disagreement(actor, sampled: list[list[Sample]]) -> list[float]:
-    """For each engine the largest difference between a log-prob of its samples and the actor's."""
+    """For each engine the largest difference between a log-prob or entropy of its samples and the actor's."""
     from megatron_entropy.actor.statistics import policy_statistics
 
     worst = []
     for samples in sampled:
-        scored = actor.score(samples, policy_statistics(temperature=TEMPERATURE, entropy=False))
-        worst.append(max(np.abs(s.response("logprob") - s.rollout_logprob).max() for s in scored))
+        scored = actor.score(samples, policy_statistics(temperature=TEMPERATURE))
+        worst.append(
+            max(
+                np.abs(s.response(ours) - s.response(theirs)).max()
+                for s in scored
+                for ours, theirs in (("logprob", "rollout_uncut_logprob"), ("entropy", "rollout_entropy"))
+            )
+        )
+        assert cuts(scored) == cuts([dataclasses.replace(s, entropy=s.rollout_entropy) for s in scored])
     return worst
+
+
+def cuts(samples: list[Sample]) -> list[tuple[int, ...]]:
+    """Where CURE cuts the responses."""
+    from megatron_entropy.config.schema import Config
+    from megatron_entropy.methods.cure import Cure, CureConfig
+
+    cure = Cure(Config(steps=1, method=CureConfig(top=4), batch={"samples": 16}))
+    prompt = Prompt(0, "", ())
+    return [
+        cure.branch_prompt(prompt, n, sample, lambda token: "word").response_prefix for n, sample in enumerate(samples)
+    ]
 
 
 def sync_from_every_layout(folder: str) -> dict[str, object]:

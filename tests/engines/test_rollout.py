@@ -1,10 +1,10 @@
 """Real vLLM engines in Ray actors, with weights synced from a plain source.
 
 Proves: log-probs, and the entropies recorded while sampling, equal those of transformers at several temperatures, also
-where the sampler cuts the vocabulary; a completion is a function of the request and the weights alone (not of the batch,
-the number of engines, or the death of an engine); a weight sync replaces the weights and survives dead engines, changed
-bytes and missing tensors; the death of Ray's head is reported soon, whatever waits for Ray. Not proved here: sharded
-sources, GPUs.
+where the sampler cuts the vocabulary; a completion is a function of the request and the weights alone (not of the
+batch, the number of engines, or the death of an engine); a weight sync replaces the weights and survives dead engines,
+changed bytes and missing tensors; the death of Ray's head is reported soon, whatever waits for Ray. Not proved here:
+sharded sources, GPUs.
 """
 
 from __future__ import annotations

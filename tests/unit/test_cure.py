@@ -71,9 +71,9 @@ class Script:
                 tokens = np.array(self.answer(prompt, number), np.int32)
                 completions.append(Completion((index, number), tokens, np.zeros(len(tokens), np.float32), "stop"))
         groups = build_groups(prompts, num_samples, completions, tokenizer=self.tokenizer, policy_version=1)
-        return grade_groups(groups, reward_pool=self.reward_pool, tokenizer=self.tokenizer, grade_prefix=grade_prefix)
+        return grade_groups(groups, grader=self.reward_pool, tokenizer=self.tokenizer, grade_prefix=grade_prefix)
 
-    def score(self, groups) -> list[Group]:
+    def score(self, groups, *, logprob: bool = True) -> list[Group]:
         """As the actor: packed in micro-batches of `budget` positions, then put back in order."""
         self.scored += 1
         assert self.logits is not None
