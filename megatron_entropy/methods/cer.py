@@ -3,8 +3,9 @@
 Against GRPO: a correct response has the reward (1 + (1 + exp(-TECA))) / 2, in (1, 1.5]; a wrong one has 0. TECA (token
 entropy cumulative average) is the running mean of the token entropies of the response. The reward uses its last value,
 the mean over the response, end token included. The entropies are those of the old policy over the full vocabulary, at
-the rollout temperature and before any top-p cut; the pass that computes the old log-probabilities gives them too. A k3
-penalty keeps the policy near the base model. LoRA (`actor.lora`) trains the policy.
+the rollout temperature and before any top-p cut; the pass that computes the old log-probabilities gives them too, or
+with `rollout.entropy` the engine that sampled the tokens. A k3 penalty keeps the policy near the base model. LoRA
+(`actor.lora`) trains the policy.
 
 Read from the release (github AusertDream/CumulativeEntropyRegulation, reward_manager/cer_manager.py and the
 configurations of the runs); only summaries of the paper could be read. Differences from the release: the verifier is
