@@ -16,6 +16,7 @@ from megatron_entropy.benchmarks.suite import load_suite
 from megatron_entropy.config.schema import RewardConfig
 from megatron_entropy.data.tokenizer import Tokenizer
 from megatron_entropy.errors import ConfigError, DataError
+from megatron_entropy.rewards import load_verifier
 from megatron_entropy.rewards.client import check_grader
 
 
@@ -78,6 +79,8 @@ def prepare(
         UserError: a source, a row, a chat template or a grader cannot be used, or no question is left.
     """
     found = Prepared()
+    for name in graders:
+        load_verifier(name)
     for benchmark in benchmarks:
         source = benchmark.source(data_folder)
         loaded = load_questions(benchmark, source, preset, limit=limit, seed=seed)

@@ -11,6 +11,7 @@ from megatron_entropy.cli import (
     config,
     convert,
     doctor,
+    eval,
     inspect,
     merge_lora,
     report,
@@ -21,7 +22,19 @@ from megatron_entropy.cli import (
 from megatron_entropy.cli.arguments import Parser
 from megatron_entropy.errors import Fault, UserError
 
-COMMANDS = (train, config, report, convert, inspect, merge_lora, semantic_entropy, serve_rewards, doctor, completion)
+COMMANDS = (
+    train,
+    eval,
+    config,
+    report,
+    convert,
+    inspect,
+    merge_lora,
+    semantic_entropy,
+    serve_rewards,
+    doctor,
+    completion,
+)
 """Modules of the subcommands, in the order of `--help`."""
 
 

@@ -15,6 +15,7 @@ class RunFolder:
     hf/  adapter/                                                        the last stage's model, and its LoRA adapter
     tensorboard/STAGE/  rollouts/STAGE/step_000001.jsonl  eval/STAGE/step_000001.jsonl
     checkpoints/STAGE/step_000001/  stages/STAGE/{hf,adapter}/           of one stage
+    benchmarks/PRESET/                                                   evaluations of the last stage's model
     ```
     """
 
@@ -44,6 +45,11 @@ class RunFolder:
     def plots(self) -> Path:
         """PNG files of the report."""
         return self.root / "plots"
+
+    @property
+    def benchmarks(self) -> Path:
+        """Evaluations of the exported model by `megatron-entropy eval`, one folder each."""
+        return self.root / "benchmarks"
 
     def tensorboard(self, stage: str) -> Path:
         """Event files of a stage."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from megatron_entropy.config.architecture import ModelArchitecture
 from megatron_entropy.config.schema import Config
@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     from megatron_entropy.weights.buckets import TensorMeta
 
 
+def engine_dtype(setting: Literal["auto", "float32", "bfloat16"]) -> Literal["float32", "bfloat16"]:
+    """Return the type of the engines' weights that `rollout.dtype` stands for on this machine."""
+    import torch
+
+    if setting == "auto":
+        return "bfloat16" if torch.cuda.is_available() else "float32"
+    return setting
+
+
 @contextmanager
 def open_service(config: Config, arch: ModelArchitecture, tokenizer: Tokenizer) -> Iterator[RolloutService]:
     """Start engines whose weights come from the model folder; stop them at the end of the `with` block."""
@@ -30,9 +39,7 @@ def open_service(config: Config, arch: ModelArchitecture, tokenizer: Tokenizer) 
     from megatron_entropy.weights.sync import WeightSync
 
     on_gpu = torch.cuda.is_available()
-    dtype = config.rollout.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if on_gpu else "float32"
+    dtype = engine_dtype(config.rollout.dtype)
     source = FolderSource(config.model.path, arch, getattr(torch, dtype))
     os.environ.setdefault("LOCAL_WORLD_SIZE", "0")  # reserve no GPU for a trainer
     spec = EngineSpec(
