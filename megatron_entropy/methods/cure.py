@@ -4,8 +4,8 @@ Against DAPO: of a group's G = n1 (1 + n2) samples only n1 start at the question
 once, at a critical token: one of the K tokens with the largest full-vocabulary entropy. It is continued n2 times from
 the tokens before the cut; the critical token itself is sampled again. All G samples are one group with one baseline and
 the same clipped loss. Only generated tokens are trained: the response prefix of a branch is trained once, in its
-parent. Stage 2 is DAPO from the model of stage 1. The entropies that choose the cuts are the policy's by a scoring pass,
-or with `rollout.entropy` by the engine that sampled the tokens, without one.
+parent. Stage 2 is DAPO from the model of stage 1. The entropies that choose the cuts come from a scoring pass, or with
+`rollout.entropy` from the engine that sampled the tokens, without one.
 
 Read from the release (github bytedance/CURE, recipe/CURE_First_Stage/dapo_ray_trainer.py); only the abstract of the
 paper could be read. The release leaves two choices open: here equal entropies are ordered by position, and the draw
