@@ -68,7 +68,7 @@ class Graders:
 
 
 def report_damage(damaged: Sequence[str], consequence: str) -> None:
-    """Say in one line which lines of a file are damaged, and what comes of it."""
+    """Say in one line which lines of a file are damaged, and the consequence."""
     if damaged:
         more = f" and {len(damaged) - MAX_SHOWN} more" if len(damaged) > MAX_SHOWN else ""
         shown = "; ".join(damaged[:MAX_SHOWN])

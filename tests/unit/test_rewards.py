@@ -417,7 +417,7 @@ def test_workers_import_neither_torch_nor_the_main_script(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("math", "use one of boxed, choice, dapo, final_marker, math_verify"),
+        ("math", f"use one of {', '.join(VERIFIERS)}"),
         ("no_such_module:verify", "no_such_module"),
         ("megatron_entropy.records:no_such_function", "no_such_function"),
         ("megatron_entropy.rewards.dapo:TAIL", "not a function"),
