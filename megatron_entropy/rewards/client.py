@@ -17,13 +17,15 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 from urllib.parse import urlsplit
 
-from megatron_entropy.config.schema import RewardConfig
 from megatron_entropy.errors import ConfigError, Fault
 from megatron_entropy.records import Grade
 from megatron_entropy.rewards.pool import UNUSABLE, RewardPool, check_verifier, scale_budget
+
+if TYPE_CHECKING:
+    from megatron_entropy.config.schema import RewardConfig
 
 logger = logging.getLogger(__name__)
 TOKEN_VARIABLE = "MEGATRON_ENTROPY_REWARD_TOKEN"
@@ -344,7 +346,7 @@ def _error_of(reply: bytes) -> str:
         message = str(json.loads(reply)["error"])
     except (ValueError, LookupError, TypeError, RecursionError):
         message = reply[:200].decode("utf-8", "replace")
-    return " ".join(message.split())[:300]
+    return " ".join(message.split())[:500]
 
 
 def _reason(error: Exception) -> str:

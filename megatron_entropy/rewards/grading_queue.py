@@ -115,6 +115,8 @@ class GradingQueue:
             if self._is_stopped:
                 raise QueueStopped
             if len(self._waiting) + len(tasks) > self.capacity:
+                self._waiting = deque(entry for entry in self._waiting if not entry[1].cancelled())
+            if len(self._waiting) + len(tasks) > self.capacity:
                 raise QueueFull
             self._waiting.extend((task, future, now) for task, future in zip(tasks, futures, strict=True))
             self._changed.notify(len(tasks))

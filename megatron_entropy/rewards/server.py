@@ -15,7 +15,6 @@ import signal
 import socket
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from types import FrameType
 from typing import Annotated, Any, TypeVar
@@ -172,8 +171,8 @@ class RewardServer:
         if body.verifier not in self.settings.verifiers:
             raise HTTPException(
                 400,
-                f"unknown verifier {body.verifier[:100]!r}; this server has {', '.join(self.settings.verifiers)}; "
-                "another one is added with serve-rewards --verifier",
+                f"unknown verifier {body.verifier[:100]!r}; add it with serve-rewards --verifier, or use one of "
+                + ", ".join(self.settings.verifiers),
             )
         tasks = [(body.verifier, pair.response, pair.answer) for pair in body.pairs]
         grades = await self._grade(tasks, request, body.seconds or math.inf)
@@ -237,8 +236,8 @@ class RewardServer:
         """Grade tasks; gives up after `seconds`, or when the client is gone."""
         if len(tasks) > self.settings.queue:
             raise HTTPException(413, f"{len(tasks)} answers in one request are more than the queue holds")
-        futures = self.queue.submit(tasks)
-        waiting = {asyncio.wrap_future(future) for future in futures}
+        futures = [asyncio.wrap_future(future) for future in self.queue.submit(tasks)]
+        waiting = set(futures)
         deadline = time.monotonic() + seconds
         while waiting:
             remaining = deadline - time.monotonic()
@@ -247,14 +246,10 @@ class RewardServer:
                 for future in waiting:
                     future.cancel()
                 break
-        return [_grade_of(future) for future in futures]
-
-
-def _grade_of(future: Future[Grade]) -> Grade:
-    """The grade of a future, `budget` if it has none; raises what the queue did."""
-    if future.cancelled() or not future.done():
-        return Grade(None, error="budget")
-    return future.result()
+        for error in [future.exception() for future in futures if future.done() and not future.cancelled()]:
+            if error is not None:
+                raise error
+        return [Grade(None, error="budget") if future in waiting else future.result() for future in futures]
 
 
 def _is_complete(item: Item) -> bool:
