@@ -287,7 +287,7 @@ def test_evaluation_samples_by_its_own_settings(settings, expected):
     rollouts = MethodRollouts(
         config, stream=None, tokenizer=Words(), actor=None, service=Service(), timer=StepTimer(), temperature=1.5
     )
-    rollouts.score = lambda groups, temperature: [
+    rollouts.score = lambda groups, temperature, logprob: [
         g.with_samples(dataclasses.replace(s, entropy=s.constant(temperature)) for s in g.samples) for g in groups
     ]
     metrics, (evaluated,) = evaluate(rollouts, [PROMPT], config.eval)
