@@ -41,7 +41,12 @@ def _check_path(path: str) -> str:
     return path
 
 
-def _check_server_url(url: str) -> str:
+def check_server_url(url: str) -> str:
+    """Return the address of a server unchanged; the empty text is none.
+
+    Raises:
+        ValueError: not `http://HOST:PORT` or `https://HOST:PORT`.
+    """
     if not url:
         return url
     parts = urlsplit(url)  # raises ValueError for a port that is no number
@@ -73,7 +78,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[tuple[Decay, Decay], Field(strict=False)]
 StageName = Annotated[str, AfterValidator(_check_stage_name)]
 PathText = Annotated[str, AfterValidator(_check_path)]
-ServerUrl = Annotated[str, AfterValidator(_check_server_url)]
+ServerUrl = Annotated[str, AfterValidator(check_server_url)]
 TextList = Annotated[list[str], BeforeValidator(_split_commas)]
 """A list of texts, or one text with commas between them."""
 PathList = Annotated[list[PathText], BeforeValidator(_split_commas)]
@@ -304,7 +309,7 @@ class RewardConfig(Section):
     """Grading of responses."""
 
     verifier: str = "math_verify"
-    """Verifier: `boxed`, `choice`, `dapo`, `final_marker`, `math_verify`, or `package.module:function`."""
+    """Verifier: a name of `docs/graders.md` (`math_verify`, `boxed`, `choice`, ...), or `package.module:function`."""
     workers: int = Field(default=2, gt=0, le=1024)
     """Processes that grade. With `url` those of the server count."""
     timeout: float = Field(default=10.0, gt=0, le=86400)

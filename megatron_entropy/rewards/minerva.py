@@ -41,8 +41,9 @@ UNCHANGED = (("\\neq", "\\ne"), ("\\leq", "\\le"), ("\\geq", "\\ge"))
 SPACING = (("\\!", ""), ("tfrac", "frac"), ("dfrac", "frac"), *UNCHANGED, ("\\left", ""), ("\\right", ""))
 SYMBOLS = (
     *(("^{\\circ}", ""), ("^\\circ", ""), ("\\$", ""), ("$", ""), ("\\(", ""), ("\\)", ""), ("\\%", ""), ("%", "")),
-    *(("\\mathbf", ""), (" .", " 0."), ("{.", "{0."), ("\\,", " "), ("\\;", " "), ("\\ ", " "), ("~", " ")),
+    *(("\\mathbf", ""), (" .", " 0."), ("{.", "{0.")),
 )
+BLANK = re.compile(r"(?<!\\)\\[,;: ]|~")
 WRAPPED = re.compile(r"\\(?:text|mathrm|operatorname)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 ACCENT = re.compile(r"\\(d{1,2}ot|bar|hat|vec|tilde)(?:\s*\{\s*(\w)\s*\}|\s+(\w))(?:_(?:\{\s*(\w+)\s*\}|(\w)))?")
 BRACKETS = str.maketrans("", "", "{}() ")
@@ -132,14 +133,14 @@ def _is_equal(found: str, truth: str) -> bool:
     left, right = _literal(found), _literal(truth)
     if left is not None and right is not None:
         return any(_is_close(left, right * scale) for scale in PERCENT)
-    elements = _elements(truth)
-    if len(elements) > 1:
-        others = _elements(found)
-        return len(others) == len(elements) and all(map(_is_equal, others, elements))
     if "=" not in truth and (assigned := ASSIGNED.fullmatch(found)):
         return _is_equal(assigned[1].strip(), truth)
     if "=" not in found and (assigned := ASSIGNED.fullmatch(truth)):
         return _is_equal(found, assigned[1].strip())
+    elements = _elements(truth)
+    if len(elements) > 1:
+        others = _elements(found)
+        return len(others) == len(elements) and all(map(_is_equal, others, elements))
     left, right = _as_latex(found), _as_latex(truth)
     latex.read(right)
     if _numbers_close(_as_latex(_without_unit(found)), right):
@@ -228,7 +229,7 @@ def _as_latex(text: str) -> str:
 
 def _without_unit(text: str) -> str:
     """Remove the units behind a number: `300 km/s`, `9.8 m s^{-2}`."""
-    number = text
+    number = BLANK.sub(" ", text)
     while match := LAST_UNIT.search(number):
         number = number[: match.start()].rstrip(" /")
     return number

@@ -82,6 +82,7 @@ def choice(response: str, answer: str) -> Grade:
     letter in round brackets ("Answer: (c)"). The later of the two counts. After "answer is", a bare `A` or `I` followed
     by another word than "because", "since" or "as" is the English word, not a choice; a bare lowercase letter may be a
     variable. A response that is only a letter or "Option B" counts as well. Letters that are only discussed do not.
+    This suits a reward; `multiple_choice` and `gpqa` reproduce published accuracies.
     """
     truth = _single_choice(answer)
     if truth is None:

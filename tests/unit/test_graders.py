@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from pathlib import Path
 
 import check_graders
 import pytest
@@ -242,6 +243,12 @@ def test_hostile_answers_end_quickly(text):
 
 def test_only_graders_of_linear_time_run_in_the_callers_process():
     assert set(GRADERS) - INLINE == {"minerva"}
+
+
+def test_the_page_of_graders_lists_every_verifier():
+    page = (Path(__file__).parents[2] / "docs" / "graders.md").read_text()
+    table = page[page.index("## Which one") : page.index("## What each one misses")]
+    assert set(VERIFIERS) <= set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
 
 
 def test_check_graders_reads_its_files(tmp_path, capsys):
