@@ -127,9 +127,10 @@ def grade_by_lighteval(case: Case, text: str) -> bool:
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
     expressions, latex = ExprExtractionConfig(), LatexExtractionConfig(boxed_match_priority=0)
+    no_limit: dict[str, Any] = {"parsing_timeout": None}
     targets = (latex,) if "latex" in name else (expressions,)
-    truth = parse(gold(case), targets, parsing_timeout=None)
-    found = parse(text, (expressions, latex), parsing_timeout=None)
+    truth = parse(gold(case), targets, **no_limit)
+    found = parse(text, (expressions, latex), **no_limit)
     return bool(truth and found) and verify(truth, found, timeout_seconds=None)
 
 
@@ -168,8 +169,7 @@ def wanted_values(expected: dict[str, dict[str, Any]], score_name: str, runs: in
         values |= {f"avg-of-{k} {key}": row[f"{score_name}_statistics"][key] for key in STATISTICS}
         if majority:
             values[f"majority@{k}"] = majority[score_name] / 100
-            missing = row.get("no_answer", row.get("invalid_judgements"))
-            values[f"no_answer@{k}"] = missing / 100
+            values[f"no_answer@{k}"] = row["no_answer" if "no_answer" in row else "invalid_judgements"] / 100
     return values
 
 

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -61,8 +62,12 @@ def mg_pass_at_k(correct: Sequence[bool], k: int) -> float:
 
 def _at_least(correct: Sequence[bool], k: int, successes: int) -> float:
     """Probability that k samples drawn without replacement hold that many correct ones."""
-    n, c = len(correct), sum(map(bool, correct))
-    assert 1 <= k <= n, f"k = {k} of {n} samples"
+    assert 1 <= k <= len(correct), f"k = {k} of {len(correct)} samples"
+    return _hypergeometric_tail(len(correct), sum(map(bool, correct)), k, successes)
+
+
+@lru_cache(maxsize=65536)
+def _hypergeometric_tail(n: int, c: int, k: int, successes: int) -> float:
     ways = sum(math.comb(c, hits) * math.comb(n - c, k - hits) for hits in range(successes, min(c, k) + 1))
     return ways / math.comb(n, k)
 

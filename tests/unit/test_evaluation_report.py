@@ -20,7 +20,7 @@ from megatron_entropy.records import Grade
 FIRST, SECOND = "math_verify", "boxed"
 
 
-def make_row(question, sample, right, answer="7", **changes):
+def make_row(question, sample, right, answer: str | None = "7", **changes):
     """A row; `right` None: the first grader has no verdict. The second grader finds everything wrong."""
     grade = Grade(None, None, "timeout") if right is None else Grade(right, answer)
     values = {
