@@ -20,7 +20,6 @@ DIGITS = 30  # of an evaluation
 MAX_EXTRA_DIGITS = 1_000  # that large numbers get in addition
 POINTS = 6
 AGREEMENT = 1e-12  # largest relative difference of equal values
-CONSTANT = 1e-3  # OlympiadBench accepts expressions that differ by a constant below this
 MAX_BITS = 100_000  # of a value before or behind the point
 MAX_EXPONENT_BITS = 20
 MAX_FACTORIAL_BITS = 14
@@ -35,11 +34,12 @@ CONSTANTS: dict[str, Callable[[], Any]] = {"pi": lambda: +mpmath.pi, "e": lambda
 NO_VALUE = (ArithmeticError, ValueError, TypeError, NotImplementedError)
 
 
-def is_equal(left: str, right: str, *, tolerance: float) -> bool:
-    """Whether two LaTeX expressions are equal.
+def is_equal(left: str, right: str, *, tolerance: float, offset: float = 0.0) -> bool:
+    """Whether two LaTeX expressions are equal, or two relations of the same kind with equal sides.
 
     Args:
         tolerance: largest absolute difference of two expressions without variables.
+        offset: a constant difference of two expressions with variables must be below this.
 
     Returns:
         False also for expressions without a value (see the module).
@@ -47,26 +47,17 @@ def is_equal(left: str, right: str, *, tolerance: float) -> bool:
     Raises:
         UnreadableError: one of them cannot be read.
     """
-    a, b = read(left), read(right)
-    if a == b:
-        return True
-    if a[0] == "relation" or b[0] == "relation":
-        return a == _reversed(b)
-    if has_variables(a) != has_variables(b):
-        return False
-    if has_variables(a):
-        return _is_identity(expression_values(a, b))
-    return any(abs(x - y) <= tolerance for x, y in expression_values(a, b))
+    return _nodes_equal(read(left), read(right), tolerance, offset)
 
 
 def is_close(left: str, right: str, *, relative: float) -> bool:
-    """Whether two real LaTeX expressions without variables differ by at most a relative tolerance.
+    """Whether two real expressions of numbers, without letters, differ by at most a relative tolerance.
 
     Raises:
         UnreadableError: one of them cannot be read.
     """
     a, b = read(left), read(right)
-    if any(node[0] == "relation" or has_variables(node) for node in (a, b)):
+    if any(node[0] == "relation" or has_letters(node) for node in (a, b)):
         return False
     values = expression_values(a, b)
     return any(not x.imag and not y.imag and abs(x - y) <= relative * max(abs(x), abs(y)) for x, y in values)
@@ -90,11 +81,9 @@ def equation_ratio(left: str, right: str) -> float | None:
     return float(ratios[0].real) if abs(ratios[0].imag) <= AGREEMENT * abs(ratios[0]) else None
 
 
-def has_variables(node: Node) -> bool:
-    """Whether an expression has variables or functions without a definition (`pi` and `e` are constants)."""
-    if node[0] in ("variable", "call") and node[1] not in CONSTANTS:
-        return True
-    return any(has_variables(child) for child in node if isinstance(child, tuple))
+def has_letters(node: Node) -> bool:
+    """Whether an expression has variables, constants or functions without a definition."""
+    return node[0] in ("variable", "call") or any(has_letters(child) for child in node if isinstance(child, tuple))
 
 
 def expression_values(*nodes: Node) -> list[tuple[Any, ...]]:
@@ -108,22 +97,48 @@ def expression_values(*nodes: Node) -> list[tuple[Any, ...]]:
     return values
 
 
-def _is_identity(values: list[tuple[Any, ...]]) -> bool:
+def _nodes_equal(left: Node, right: Node, tolerance: float, offset: float) -> bool:
+    if left == right:
+        return True
+    if left[0] == "relation" or right[0] == "relation":
+        return any(_relations_equal(left, other, tolerance, offset) for other in (right, _reversed(right)))
+    has_variables = _has_variables(left)
+    if has_variables != _has_variables(right):
+        return False
+    values = expression_values(left, right)
+    if has_variables:
+        return _is_identity(values, offset)
+    return any(abs(x - y) <= tolerance for x, y in values)
+
+
+def _relations_equal(left: Node, right: Node, tolerance: float, offset: float) -> bool:
+    if left[0] != right[0] or left[1] != right[1]:
+        return False
+    return all(_nodes_equal(a, b, tolerance, offset) for a, b in zip(left[2:], right[2:], strict=True))
+
+
+def _reversed(node: Node) -> Node:
+    """A relation read from right to left."""
+    if node[0] != "relation":
+        return node
+    _, sign, left, right = node
+    return ("relation", {"<": ">", ">": "<", "<=": ">=", ">=": "<="}.get(sign, sign), right, left)
+
+
+def _is_identity(values: list[tuple[Any, ...]], offset: float) -> bool:
     """Whether two expressions agree at all points, or differ by the same small constant at all of them."""
     if len(values) < 2:
         return False
     if all(abs(x - y) <= AGREEMENT * max(abs(x), abs(y)) for x, y in values):
         return True
-    offset = values[0][0] - values[0][1]
-    return abs(offset) < CONSTANT and all(abs(x - y - offset) <= AGREEMENT * abs(offset) for x, y in values)
+    difference = values[0][0] - values[0][1]
+    return abs(difference) < offset and all(abs(x - y - difference) <= AGREEMENT * abs(difference) for x, y in values)
 
 
-def _reversed(node: Node) -> Node | None:
-    """A relation read from right to left."""
-    if node[0] != "relation":
-        return None
-    _, sign, left, right = node
-    return ("relation", {"<": ">", ">": "<", "<=": ">=", ">=": "<="}.get(sign, sign), right, left)
+def _has_variables(node: Node) -> bool:
+    if node[0] in ("variable", "call") and node[1] not in CONSTANTS:
+        return True
+    return any(_has_variables(child) for child in node if isinstance(child, tuple))
 
 
 def _names(node: Node) -> set[str]:

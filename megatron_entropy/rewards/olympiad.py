@@ -25,6 +25,7 @@ ANSWER_LENGTH = 5_000  # characters of a final answer
 MAX_ITEMS = 100  # answers of one question
 EXTRACTED_LENGTH = 200  # characters kept for the rollout dump
 TOLERANCE = 1e-8
+OFFSET = 1e-3  # expressions with variables are also equal if they differ by a smaller constant
 SLACK = 1.01  # the released judge multiplies every tolerance with it
 
 JSON_START = re.compile(r'\s*\{\s*(?:"|\})')
@@ -195,7 +196,7 @@ def _expressions_equal(truth: str, found: str, tolerance: float) -> bool:
     if "=" in truth and "=" in found:
         return False
     left, right = (text.split("=")[1] if "=" in text else text for text in (truth, found))
-    return numeric.is_equal(left, right, tolerance=tolerance)
+    return numeric.is_equal(left, right, tolerance=tolerance, offset=OFFSET)
 
 
 def _equations_equal(truth: str, found: str, _: float) -> bool:
