@@ -2,14 +2,15 @@
 """What `rollout.entropy` costs while sampling, and what it saves in a step of CURE.
 
     python tools/benchmark_rollout_entropy.py generation [--model toy deep49k shallow49k] [--rounds 9] [--top-p 0.9]
-    python tools/benchmark_rollout_entropy.py cure --config RUN.toml [--rounds 3] [--steps 4] [--out runs/cure_entropy]
+    python tools/benchmark_rollout_entropy.py cure --config RUN.toml [--rounds 3] [--out FOLDER] [--steps=4 ...]
 
 `generation`: two engines with the same random weights, one of which records entropies, answer the same requests in
 turns. Printed is the median over the rounds of the ratio, by wall-clock time and by the processor time of the engine,
 which other processes on the machine disturb less. Their tokens must be the same.
 
-`cure`: a run with and one without, in turns, from the same start. Printed are the median seconds of a step and of its
-phases, and whether the branches of the first step (before which the weights are equal) have the same prefixes.
+`cure`: a run with and one without, in turns, from the same start; other flags are those of `train`. Printed are the
+median seconds of a step and of its phases, and whether the branches of the first step (before which the weights are
+equal) have the same prefixes.
 """
 
 from __future__ import annotations
@@ -151,9 +152,10 @@ def benchmark_cure(args: argparse.Namespace) -> None:
     for number in range(args.rounds):
         for entropy in (True, False) if number % 2 else (False, True):
             run = Path(args.out) / f"{'with' if entropy else 'without'}_{number}"
-            train(args.config, run, entropy, args.steps)
+            command = [sys.executable, "-m", "megatron_entropy", "train", args.config, "--overwrite", f"--output={run}"]
+            subprocess.run([*command, f"--rollout.entropy={str(entropy).lower()}", *args.flags], check=True)
             for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
-                if 0 < row["step"] <= args.steps and row["stage"] == args.stage:
+                if row["step"] > 0 and row["stage"] == args.stage:
                     for phase in ("step", "score", "generate", "update"):
                         seconds.setdefault((entropy, phase), []).append(row[f"timing/{phase}"])
             dump = next((run / "rollouts" / args.stage).glob("*1.jsonl"))
@@ -164,13 +166,6 @@ def benchmark_cure(args: argparse.Namespace) -> None:
         print(f"{phase}: {without:.2f} s without, {with_:.2f} s with")
     same = sum(a == b for a, b in zip(prefixes[False], prefixes[True], strict=True))
     print(f"{same} of {len(prefixes[False])} branches of the first step have the same prefix")
-
-
-def train(config: str, run: Path, entropy: bool, steps: int) -> None:
-    """Run the first stage of a configuration for a few steps."""
-    command = [sys.executable, "-m", "megatron_entropy", "train", config, "--overwrite", f"--output={run}"]
-    flags = [f"--rollout.entropy={str(entropy).lower()}", f"--steps={steps}", "--eval.limit=4"]
-    subprocess.run([*command, *flags], check=True)
 
 
 def main() -> None:
@@ -190,10 +185,9 @@ def main() -> None:
     cure.add_argument("--config", required=True)
     cure.add_argument("--stage", default="branching")
     cure.add_argument("--rounds", type=int, default=3)
-    cure.add_argument("--steps", type=int, default=4)
     cure.add_argument("--out", default="runs/cure_entropy")
     cure.set_defaults(run=benchmark_cure)
-    args = parser.parse_args()
+    args, args.flags = parser.parse_known_args()
     run: Callable[[argparse.Namespace], None] = args.run
     run(args)
 
