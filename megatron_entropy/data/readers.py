@@ -11,7 +11,7 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -55,10 +55,11 @@ def kind_of(value: object) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def column_names(row: RawRow) -> str:
+def column_names(columns: Iterable[str]) -> str:
     """List the columns of a row for an error message, shortened."""
-    names = [name if name.isprintable() and len(name) < 60 else f"{name[:60]!a}" for name in list(row)[:20]]
-    return (", ".join(names) or "no columns") + (", ..." if len(row) > 20 else "")
+    names = list(columns)
+    shown = [name if name.isprintable() and len(name) < 60 else f"{name[:60]!a}" for name in names[:20]]
+    return (", ".join(shown) or "no columns") + (", ..." if len(names) > 20 else "")
 
 
 def _open(path: Path) -> BinaryIO:
@@ -125,7 +126,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, RawRow]]:
     try:
         names = next(reader, [])
         if len(set(names)) < len(names) or "" in names:
-            raise DataError(f"{path}:1: the first line must name each column once, found {', '.join(names)[:200]}")
+            raise DataError(f"{path}:1: the first line must name each column once, found {column_names(names)}")
         for values in reader:
             if len(values) not in (0, len(names)):  # 0: an empty line
                 raise DataError(f"{path}:{reader.line_num}: {len(values)} values for {len(names)} columns")

@@ -17,6 +17,9 @@ from types import SimpleNamespace
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mutations import damaged
 
 from megatron_entropy.benchmarks import sources
 from megatron_entropy.benchmarks.catalog import BENCHMARKS, SUITES
@@ -482,8 +485,8 @@ def test_a_damaged_gz_file_is_an_error(tmp_path):
     path = tmp_path / "gsm8k.jsonl.gz"
     write(path, [{"question": "?" * 5000, "answer": "1"}] * 50)
     whole = path.read_bytes()
-    for damaged in (whole[:-20], b"not gzip", whole[:10] + bytes(20) + whole[30:], whole[:15]):
-        path.write_bytes(damaged)
+    for content in (whole[:-20], b"not gzip", whole[:10] + bytes(20) + whole[30:], whole[:15]):
+        path.write_bytes(content)
         with pytest.raises(DataError, match="gsm8k.jsonl.gz"):
             list(read_raw_rows(path))
 
@@ -494,6 +497,31 @@ def test_a_gz_array_that_grows_beyond_the_bound_is_an_error(tmp_path, monkeypatc
     path.write_bytes(gzip.compress(b"[" + b" " * 2**22 + b"]"))
     with pytest.raises(DataError, match="more than 2097152 bytes are too many for one JSON array"):
         list(read_raw_rows(path))
+
+
+FUZZED = {
+    "aime24.jsonl": [{"id": 1, "problem": "a?", "answer": "025"}, {"id": 2, "problem": "b?", "answer": 7.0}],
+    "olympiadbench.json": [OLYMPIAD_ROW, OLYMPIAD_ROW | {"id": 2, "error": "1e-1"}],
+    "gpqa_diamond.csv": [GPQA_ROW, GPQA_ROW | {"Record ID": "rec2"}],
+    "arc_challenge.jsonl": [ARC_ROW | {"answerKey": "C"}],
+    "mmlu_pro.jsonl.gz": [MMLU_ROW, MMLU_ROW | {"question_id": 71}],
+}
+
+
+@pytest.mark.parametrize("name", FUZZED)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_damaged_files_are_questions_or_one_line(tmp_path_factory, name, data):
+    folder = tmp_path_factory.mktemp("damaged", numbered=True)
+    path = folder / name
+    write(path, FUZZED[name])
+    path.write_bytes(data.draw(damaged(path.read_bytes())))
+    try:
+        loaded = load_questions(BENCHMARKS[name.partition(".")[0]], str(path), SENT)
+    except DataError as error:
+        assert "\n" not in str(error)
+    else:
+        assert all(question.text.strip() and question.answer.strip() for question in loaded.questions)
 
 
 # Sources
