@@ -105,11 +105,19 @@ def _box(text: str) -> str:
 
 
 def strip(text: str) -> str:
-    """Normalise an answer: no units, words, spaces or outer signs. Source: `strip_string`."""
+    r"""Normalise an answer: no units, words, spaces or outer signs. Source: `strip_string`.
+
+    An answer that is only a unit (`\text{east}`) keeps it, since the source turns it into an empty text.
+    """
+    return _strip(text, keep_units=False) or _strip(text, keep_units=True)
+
+
+def _strip(text: str, *, keep_units: bool) -> str:
     text = text.strip().replace("\n", "").rstrip(".").replace("\\!", "")
     text = ARRAY_BEGIN.sub(r"\\begin{pmatrix}", text).replace("\\end{array}", "\\end{pmatrix}")
     text = _replace(text.replace("bmatrix", "pmatrix"), (*COMMANDS, *BRACKETS))
-    text = remove_units(FINAL_TEXT.sub("", text).strip() or text)
+    text = FINAL_TEXT.sub("", text).strip() or text
+    text = text if keep_units else remove_units(text)
     text = TEXT.sub(r"\1", _digits_for_words(_replace(text, SIGNS)))
     text = _replace(text, ((name, "") for name in ASSIGNED))
     text = _replace(text, (*SETS, *PERCENT)).replace("infinity", "\\infty")

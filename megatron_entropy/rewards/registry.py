@@ -15,8 +15,11 @@ from megatron_entropy.plugins import load_plugin
 from megatron_entropy.records import Grade
 from megatron_entropy.rewards.dapo import dapo
 from megatron_entropy.rewards.gsm8k import gsm8k_flexible, gsm8k_strict
+from megatron_entropy.rewards.math_equal import math_equal
 from megatron_entropy.rewards.minerva import minerva
 from megatron_entropy.rewards.multiple_choice import gpqa, multiple_choice
+from megatron_entropy.rewards.oat import curiosft, oat
+from megatron_entropy.rewards.olympiad import olympiad
 from megatron_entropy.rewards.opencompass import opencompass_v2
 from megatron_entropy.rewards.strings import boxed, cer_eval, choice, final_marker
 from megatron_entropy.rewards.symbolic import math_verify
@@ -27,14 +30,18 @@ VERIFIERS: dict[str, Verifier] = {
     "boxed": boxed,
     "cer_eval": cer_eval,
     "choice": choice,
+    "curiosft": curiosft,
     "dapo": dapo,
     "final_marker": final_marker,
     "gpqa": gpqa,
     "gsm8k_flexible": gsm8k_flexible,
     "gsm8k_strict": gsm8k_strict,
+    "math_equal": math_equal,
     "math_verify": math_verify,
     "minerva": minerva,
     "multiple_choice": multiple_choice,
+    "oat": oat,
+    "olympiad": olympiad,
     "opencompass_v2": opencompass_v2,
 }
 
