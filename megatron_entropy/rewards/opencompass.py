@@ -16,6 +16,7 @@ from megatron_entropy.rewards.dapo import REMOVED, REPLACED
 
 LENGTH = 5_000  # characters of an answer that is compared
 PHRASE = re.compile("final answer|answer is")
+BRACE = re.compile("[{}]")
 DOUBLE_BRACES = re.compile(r"^\{(.*)\}$")
 
 FEET = REMOVED.index("hours")
@@ -81,10 +82,10 @@ def _boxed(text: str) -> str | None:
     if start < 0 or not text.startswith("\\boxed{", start):
         return None
     depth = 0
-    for end in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if text[end] == "}" and depth == 0:
-            return text[start + len("\\boxed{") : end]
+    for brace in BRACE.finditer(text, start):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return text[start + len("\\boxed{") : brace.start()]
     return None
 
 
