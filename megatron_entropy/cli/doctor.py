@@ -24,6 +24,10 @@ OPTIONAL = {
     "apex": "fused norms and optimizer in megatron-core (NVIDIA GPUs)",
     "flash-attn": "attention kernels that Transformer Engine may use",
     "wandb": "log.wandb_project",
+    "fastapi": "serve-rewards",
+    "uvicorn": "serve-rewards",
+    "prometheus-client": "serve-rewards",
+    "datasets": "eval on hf:// sources",
 }
 """Optional packages and their purpose."""
 
@@ -121,17 +125,22 @@ def _nccl(machine: Machine) -> Check:
     return Check("torch with NCCL", machine.nccl, "install torch's CUDA build; a CPU build has gloo only")
 
 
-def _wandb(machine: Machine) -> Check:
-    return Check("the package wandb", "wandb" in machine.packages, "pip install 'megatron-entropy[wandb]'")
+def _package(name: str, extra: str) -> Callable[[Machine], Check]:
+    def check(machine: Machine) -> Check:
+        return Check(f"the package {name}", name in machine.packages, f"pip install 'megatron-entropy[{extra}]'")
+
+    return check
 
 
 FEATURES: dict[str, tuple[Callable[[Machine], Check], ...]] = {
     "fp8": (_device, _fp8_device, _transformer_engine),
     "te": (_device, _transformer_engine),
     "nccl": (_device, _nccl),
-    "wandb": (_wandb,),
+    "wandb": (_package("wandb", "wandb"),),
+    "eval": (_package("datasets", "eval"),),
+    "serve-rewards": tuple(_package(name, "eval") for name in ("fastapi", "uvicorn", "prometheus-client")),
 }
-"""Requirements of each feature: FP8 layers, Transformer Engine, NCCL, Weights & Biases."""
+"""Requirements of each feature: FP8 layers, Transformer Engine, NCCL, Weights & Biases, hf:// sources, the server."""
 
 
 def check_feature(machine: Machine, feature: str) -> list[Check]:

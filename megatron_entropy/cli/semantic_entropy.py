@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_entropy.cli.arguments import Subparsers, fraction, positive_float, positive_int
+from megatron_entropy.cli.arguments import Subparsers, fraction, positive_float, positive_int, server_url
 
 if TYPE_CHECKING:
     from megatron_entropy.config.architecture import ModelArchitecture
@@ -56,6 +56,9 @@ def add_parser(subparsers: Subparsers) -> None:
     add("--tensor-parallel", type=positive_int, default=1, help="GPUs of one engine; default: %(default)s")
     add("--workers", type=positive_int, default=2, help="processes that compare answers; default: %(default)s")
     add("--timeout", type=positive_float, default=10.0, help="seconds for one comparison; default: %(default)s")
+    add(
+        "--reward-url", metavar="URL", type=server_url, default="", help="compare on a reward server, see serve-rewards"
+    )
     add("--seed", type=int, default=1, help="default: %(default)s")
     parser.set_defaults(run=run)
 
@@ -68,13 +71,13 @@ def run(args: argparse.Namespace) -> int:
     from megatron_entropy.data.dataset import load_prompts
     from megatron_entropy.data.tokenizer import load_tokenizer
     from megatron_entropy.errors import DataError
-    from megatron_entropy.rewards import load_verifier
+    from megatron_entropy.rewards import check_grader
     from megatron_entropy.semantic_entropy import measure, tables
 
     files, out = [Path(file) for file in args.data], args.out
     _check_out(args, files)
-    load_verifier(args.verifier)  # report an unknown one before the engines start
     config, arch = _config(args), read_architecture(args.model)
+    check_grader(config.reward)
     _check_model(args, arch)
     tokenizer = load_tokenizer(args.tokenizer or args.model, vocab_size=arch.vocab_size)
     load_prompts(files, tokenizer, config.data, first_only=True)  # a chat template that never ends is found here
@@ -124,7 +127,9 @@ def _config(args: argparse.Namespace) -> Config:
             gpu_memory_utilization=0.9,
             weight_transfer="gloo",
         ),
-        reward=schema.RewardConfig(verifier=args.verifier, workers=args.workers, timeout=args.timeout),
+        reward=schema.RewardConfig(
+            verifier=args.verifier, workers=args.workers, timeout=args.timeout, url=args.reward_url
+        ),
         batch=schema.BatchConfig(samples=args.samples),
     )
 

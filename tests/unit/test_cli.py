@@ -189,6 +189,10 @@ TEMPLATES = ["{{ x.y.z }}", "{% for %}", "{{ 1 + 'a' }}", "{{ messages[99].conte
         (["--rollout.weight_transfer=nccl"], "stage warm: rollout.weight_transfer=nccl needs a GPU"),
         (["--log.wandb_project=p"], "stage warm: log.wandb_project=p needs the package wandb"),
         (["--actor.fp8=tensorwise"], "stage warm: actor.fp8=tensorwise needs the package transformer-engine"),
+        (
+            ["--reward.url=http://127.0.0.1:1"],
+            "reward.url=http://127.0.0.1:1: the reward server grades nothing (Connection refused)",
+        ),
         (["--rollout.num_engines=1000"], "rollout.num_engines * rollout.tensor_parallel = 1000 processes"),
         (["--actor.parallel.dp=60000"], "actor.parallel needs tp*pp*cp*dp = 120000 ranks; this machine"),
         (["--name=../../escaped"], "name: a stage's name is at most 64 letters"),
@@ -357,12 +361,14 @@ HOPPER = doctor.Machine(
 def test_doctor_shows_what_a_feature_needs(feature):
     assert all(check.remedy for check in doctor.check_feature(NOTHING, feature) if not check.is_met)
     assert not any(check.is_met for check in doctor.check_feature(NOTHING, feature))
-    assert all(check.is_met for check in doctor.check_feature(HOPPER, feature)) == (feature != "wandb")
+    assert all(check.is_met for check in doctor.check_feature(HOPPER, feature)) == (
+        feature not in ("wandb", "eval", "serve-rewards")
+    )
 
 
 def test_doctor_refuses_an_unknown_feature(capsys):
     code, _, err = run_cli(capsys, "doctor", "--for", "fp9")
-    assert code == 2 and "known are fp8, te, nccl, wandb" in err
+    assert code == 2 and "known are fp8, te, nccl, wandb, eval, serve-rewards" in err
 
 
 def test_doctor_finds_missing_old_and_harmful_packages():
