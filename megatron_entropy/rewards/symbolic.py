@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 
 from megatron_entropy.records import Grade
 
 TAIL = 50_000  # only the last characters of a response are read
+HAS_LATEX = re.compile(r"(?<!\\)\$|\\boxed")  # of a ground truth; `\$18` is money, not LaTeX between dollar signs
 EXTRACTED_LENGTH = 200  # characters of the parsed answer that are kept for the rollout dump
 
 
@@ -27,7 +29,7 @@ def math_verify(response: str, answer: str) -> Grade:
     targets = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
     options = {"extraction_config": targets, "parsing_timeout": None, "raise_on_error": True}
     try:
-        gold = parse(answer if "$" in answer or "\\boxed" in answer else f"${answer}$", **options)
+        gold = parse(answer if HAS_LATEX.search(answer) else f"${answer}$", **options)
         found = parse(response[-TAIL:], **options) if gold else []
         is_same_text = bool(found) and found[-1] == gold[-1]
         correct = is_same_text or (found and verify(gold, found, timeout_seconds=None, raise_on_error=True))

@@ -231,6 +231,8 @@ def test_inline_verifiers_take_linear_time(name, unit):
         (r"\boxed{41}", "42", False),
         ("I do not know", "42", False),
         (r"first $7$, finally \boxed{42}", r"\boxed{42}", True),
+        (r"it is $18.9$", r"\$18.90", True),  # a dollar sign, not LaTeX
+        (r"\boxed{\$18}", r"\$18.90", False),
         (r"\boxed{12:00}", "12:00", True),  # the value of both, 12 / 0, is not a number
         (r"\boxed{\frac{1}{0}}", "1", False),
         (200_000 * "so x = 7. " + r"\boxed{42}", "42", True),
