@@ -143,7 +143,7 @@ def extend_record(folder: EvalFolder, asked: EvalRecord, digests: Mapping[str, S
                 raise _differs(folder, f"{name}: {what}", getattr(old, what), getattr(new, what))
         _check_equal(folder, f"{name}: questions", old.digest, digests[name][old.questions])
     benchmarks = {**before.benchmarks, **asked.benchmarks}
-    return replace(asked, benchmarks=benchmarks, started=before.started)
+    return replace(asked, benchmarks=benchmarks, started=before.started, finished=before.finished)
 
 
 def _check_equal(folder: EvalFolder, name: str, old: Setting | None, new: Setting | None) -> None:

@@ -224,7 +224,7 @@ class _Progress:
             left = seconds / (self._done - self._before) * (self._total - self._done)
             print(
                 f"{self._done:,} of {self._total:,} samples, {self._tokens / max(seconds, 1e-9):,.0f} tokens/s, "
-                f"{left / 60:,.0f} min left",
+                + (f"{left:.0f} s left" if left < 120 else f"{left / 60:,.0f} min left"),
                 file=sys.stderr,
                 flush=True,
             )

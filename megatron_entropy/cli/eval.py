@@ -88,7 +88,7 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _regrade(args: argparse.Namespace) -> int:
-    from megatron_entropy.benchmarks.folder import EvalFolder, read_record, write_record
+    from megatron_entropy.benchmarks.folder import EvalFolder, read_record
     from megatron_entropy.benchmarks.grading import regrade
     from megatron_entropy.errors import ConfigError
     from megatron_entropy.launch.lock import RunLock
@@ -105,8 +105,7 @@ def _regrade(args: argparse.Namespace) -> int:
     for benchmark, found in regrade(folder, record, _reward(args)).items():
         changed = ", ".join(f"{count} by {name}" for name, count in found.changed.items() if count) or "none"
         print(f"{benchmark}: {found.rows} samples graded again, grades that differ: {changed}")
-    write_record(folder, record)
-    _finish(folder)
+    _finish(folder, record)
     lock.close()
     return 0
 
@@ -152,9 +151,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     record = extend_record(folder, _record(args, model, preset, config, prepared), prepared.digests)
     _print_plan(folder, tokenizer, prepared)
     write_record(folder, record)
-    generate_samples(folder, prepared.tasks, _sampling(args, preset), config=config, arch=arch, tokenizer=tokenizer)
-    write_record(folder, dataclasses.replace(record, finished=_now()))
-    _finish(folder)
+    sampling = _sampling(args, preset)
+    if generate_samples(folder, prepared.tasks, sampling, config=config, arch=arch, tokenizer=tokenizer):
+        record = dataclasses.replace(record, finished=None)
+    _finish(folder, record)
     lock.close()
     return 0
 
@@ -300,12 +300,17 @@ def _print_plan(folder: EvalFolder, tokenizer: Tokenizer, prepared: Prepared) ->
     print(f"{folder.root}: {prepared.num_samples:,} samples ({tasks})", file=sys.stderr, flush=True)
 
 
-def _finish(folder: EvalFolder) -> None:
-    """Print the table, write summary and report."""
+def _finish(folder: EvalFolder, record: EvalRecord) -> None:
+    """Print the table, write record, summary and report."""
+    from megatron_entropy.benchmarks.folder import write_record
     from megatron_entropy.benchmarks.report import write_report
     from megatron_entropy.benchmarks.table import print_table, summarize, write_summary
 
+    write_record(folder, record)
     summary = summarize(folder)
+    drawn = {benchmark.benchmark: benchmark.num_samples for benchmark in summary.benchmarks}
+    is_complete = all(drawn.get(name, 0) >= asked.num_samples for name, asked in record.benchmarks.items())
+    write_record(folder, dataclasses.replace(record, finished=(record.finished or _now()) if is_complete else None))
     print_table(summary)
     write_summary(folder, summary)
     write_report(folder, summary)
