@@ -76,26 +76,30 @@ def math_equal(response: str, answer: str) -> Grade:
 
 def find_answer(text: str) -> str:
     """Return the normalised final answer of a response, or an empty text. Source: `extract_answer`, for MATH."""
+    found = answer_text(text)
+    return strip(found) if len(found) <= LENGTH else ""
+
+
+def answer_text(text: str) -> str:
+    """Return the final answer of a response as it stands there, on one line, or an empty text."""
     if "final answer is $" in text and "$. I hope" in text:
         found = text.split("final answer is $", 1)[1].split("$. I hope", 1)[0].strip()
     elif "boxed" in text:
-        found = _box(text.split("boxed")[-1])
+        found = box_content(text)
     elif "he answer is" in text:
         found = text.split("he answer is")[-1].strip()
     elif "final answer is" in text:
         found = text.split("final answer is")[-1].strip()
     else:
         found = (NUMBER.findall(text.replace(",", "")) or [""])[-1]
-    if len(found) > LENGTH:
-        return ""
-    found = re.sub(r"\n\s*", "", found).removeprefix(":").removesuffix(".").removesuffix("/")
-    return strip(found)
+    return re.sub(r"\n\s*", "", found).removeprefix(":").removesuffix(".").removesuffix("/")
 
 
-def _box(text: str) -> str:
-    """The content of a box that begins with a text; up to the end if the box is not closed."""
+def box_content(text: str) -> str:
+    """The content of the last box; up to the end of the text if the box is not closed."""
+    text = text.rpartition("boxed")[2]
     if not text.startswith("{"):
-        return text.split("$")[0].strip()
+        return text.partition("$")[0].strip()
     depth = 0
     for end, character in enumerate(text):
         depth += {"{": 1, "}": -1}.get(character, 0)

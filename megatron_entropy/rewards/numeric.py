@@ -179,6 +179,9 @@ def _value(node: Node, point: dict[str, Any]) -> Any:
         result = CONSTANTS[operands[0]]() if operands[0] in CONSTANTS else point[operands[0]]
     elif operator == "call":
         result = _call(operands[0], operands[1:], point)
+    elif operator in ("factorial", "power") and _is_product(operands[0], point):  # `n(n+1)^2` is n times a square
+        _, name, argument = operands[0]
+        result = _value(("multiply", ("variable", name), (operator, argument, *operands[1:])), point)
     elif operator == "relation":
         raise ValueError("a relation has no value")
     else:
@@ -188,12 +191,17 @@ def _value(node: Node, point: dict[str, Any]) -> Any:
     return result
 
 
+def _is_product(node: Node, point: Mapping[str, Any]) -> bool:
+    """Whether a node is like `n(n+1)`, a call whose name is also a variable or a constant."""
+    return node[0] == "call" and len(node) == 3 and (node[1] in point or node[1] in CONSTANTS)
+
+
 def _call(name: str, arguments: list[Node], point: dict[str, Any]) -> Any:
-    """The value of `n(n+1)`: of a product if `n` is also a variable or a constant, else of an undefined function.
+    """The value of a call: of a product (`_is_product`), or a random number for an undefined function.
 
     The same call has the same value in all expressions that are compared, since its value is derived from its text.
     """
-    if len(arguments) == 1 and (name in point or name in CONSTANTS):
+    if _is_product(("call", name, *arguments), point):
         return _value(("multiply", ("variable", name), arguments[0]), point)
     values = [mpmath.nstr(_value(argument, point), 12) for argument in arguments]
     return mpmath.mpf(random.Random(f"{name}{values}").uniform(0.4, 2.9))
