@@ -18,7 +18,8 @@ import re
 
 from megatron_entropy.records import Grade
 from megatron_entropy.rewards import latex, numeric
-from megatron_entropy.rewards.opencompass import braced_fractions, replace_all, without_final_text
+from megatron_entropy.rewards.math_equal import answer_text, box_content, braced_fractions
+from megatron_entropy.rewards.opencompass import replace_all, without_final_text
 
 TAIL = 50_000  # only the last characters of a response are read
 LENGTH = 1_000  # characters of an answer; a longer one is wrong
@@ -27,7 +28,6 @@ PERCENT = (1.0, 0.01, 100.0)  # a plain number may be right as a percentage or a
 
 LITERAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 E_NOTATION = re.compile(r"(?<![\w.\\])(\d+\.?\d*|\.\d+)[eE]\+?(-?\d+)(?![\w.])", re.ASCII)
-LAST_NUMBER = re.compile(r"-?\d*\.?\d+", re.ASCII)
 NAMES = re.compile(r"\b(?:np|numpy|math)\.")
 ASSIGNED = re.compile(r"\s*[^=]{1,2}?\s*=([^=]*)")
 UNIT = (
@@ -73,10 +73,10 @@ def minerva(response: str, answer: str) -> Grade:
     Raises:
         ValueError: the ground truth is empty, too long, or neither a number nor a formula.
     """
-    truth = _canonical(_boxed(answer) if "\\boxed" in answer else answer)
+    truth = _canonical(box_content(answer) if "\\boxed" in answer else answer)
     if not truth or len(truth) > LENGTH:
         raise ValueError(f"the ground truth {answer[-40:]!r} has no answer of 1 to {LENGTH} characters")
-    found = _find_answer(response[-TAIL:])
+    found = answer_text(response[-TAIL:]).partition(". I hope it is correct")[0].strip()
     if not found or len(found) > LENGTH:
         return Grade(False, found[:LENGTH] or None)
     found = _canonical(found)
@@ -84,35 +84,6 @@ def minerva(response: str, answer: str) -> Grade:
         return Grade(_is_equal(found, truth), found)
     except RecursionError:  # a chain of some hundred operators
         return Grade(False, found)
-
-
-def _find_answer(text: str) -> str:
-    """Source: `extract_answer`. Empty: there is none."""
-    if "final answer is $" in text and "$. I hope" in text:
-        found = text.split("final answer is $", 1)[1].split("$. I hope", 1)[0]
-    elif "boxed" in text:
-        found = _boxed(text)
-    elif "he answer is" in text or "final answer is" in text:
-        phrase = "he answer is" if "he answer is" in text else "final answer is"
-        found = text.rpartition(phrase)[2].partition(". I hope")[0]
-    else:
-        numbers = LAST_NUMBER.findall(text.replace(",", ""))
-        found = numbers[-1] if numbers else ""
-    found = re.sub(r"\n\s*", "", found.strip())
-    return found.removeprefix(":").removesuffix(".").removesuffix("/").strip()
-
-
-def _boxed(text: str) -> str:
-    """Content of the last box; of a box that is not closed, everything; of one without braces, the text up to a `$`."""
-    text = text.rpartition("boxed")[2]
-    if not text.startswith("{"):
-        return text.partition("$")[0].strip()
-    depth = 0
-    for end, character in enumerate(text):
-        depth += {"{": 1, "}": -1}.get(character, 0)
-        if depth == 0:
-            return text[1:end]
-    return text[1:]
 
 
 def _canonical(text: str) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 from megatron_entropy.records import Grade
 from megatron_entropy.rewards.dapo import REMOVED, REPLACED
+from megatron_entropy.rewards.math_equal import braced_fractions
 
 LENGTH = 5_000  # characters of an answer that is compared
 PHRASE = re.compile("final answer|answer is")
@@ -154,21 +155,6 @@ def without_final_text(text: str) -> str:
     r"""Remove everything from the first `\text{` on if the text ends with a brace and begins otherwise (a unit)."""
     start = text.find("\\text{")
     return text[:start].strip() or text if start >= 0 and text.endswith("}") else text
-
-
-def braced_fractions(text: str) -> str:
-    r"""Write `\frac12` and `\frac1{2}` with braces; a text with an incomplete `\frac` is left unchanged."""
-    first, *rest = text.split("\\frac")
-    result = [first]
-    for part in rest:
-        if part.startswith("{"):
-            result.append(part)
-        elif len(part) < 2:
-            return text
-        else:
-            denominator = part[1] if part[1] == "{" else f"{{{part[1]}}}"
-            result.append(f"{{{part[0]}}}{denominator}{part[2:]}")
-    return "\\frac".join(result)
 
 
 def _fraction(text: str) -> str:
