@@ -509,7 +509,7 @@ FUZZED = {
 
 
 @pytest.mark.parametrize("name", FUZZED)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_damaged_files_are_questions_or_one_line(tmp_path_factory, name, data):
     folder = tmp_path_factory.mktemp("damaged", numbered=True)
