@@ -90,8 +90,8 @@ class HuggingFaceTokenizer(Tokenizer):
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
             raise TokenizerError(
-                f"{folder}: tokenizer.json: not a readable tokenizer, or tokenizer_config.json does not fit it: "
-                f"{_one_line(error)}"
+                f"{folder}: tokenizer.json: not a readable tokenizer, or tokenizer_config.json or chat_template.jinja "
+                f"does not fit it: {_one_line(error)}"
             ) from error
         self.eos_ids = _eos_ids(folder, self._tokenizer.eos_token_id, self.vocab_size)
         pad_id = self._tokenizer.pad_token_id

@@ -308,7 +308,7 @@ def test_an_end_token_of_the_settings_may_be_added(tmp_path):
 def test_a_chat_template_file_in_another_encoding_is_named(tmp_path):
     folder = byte_level_folder(tmp_path, tokenizer_config={"eos_token": "<|im_end|>"})
     (folder / "chat_template.jinja").write_bytes("{{ 'é' }}".encode("latin-1"))
-    with pytest.raises(TokenizerError, match="tokenizer_config.json does not fit it: .*utf-8"):
+    with pytest.raises(TokenizerError, match="chat_template.jinja does not fit it: .*utf-8"):
         load_tokenizer(folder)
 
 
