@@ -281,7 +281,7 @@ def test_more_ids_than_the_model_has_is_an_error(folder):
             "tokenizer_config.json: eos_token '' is not in",
         ),
         ({"tokenizer_config": {"eos_token": "<|nope|>"}}, "tokenizer_config.json: eos_token '<|nope|>' is not in"),
-        ({"tokenizer_config": {"eos_token": 5}}, "tokenizer_config.json .* does not fit it"),
+        ({"tokenizer_config": {"eos_token": 5}}, "chat_template.jinja does not fit it"),
         ({"tokenizer_config": ["eos_token"]}, "tokenizer_config.json: expected a JSON object, found list"),
         ({"tokenizer_config": {"chat_template": 5, "eos_token": "<|im_end|>"}}, ""),
         ({"generation_config": {"eos_token_id": 10**9}}, "generation_config.json: eos_token_id must be ids of the"),
