@@ -153,12 +153,12 @@ def _replace(text: str, pairs: Iterable[tuple[str, str]]) -> str:
 def _digits_for_words(text: str) -> str:
     """The number that English words in a text name ("twenty-five ways" is 25); source: word2number.
 
-    A text of digits loses its leading zeros; a text without such words is unchanged.
+    A text of digits loses its leading zeros; a text without such words or with a decimal point is unchanged.
     """
     if text.isascii() and text.isdigit():
         return str(int(text))
     words = [word for word in text.replace("-", " ").lower().split() if word in SMALL_WORDS or word in LARGE_WORDS]
-    if not words:
+    if not words or "point" in text:
         return text
     total = group = 0
     for word in words:

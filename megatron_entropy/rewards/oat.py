@@ -45,6 +45,14 @@ UNITS = tuple(re.compile(rf"{unit}(es)?(s)? *(\^[0-9]+)?") for unit in UNIT_NAME
 DEGREES = re.compile(r"\^ *\\circ")
 THOUSANDS = re.compile(r"(\d),(\d\d\d)(?!\d)")
 FRACTION = re.compile(r"-?[0-9]+.?/0*[1-9][0-9]*.?")
+GROUP = r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
+FRAC = re.compile(rf"\\frac{GROUP}(?:{GROUP}|(\w))")
+SIMPLE_ABOVE = re.compile(r"\s*-?[^-+/]*")
+SIMPLE_BELOW = re.compile(r"\s*(?:\\?\w+|√\([^()]*\))\s*")
+ROOT = re.compile(rf"\\sqrt(?:{GROUP}|\s*([^\s{{\\\[]))")
+WRAPPED = re.compile(rf"\\(?:text|mathrm|mathbf|textbf|operatorname|overline){GROUP}")
+MBOX = re.compile(rf"\\mbox{GROUP}")
+SPACING = re.compile(r"\\[,;:!]|\\(?:left|right|displaystyle|q?quad)(?![a-zA-Z])")
 HARD_POWER = re.compile(r"\^\{|\^\(|\^[0-9]+\^|\^[0-9][0-9]+")
 PLAIN_TOKEN = re.compile(r"sqrt|pi|[a-z]|\d+\.?\d*|\.\d+|\S")
 FIRST_OF_FACTOR = re.compile(r"[a-z\d.(]")
@@ -166,20 +174,28 @@ def _normalise(text: str) -> str:
 
 
 def _plain_text(text: str) -> str:
-    r"""Write LaTeX as plain text: `\frac{1}{2}` as 1/2, `\sqrt{3}` as sqrt(3); source: `_parse_latex`, pylatexenc."""
-    text = re.sub(r"\\[dt]?frac", r" \\frac", text)
-    text = re.sub(r"\\[,;:!]|\\(?:left|right|displaystyle|quad|qquad)(?![a-zA-Z])", "", text)
+    r"""Write LaTeX as plain text: `\frac{1}{2}` as 1/2, `\sqrt{3}` as sqrt(3); source: `_parse_latex`, pylatexenc.
+
+    A sum above and a product below keep their brackets, and a command without a plain form its name. There,
+    `\frac{1-p}{3}` is 1-p/3 and `\sqrt[3]{4}` is sqrt(4).
+    """
+    text = braced_fractions(re.sub(r"\\[dt]?frac\s*", r"\\frac", text)).replace("\\frac", " \\frac")
+    text = SPACING.sub("", text)
     for _ in range(5):  # from the inside to the outside of nested commands
-        text = re.sub(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", text)
-        text = re.sub(r"\\frac\s*([^\s{\\])\s*([^\s{\\])", r"\1/\2", text)
-        text = re.sub(r"\\sqrt\s*\{([^{}]*)\}", r"√(\1)", text)
-        text = re.sub(r"\\sqrt\s*([^\s{\\[])", r"√(\1)", text)
-        text = re.sub(r"\\(?:text|mathrm|mathbf|textbf|mbox|operatorname|overline)\s*\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"\\([a-zA-Z]+) ?", lambda match: SYMBOLS.get(match[1], ""), text)
+        text = FRAC.sub(_slash, text)
+        text = ROOT.sub(lambda match: f"√({match[1] or match[2]})", text)
+        text = WRAPPED.sub(r"\1", MBOX.sub("", text))
+    text = re.sub(r"\\([a-zA-Z]+) ?", lambda match: SYMBOLS.get(match[1], match[1]), text)
     text = re.sub(r"\\(.)", r"\1", text)
     for old, new in PLAIN:
         text = text.replace(old, new)
     return text.strip()
+
+
+def _slash(fraction: re.Match[str]) -> str:
+    above, below = fraction[1], fraction[2] or fraction[3] or ""
+    above = above if SIMPLE_ABOVE.fullmatch(above) else f"({above})"
+    return f"{above}/{below if SIMPLE_BELOW.fullmatch(below) else f'({below})'}"
 
 
 def _is_integer(text: str, *, with_commas: bool = True) -> bool:
