@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 import psutil
 
 from megatron_entropy.distributed import loopback
+from megatron_entropy.distributed.scratch import scratch_folder
 from megatron_entropy.launch.failures import LAUNCHER_VARIABLE, STOPPED, RankFailure, first_failure
-from megatron_entropy.launch.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Literal
 from megatron_entropy.config.architecture import ModelArchitecture
 from megatron_entropy.config.schema import Config
 from megatron_entropy.data.tokenizer import Tokenizer
+from megatron_entropy.distributed import loopback
+from megatron_entropy.distributed.scratch import scratch_folder
 from megatron_entropy.rollout.engine import EngineSpec
 
 if TYPE_CHECKING:
@@ -30,7 +32,12 @@ def engine_dtype(setting: Literal["auto", "float32", "bfloat16"]) -> Literal["fl
 
 @contextmanager
 def open_service(config: Config, arch: ModelArchitecture, tokenizer: Tokenizer) -> Iterator[RolloutService]:
-    """Start engines whose weights come from the model folder; stop them at the end of the `with` block."""
+    """Start engines whose weights come from the model folder; stop them at the end of the `with` block.
+
+    On one machine their sockets are on the loopback interface, and Ray's files in a private folder.
+    """
+    if not os.environ.get("RAY_ADDRESS"):  # engines of a joined cluster may be on other machines
+        loopback.request()  # Ray reads it when it is imported
     import torch
 
     from megatron_entropy.monitor.timer import StepTimer
@@ -38,6 +45,7 @@ def open_service(config: Config, arch: ModelArchitecture, tokenizer: Tokenizer) 
     from megatron_entropy.trainer.rollout_service import RolloutService
     from megatron_entropy.weights.sync import WeightSync
 
+    loopback.activate()
     on_gpu = torch.cuda.is_available()
     dtype = engine_dtype(config.rollout.dtype)
     source = FolderSource(config.model.path, arch, getattr(torch, dtype))
@@ -49,14 +57,17 @@ def open_service(config: Config, arch: ModelArchitecture, tokenizer: Tokenizer) 
         dtype=dtype,
         device="cuda" if on_gpu else "cpu",
     )
-    pool = EnginePool(config.rollout, spec)
-    try:
-        weight_sync = WeightSync(source, address=pool.address)
-        service = RolloutService(config.rollout, actor=source, weight_sync=weight_sync, pool=pool, timer=StepTimer())
-        with closing(service):
-            yield service
-    finally:
-        pool.shutdown()
+    with scratch_folder():
+        pool = EnginePool(config.rollout, spec)
+        try:
+            weight_sync = WeightSync(source, address=pool.address)
+            service = RolloutService(
+                config.rollout, actor=source, weight_sync=weight_sync, pool=pool, timer=StepTimer()
+            )
+            with closing(service):
+                yield service
+        finally:
+            pool.shutdown()
 
 
 class FolderSource:

@@ -7,11 +7,11 @@ import tempfile
 
 import pytest
 
-from megatron_entropy.launch.scratch import LOCK_FILE, MAX_PARENT_LENGTH, PREFIX, scratch_folder
+from megatron_entropy.distributed.scratch import LOCK_FILE, MAX_PARENT_LENGTH, PREFIX, scratch_folder
 
 HOLDER = """
 import sys
-from megatron_entropy.launch.scratch import scratch_folder
+from megatron_entropy.distributed.scratch import scratch_folder
 with scratch_folder() as folder:
     (folder / "some" / "log").mkdir(parents=True)
     print(folder, flush=True)

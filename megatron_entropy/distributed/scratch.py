@@ -1,6 +1,6 @@
-"""The private temporary folder of a launcher: torchrun's error files, and the sockets and logs of its Ray.
+"""The private temporary folder of a command: torchrun's error files, and the sockets and logs of its Ray.
 
-Only the user may read it. It is deleted when the launcher ends; the next launcher deletes those of killed ones.
+Only the user may read it. It is deleted when the command ends; the next command deletes those of killed ones.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_PARENT_LENGTH = 21
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """Create the folder for processes that this one starts, and delete those whose launchers are dead.
+    """Create the folder for processes that this one starts, and delete those of killed commands.
 
     Ray puts its files into it, unless `RAY_TMPDIR` names another folder; its usual one is open to everybody. The folder
     lies in `TMPDIR`, or in `/tmp` when the sockets' paths would be too long there.
@@ -54,7 +54,7 @@ def delete_abandoned(parent: Path) -> None:
                 continue
             file = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_NOFOLLOW)
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while the launcher lives
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while the command lives
                 shutil.rmtree(folder, ignore_errors=True)
             finally:
                 os.close(file)
