@@ -203,6 +203,7 @@ class _ModelFile(_Keys):
     """The keys of `config.json` that are read. Bounds are far beyond any known model."""
 
     architectures: Annotated[list[str], Field(min_length=1)]
+    model_type: str = ""
     num_hidden_layers: _Count
     hidden_size: _Size
     intermediate_size: _Size
@@ -219,6 +220,7 @@ class _ModelFile(_Keys):
     hidden_act: str = "silu"
     use_sliding_window: bool = False
     sliding_window: int | None = None
+    layer_types: list[str] = []
     attention_bias: bool = False
     mlp_bias: bool = False
     quantization_config: object = None
@@ -251,6 +253,8 @@ class _ModelFile(_Keys):
 
     @model_validator(mode="after")
     def _check_features(self) -> _ModelFile:
+        if self.model_type not in ("", self.family):
+            raise ValueError(f"model_type={self.model_type[:60]} does not belong to {self.architectures[0]}")
         if self.hidden_act != "silu":
             raise ValueError(f"hidden_act={self.hidden_act[:60]} is not supported, only silu")
         if self.use_sliding_window and (self.sliding_window or 2**30) < self.max_position_embeddings:

@@ -124,6 +124,8 @@ def test_every_family_is_read(tmp_path, name, changes):
         ({"rope_parameters": {"rope_theta": 0}}, "rope_theta: must be greater than 1, found 0"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not supported"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config: quantized weights are not supported"),
+        ({"model_type": "gemma"}, "model_type=gemma does not belong to"),
+        ({"layer_types": "x"}, "layer_types: must be a valid list, found 'x'"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu is not supported"),
         ({"hidden_act": 5}, "hidden_act: must be a valid string, found 5"),
         ({"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window=true is not supported"),
