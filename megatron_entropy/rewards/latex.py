@@ -2,7 +2,7 @@ r"""Reader of mathematical expressions in LaTeX, for the symbolic graders: linea
 
 The grammar is that of `sympy.parsing.latex`, on which OlympiadBench's and Qwen's graders rest, without integrals, sums
 and limits. It keeps what matters for their grades: `1/2 x` is `1/(2x)`, `x^{y}^z` is `(x^y)^z`, `\sin 2x` takes the
-whole product, `f(x)` is a function, a subscript belongs to the name, `e` and `i` are letters. sympy's own reader takes
+whole product, `f(x)` is a function, `2 5` is 25, a subscript belongs to the name, `e` and `i` are letters. sympy's own reader takes
 minutes for 20 bars or brackets and returns the beginning of a text it cannot read, so that `(n-2)(n+5` equals `n-2`;
 here such a text is unreadable. A call whose name is also a variable is a product (`expression_values`).
 """
@@ -48,7 +48,7 @@ RELATIONS = {
 }
 UNREAD = frozenset(r"\int \iint \oint \sum \prod \lim \partial \cup \cap \in \to \infty\infty \pm \mp".split())
 SPACE = re.compile(r"\s|~|&|\\[,;:! ]|\\(?:q?quad|left|right|displaystyle|limits|thinspace|[Bb]igg?[lr]?)(?![a-zA-Z])")
-NUMBER = re.compile(r"\d(?:\s*\d)*(?:,\d{3}(?!\d))*(?:\.\d*)?|\.\d+")
+NUMBER = re.compile(r"(?:(?<![_^])\d(?:\s*\d)*|\d+)(?:,\d{3}(?!\d))*(?:\.\d*)?|\.\d+")
 TOKEN = re.compile(r"\\[a-zA-Z]+|\\[{}]|[a-zA-Zα-ωΑ-Ω_^+\-*/:()\[\]{}|!'=<>≤≥≠,]")
 UNICODE = str.maketrans(
     {"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt "}
@@ -105,14 +105,12 @@ def _tokens(text: str) -> list[str]:
     return tokens
 
 
-class _Parser:
-    """Recursive descent with one token of look-ahead."""
+class _Cursor:
+    """A position in a list of tokens."""
 
     def __init__(self, tokens: list[str]) -> None:
         self.tokens = [*tokens, STOP]
         self.index = 0
-        self.depth = 0
-        self.bars: list[str] = []  # closing bars of the open absolute values; "" in a bracket
 
     @property
     def token(self) -> str:
@@ -126,6 +124,37 @@ class _Parser:
     def expect(self, token: str) -> None:
         if self.take() != token:
             raise UnreadableError(f"{token} is missing")
+
+    def subscript(self) -> str:
+        self.expect("_")
+        if self.token == "{":
+            return f"_{self.raw_braces()}"
+        if self.token in (STOP, "}", ")", "]"):
+            raise UnreadableError("a subscript is missing")
+        token = self.take()
+        return f"_{self.raw_braces()}" if token[1:] in NAMES else f"_{token}"
+
+    def raw_braces(self) -> str:
+        """The tokens of a group in braces without its commands for upright text."""
+        self.expect("{")
+        depth, parts = 1, []
+        while depth:
+            token = self.take()
+            if token == STOP:
+                raise UnreadableError("a brace is not closed")
+            depth += (token == "{") - (token == "}")
+            if token not in "{}" and token[1:] not in NAMES:
+                parts.append(token)
+        return "".join(parts)
+
+
+class _Parser(_Cursor):
+    """Recursive descent with one token of look-ahead."""
+
+    def __init__(self, tokens: list[str]) -> None:
+        super().__init__(tokens)
+        self.depth = 0
+        self.bars: list[str] = []  # closing bars of the open absolute values; "" in a bracket
 
     def parse(self) -> Node:
         node = self.sum()
@@ -283,28 +312,6 @@ class _Parser:
         if with_call and self.token == "(":
             return ("call", name, *self.call_arguments())
         return ("variable", name)
-
-    def subscript(self) -> str:
-        self.expect("_")
-        if self.token == "{":
-            return f"_{self.raw_braces()}"
-        if self.token in (STOP, "}", ")", "]"):
-            raise UnreadableError("a subscript is missing")
-        token = self.take()
-        return f"_{self.raw_braces()}" if token[1:] in NAMES else f"_{token}"
-
-    def raw_braces(self) -> str:
-        """The tokens of a group in braces without its commands for upright text."""
-        self.expect("{")
-        depth, parts = 1, []
-        while depth:
-            token = self.take()
-            if token == STOP:
-                raise UnreadableError("a brace is not closed")
-            depth += (token == "{") - (token == "}")
-            if token not in "{}" and token[1:] not in NAMES:
-                parts.append(token)
-        return "".join(parts)
 
     def call_arguments(self) -> list[Node]:
         self.expect("(")
