@@ -2,9 +2,9 @@ r"""Reader of mathematical expressions in LaTeX, for the symbolic graders: linea
 
 The grammar is that of `sympy.parsing.latex`, on which OlympiadBench's and Qwen's graders rest, without integrals, sums
 and limits. It keeps what matters for their grades: `1/2 x` is `1/(2x)`, `x^{y}^z` is `(x^y)^z`, `\sin 2x` takes the
-whole product, `f(x)` is a function, `2 5` is 25, a subscript belongs to the name, `e` and `i` are letters. sympy's own reader takes
-minutes for 20 bars or brackets and returns the beginning of a text it cannot read, so that `(n-2)(n+5` equals `n-2`;
-here such a text is unreadable. A call whose name is also a variable is a product (`expression_values`).
+whole product, `f(x)` is a function (or a product, see `numeric`), `2 5` is 25, a subscript belongs to the name, and `i`
+is a letter. sympy's own reader takes minutes for 20 bars and returns the beginning of a text that it cannot read, so
+that `(n-2)(n+5` equals `n-2`; here such a text is unreadable.
 """
 
 from __future__ import annotations
