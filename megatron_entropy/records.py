@@ -127,6 +127,15 @@ def refill(groups: Sequence[Group], samples: Sequence[Sample]) -> list[Group]:
     return [group.with_samples([next(following) for _ in group.samples]) for group in groups]
 
 
+def with_left_out(groups: Sequence[Group], trained: Sequence[Group]) -> list[Group]:
+    """Return `groups` with every sample that a method kept for training as it stands in `trained`, which may lack some.
+
+    Copies of a sample share its `tokens`.
+    """
+    copies = {id(sample.tokens): sample for sample in samples_of(trained)}
+    return [group.with_samples(copies.get(id(sample.tokens), sample) for sample in group.samples) for group in groups]
+
+
 @dataclass(frozen=True)
 class Batch:
     """One packed micro-batch of one data parallel rank; sequences lie end to end.

@@ -17,9 +17,16 @@ from megatron_entropy.records import Group, Sample
 def dump_rollouts(path: Path, groups: Iterable[Group], token_text: Callable[[int], str] | None = None) -> None:
     """Write every sample as one line of JSON; the file appears complete or not at all.
 
-    `tokens` covers prompt and response. `logprobs`, `rollout_logprobs`, `entropies` (nats) and `pieces` cover the
-    response, rounded to seven decimals; `advantage` and `entropy` are means over the response. A field without a
-    value is null.
+    `tokens` covers prompt and response; `question_length` of them are the question's, and those from there to
+    `prompt_length` the response prefix of a branch. `group` counts the groups of the file, `sample` the samples of a
+    group, and `parent` is the `sample` that a branch continues after its first `cut` response tokens. `trained`: whether
+    a token has a weight in the loss; null for an evaluation.
+
+    Lists cover the response, one entry a token: `logprobs` (of the policy before the update), `rollout_logprobs` (of
+    the engine), `entropies`, all in nats, and `pieces` of the vocabulary. `advantages` and `kl_weights` are written
+    where they differ between the tokens of a response, `reference_logprobs` where some token has a KL penalty. Numbers
+    of a list are rounded to six decimals. `untrained` lists the positions without a weight in the loss. `advantage`,
+    `entropy` and `kl_weight` are means over the response. A field without a value is null.
 
     Args:
         path: the file; its folder is created where it is missing.
@@ -27,21 +34,24 @@ def dump_rollouts(path: Path, groups: Iterable[Group], token_text: Callable[[int
         token_text: text of a token id; with it each line also holds the response's `pieces`.
     """
     lines = (
-        json.dumps(_describe(group, sample, token_text), ensure_ascii=False) + "\n"
-        for group in groups
-        for sample in group.samples
+        json.dumps(_describe(group, sample, token_text) | {"group": index, "sample": number}, ensure_ascii=False) + "\n"
+        for index, group in enumerate(groups)
+        for number, sample in enumerate(group.samples)
     )
     with atomic_writer(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.writelines(lines)
 
 
 def _describe(group: Group, sample: Sample, token_text: Callable[[int], str] | None) -> dict[str, Any]:
-    grade = sample.grade
+    grade, question_length = sample.grade, len(group.prompt.tokens)
+    is_penalized = sample.kl_weight is not None and bool(sample.kl_weight.any())
     row: dict[str, Any] = {
         "prompt": group.prompt.index,
         "question": group.prompt.text,
         "answer": group.prompt.answer,
+        "semantic_entropy": group.prompt.semantic_entropy,
         "response": sample.text,
+        "length": sample.response_length,
         "finish_reason": sample.finish_reason,
         "correct": grade.correct if grade else None,
         "extracted": grade.extracted if grade else None,
@@ -49,17 +59,34 @@ def _describe(group: Group, sample: Sample, token_text: Callable[[int], str] | N
         "reward": sample.reward,
         "advantage": _mean(sample, "advantage"),
         "entropy": _mean(sample, "entropy"),
+        "kl_weight": _mean(sample, "kl_weight"),
+        "trained": None if sample.reward is None and sample.weight is None else _is_trained(sample),
         "policy_version": sample.policy_version,
         "parent": sample.parent,
+        "cut": None if sample.parent is None else sample.prompt_length - question_length,
+        "question_length": question_length,
         "prompt_length": sample.prompt_length,
         "tokens": [int(token) for token in sample.tokens],
         "logprobs": _rounded(sample, "logprob"),
         "rollout_logprobs": _rounded(sample, "rollout_logprob"),
         "entropies": _rounded(sample, "entropy"),
+        "advantages": _rounded(sample, "advantage") if _varies(sample, "advantage") else None,
+        "untrained": None if sample.weight is None else np.flatnonzero(sample.response("weight") == 0).tolist(),
+        "kl_weights": _rounded(sample, "kl_weight") if _varies(sample, "kl_weight") else None,
+        "reference_logprobs": _rounded(sample, "reference_logprob") if is_penalized else None,
     }
     if token_text is not None:
         row["pieces"] = [token_text(int(token)) for token in sample.response("tokens")]
     return row
+
+
+def _is_trained(sample: Sample) -> bool:
+    return sample.weight is not None and bool(sample.response("weight").any())
+
+
+def _varies(sample: Sample, field: str) -> bool:
+    values = getattr(sample, field)
+    return values is not None and len(np.unique(sample.response(field))) > 1
 
 
 def _mean(sample: Sample, field: str) -> float | None:
@@ -71,4 +98,4 @@ def _mean(sample: Sample, field: str) -> float | None:
 def _rounded(sample: Sample, field: str) -> list[float | None] | None:
     if getattr(sample, field) is None:
         return None
-    return [finite_or_none(round(float(value), 7)) for value in sample.response(field)]
+    return [finite_or_none(round(float(value), 6)) for value in sample.response(field)]

@@ -29,7 +29,7 @@ class StepLog:
             self._writer = MetricsWriter(components.folder, config.name, config.log, components.progress.step)
 
     def step(self, step: int, metrics: Mapping[str, Metric], groups: Sequence[Group]) -> None:
-        """Write the row of a step and, when it is time, the samples it trained on; ends the step's timing."""
+        """Write the row of a step and, when it is time, its samples; ends the step's timing."""
         if self._writer is None:
             return
         components, config = self._parts, self._parts.config

@@ -3,6 +3,7 @@
 Not covered: the look of the console, and W&B beyond the error when it is not installed.
 """
 
+import dataclasses
 import json
 import logging
 import re
@@ -18,7 +19,7 @@ from megatron_entropy.config.schema import LogConfig
 from megatron_entropy.errors import DataError, MissingPackageError
 from megatron_entropy.monitor import console, metrics, rollout_dumps, timer
 from megatron_entropy.monitor.run_folder import RunFolder
-from megatron_entropy.records import Grade, Group, Metric, Prompt, Sample
+from megatron_entropy.records import Grade, Group, Metric, Prompt, Sample, with_left_out
 
 QUIET = LogConfig(tensorboard=False)
 
@@ -171,7 +172,27 @@ def test_dump_holds_one_line_per_sample_aligned_with_its_response(tmp_path):
     assert row["prompt"] == 9 and row["tokens"] == [5, 6, 7, 8] and row["pieces"] == ["<7>", "<8>"]
     assert row["entropies"] == [0.5, 0.123456] and row["advantage"] == 2.0 and row["parent"] == 0
     assert (row["correct"], row["extracted"], row["error"]) == (False, "b", "timeout")
+    assert (row["group"], row["sample"], row["length"]) == (0, 1, 2) and row["advantages"] == [1.0, 3.0]
+    assert (bare["parent"], bare["cut"]) == (None, None) and bare["trained"] is None and row["trained"] is False
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_dump_tells_the_cut_the_penalty_and_what_was_left_out(tmp_path):
+    tokens = np.arange(6, dtype=np.int32)
+    first = Sample(tokens, 2, "stop", "abcd", grade=Grade(None, error="crash"))
+    branch = Sample(tokens.copy(), 4, "stop", "cd", parent=0, reward=1.0)
+    kept = dataclasses.replace(
+        branch,
+        weight=np.array([0, 0, 0, 0, 0.5, 0], np.float32),
+        kl_weight=np.array([0, 0, 0, 0, 0.05, 0.2], np.float32),
+        reference_logprob=np.full(6, -1 / 3, np.float32),
+    )
+    group = Group(Prompt(0, "q", (0, 1)), (first, branch))
+    rollout_dumps.dump_rollouts(tmp_path / "a.jsonl", with_left_out([group], [group.with_samples([kept])]))
+    left_out, row = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert left_out["error"] == "crash" and left_out["sample"] == row["parent"] == 0
+    assert row["trained"] and row["cut"] == 2 and row["untrained"] == [1] and row["kl_weights"] == [0.05, 0.2]
+    assert row["reference_logprobs"] == [-0.333333, -0.333333] and left_out["reference_logprobs"] is None
 
 
 @pytest.mark.parametrize(("rank", "shown"), [(0, ["INFO", "WARNING"]), (3, ["WARNING"])])
