@@ -117,7 +117,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from megatron_entropy.data.tokenizer import load_tokenizer
     from megatron_entropy.errors import ConfigError
     from megatron_entropy.launch.lock import RunLock
-    from megatron_entropy.launch.preflight import check_model_folder
+    from megatron_entropy.launch.preflight import check_machine, check_model_folder
     from megatron_entropy.launch.prepare import read_model
 
     model, root = _find_model(args)
@@ -143,6 +143,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     prepare.check_length(prepared, preset.max_tokens, arch.max_positions)
     prepare.check_graders(prepared.tasks, reward)
     config = _config(args, model, preset, reward, prepared.longest_prompt)
+    check_machine([config])
     folder = EvalFolder(root)
     root.mkdir(parents=True, exist_ok=True)
     lock = RunLock(root, option="out")
