@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         _print_plan(spec)
         return 0
+    ranks = "1 rank" if spec.world_size == 1 else f"{spec.world_size} ranks"
+    print(f"starting {ranks}: importing torch takes some seconds", file=sys.stderr, flush=True)
     given = [f"--{name}" for name, value in flags.items() if value]
     return torchrun.launch(["train", *configs, *given, *overrides], world_size=spec.world_size)
 
