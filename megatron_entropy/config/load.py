@@ -21,6 +21,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from megatron_entropy import procedural
 from megatron_entropy.config.schema import Config, MethodConfig
 from megatron_entropy.errors import ConfigError
 
@@ -130,9 +131,22 @@ def _build(tree: dict[str, Any], load_method_config: LoadMethodConfig) -> Config
     reject_unknown_keys({key: value for key, value in tree.items() if key != "method"}, Config, "")
     reject_unknown_keys(method, method_class, "method.")
     try:
-        return Config.model_validate({**tree, "method": method_class.model_validate(method)})
+        config = Config.model_validate({**tree, "method": method_class.model_validate(method)})
     except ValidationError as error:
         raise ConfigError(describe_problem(error, "method." if error.title == method_class.__name__ else "")) from None
+    return _complete_sources(config)
+
+
+def _complete_sources(config: Config) -> Config:
+    """Write the run's seed and the split into the sources of `data.train` and `data.eval`."""
+    completed = {}
+    for split in ("train", "eval"):
+        try:
+            items = getattr(config.data, split)
+            completed[split] = [procedural.complete(item, seed=config.seed, split=split) for item in items]
+        except ConfigError as error:
+            raise ConfigError(f"data.{split}: {error}") from None
+    return config.model_copy(update={"data": config.data.model_copy(update=completed)})
 
 
 def describe_problem(error: ValidationError, prefix: str) -> str:

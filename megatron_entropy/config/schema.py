@@ -25,6 +25,8 @@ from pydantic import (
     model_validator,
 )
 
+from megatron_entropy.procedural import is_source
+
 MAX_COUNT = 2**31
 """Largest value of a count that has no bound of its own."""
 
@@ -61,6 +63,8 @@ def _split_commas(value: object) -> object:
     """The items of a text, as a command line writes a list; other values as they are."""
     if not isinstance(value, str):
         return value
+    if is_source(value):  # the commas are its own
+        return [value]
     items = value.removeprefix("[").removesuffix("]").split(",")  # a shell takes the quotes out of ["a", "b"]
     return [item.strip() for item in items if item.strip()]
 
@@ -139,9 +143,9 @@ class DataConfig(Section):
     """Training and eval data."""
 
     train: PathList = []
-    """JSONL, JSON, CSV or parquet files of the training data."""
+    """JSONL, JSON, CSV or parquet files of the training data, or `reasoning-gym:NAMES` (see docs/data.md)."""
     eval: PathList = []
-    """JSONL, JSON, CSV or parquet files of the eval data (the test questions). Empty: no evaluation."""
+    """The same for the eval data (the test questions). Empty: no evaluation."""
     format: str = "auto"
     """Schema of the rows, which names their columns: `auto` (detected for each file), a known name, or
     `package.module:NAME`."""

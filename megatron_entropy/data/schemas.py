@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_entropy import procedural
 from megatron_entropy.data.readers import RawRow, column_names, kind_of, read_raw_rows
 from megatron_entropy.errors import ConfigError, DataError
 from megatron_entropy.plugins import load_plugin
@@ -67,7 +68,7 @@ def read_rows(file: str | Path, *, schema: str = "auto", columns: Mapping[str, s
     """Read the rows of one file, in their order; see `readers.READERS` for the kinds of files.
 
     Args:
-        file: the path.
+        file: the path, or a source of `procedural`, whose rows have no schema.
         schema: see `load_schema`; `auto` detects it from the columns of the first row.
         columns: name of a column in the schema -> its name in the file, for the columns that differ.
 
@@ -76,6 +77,10 @@ def read_rows(file: str | Path, *, schema: str = "auto", columns: Mapping[str, s
         DataError: a missing, empty or broken file; a missing column; a value of the wrong kind. The message
             names the file, and the line or row where there is one.
     """
+    if procedural.is_source(file):
+        for question, truth in procedural.questions(str(file)):
+            yield Row(_user(question), truth, None)
+        return
     chosen = None if schema == "auto" else load_schema(schema)
     columns = columns or {}
     _check_mapped_columns(columns, schema, SCHEMAS.values() if chosen is None else [chosen])

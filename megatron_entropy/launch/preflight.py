@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
+from megatron_entropy import procedural
 from megatron_entropy.config.architecture import ModelArchitecture
 from megatron_entropy.config.schema import Config
 from megatron_entropy.errors import ConfigError, DataError, MissingPackageError
@@ -47,9 +48,10 @@ def check_data(config: Config, model_folder: str, arch: ModelArchitecture) -> No
     """
     from megatron_entropy.data.dataset import load_prompts, read_prompts  # import pyarrow, which `--help` must not
     from megatron_entropy.data.tokenizer import load_tokenizer
-    from megatron_entropy.rewards import check_grader
+    from megatron_entropy.rewards import VERIFIERS, check_grader
 
     data, method = config.data, build_method(config)
+    _check_gym(config, VERIFIERS)
     read_prompts(data.eval, schema=data.format, columns=data.columns)
     prompts = read_prompts(data.train, schema=data.format, columns=data.columns)
     if not any(_can_select(method, prompt) for prompt in prompts):
@@ -62,6 +64,18 @@ def check_data(config: Config, model_folder: str, arch: ModelArchitecture) -> No
     if method.uses_rollouts or data.eval:
         answers = (prompt.answer for prompt in prompts if prompt.answer is not None)
         check_grader(config.reward, next(answers, "1"))
+
+
+def _check_gym(config: Config, verifiers: Container[str]) -> None:
+    """See that reasoning-gym is installed where it is needed, and that the verifier fits its questions."""
+    verifier, sources = config.reward.verifier, [*config.data.train, *config.data.eval]
+    if verifier == "reasoning_gym":
+        procedural.load_package()
+    elif verifier in verifiers and (mixed := [source for source in sources if procedural.is_source(source)]):
+        raise ConfigError(
+            f"reward.verifier={verifier} cannot read the ground truths of {mixed[0]}; set "
+            'reward.verifier = "reasoning_gym"'
+        )
 
 
 def _can_select(method: Method, prompt: Prompt) -> bool:

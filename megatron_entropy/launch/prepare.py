@@ -21,6 +21,7 @@ from megatron_entropy.launch import preflight
 from megatron_entropy.launch.lock import RunLock, check_unlocked
 from megatron_entropy.methods import build_method, load_method_config
 from megatron_entropy.monitor.run_folder import RunFolder
+from megatron_entropy.procedural import is_source
 from megatron_entropy.weights.names import lora_linears
 
 FLAGS = ("--resume", "--overwrite", "--dry-run")
@@ -76,7 +77,7 @@ def resolve(
                 _check_architecture(key, folder, arch)
         for key, files in (("data.train", config.data.train), ("data.eval", config.data.eval)):
             for file in files:
-                if not os.path.isfile(file):
+                if not is_source(file) and not os.path.isfile(file):
                     raise DataError(
                         f"{key}: {'not a regular file' if os.path.exists(file) else 'no such file'}: {file}"
                     )

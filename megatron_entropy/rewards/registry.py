@@ -21,6 +21,7 @@ from megatron_entropy.rewards.multiple_choice import gpqa, multiple_choice
 from megatron_entropy.rewards.oat import curiosft, oat
 from megatron_entropy.rewards.olympiad import olympiad
 from megatron_entropy.rewards.opencompass import opencompass_v2
+from megatron_entropy.rewards.reasoning_gym import reasoning_gym
 from megatron_entropy.rewards.strings import boxed, cer_eval, choice, final_marker
 from megatron_entropy.rewards.symbolic import math_verify
 
@@ -43,6 +44,7 @@ VERIFIERS: dict[str, Verifier] = {
     "oat": oat,
     "olympiad": olympiad,
     "opencompass_v2": opencompass_v2,
+    "reasoning_gym": reasoning_gym,
 }
 
 INLINE = frozenset(

@@ -17,13 +17,13 @@ SOURCES = {"megatron_entropy": ROOT / "megatron_entropy", "entropy_kernels": ROO
 
 FLOORS = (
     ("entropy_kernels", "errors"),
-    ("files", "plugins", "records"),
+    ("files", "plugins", "procedural", "records"),
     ("config",),
     ("distributed",),
     ("data", "monitor", "rewards", "weights"),
     ("actor", "methods", "rollout"),
     ("checkpoint",),
-    ("benchmarks", "evaluation", "semantic_entropy", "trainer"),
+    ("benchmarks", "evaluation", "explorer", "semantic_entropy", "trainer"),
     ("launch",),
     ("__main__", "cli"),
 )
