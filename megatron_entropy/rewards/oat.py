@@ -95,6 +95,21 @@ def curiosft(response: str, answer: str) -> Grade:
     return grade if grade.correct else math_verify(response, answer)
 
 
+def curiosft_think(response: str, answer: str) -> Grade:
+    """Grade as CurioSFT's RL does: as `curiosft`, but math-verify reads only the text after the last `</think>`.
+
+    A response without `</think>` is wrong. Source: the reward server with `reward_impl_version` 1.
+
+    Raises:
+        ValueError: as `curiosft`.
+    """
+    _, end, solution = response.rpartition("</think>")
+    if not end:
+        return Grade(False)
+    grade = oat(response, answer)
+    return grade if grade.correct else math_verify(solution, answer)
+
+
 def _hendrycks(text: str) -> str:
     """Source: `mathd_normalize_answer`; where it fails there, the text stays as it is."""
     text = text.strip()

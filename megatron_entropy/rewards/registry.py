@@ -18,7 +18,7 @@ from megatron_entropy.rewards.gsm8k import gsm8k_flexible, gsm8k_strict
 from megatron_entropy.rewards.math_equal import math_equal
 from megatron_entropy.rewards.minerva import minerva
 from megatron_entropy.rewards.multiple_choice import gpqa, multiple_choice
-from megatron_entropy.rewards.oat import curiosft, oat
+from megatron_entropy.rewards.oat import curiosft, curiosft_think, oat
 from megatron_entropy.rewards.olympiad import olympiad
 from megatron_entropy.rewards.opencompass import opencompass_v2
 from megatron_entropy.rewards.reasoning_gym import reasoning_gym
@@ -32,6 +32,7 @@ VERIFIERS: dict[str, Verifier] = {
     "cer_eval": cer_eval,
     "choice": choice,
     "curiosft": curiosft,
+    "curiosft_think": curiosft_think,
     "dapo": dapo,
     "final_marker": final_marker,
     "gpqa": gpqa,

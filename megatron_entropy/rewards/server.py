@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import resource
 import signal
 import socket
 import time
@@ -258,8 +259,11 @@ def _is_complete(item: Item) -> bool:
 
 
 def _task(item: Item) -> Task:
+    if item.oat_grader and not (item.data_source or "").startswith("codegen"):
+        verifier = "curiosft_think" if item.reward_impl_version else "curiosft"
+        return verifier, item.sequences_str, item.ground_truth
     text = item.sequences_str.rpartition(THINK_END)[2] if item.reward_impl_version else item.sequences_str
-    return "math_verify", text, f"${item.ground_truth}$"
+    return "math_verify", text, item.ground_truth  # which it wraps in `$`, as the release does
 
 
 def _result(item: Item, grade: Grade) -> dict[str, Any]:
@@ -318,6 +322,8 @@ def serve(settings: ServerSettings, listener: socket.socket) -> None:
         settings: of the server.
         listener: a bound socket.
     """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # every connection needs a file; the usual limit is 1024
     server = RewardServer(settings)
     grace = settings.timeout + 5
     config = uvicorn.Config(

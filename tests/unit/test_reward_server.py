@@ -100,22 +100,20 @@ def test_curiosft_batch(server):
         item(2, r"\boxed{0.5}", "0.5", reward_impl_version=0),
         item(3, r"</think> \boxed{41}", "42"),
         item(4, r"</think> \boxed{42}", 42, oat_grader=False, data_source="codegen", valid_response_length=0),
-        item(5, r"\boxed{0.5} </think> 7", "0.5"),  # only the text after the last </think> counts
+        item(5, r"\boxed{0.5} </think> 7", "0.5"),  # oat reads all of it, math-verify the text after </think>
+        item(6, r"\boxed{0.5} </think> 7", "0.5", oat_grader=False),
+        item(7, r"\boxed{0.5} </think> 7", "0.5", data_source="codegen_a"),
+        item(8, r"\boxed{41} 0.5", "0.5", reward_impl_version=0),
     ]
     status, reply = call(server[1], "/process_batch", {"items": items})
-    assert status == 200 and reply["total_processed"] == 6 and reply["timeout_count"] == 0
+    assert status == 200 and reply["total_processed"] == 9 and reply["timeout_count"] == 0
     results = reply["results"]
     keys = {"i", "score", "valid_response_length", "error", "extracted_answers"}
     assert all(result.keys() == keys for result in results)
-    assert [(result["i"], result["score"]) for result in results][:5] == [
-        (0, 1.0),
-        (1, 0.0),
-        (2, 1.0),
-        (3, 0.0),
-        (4, 1.0),
-    ]
-    assert [result["error"] for result in results] == [None] * 6
-    assert [result["valid_response_length"] for result in results] == [7, 7, 7, 7, 0, 7]
+    assert [result["i"] for result in results] == list(range(9))
+    assert [result["score"] for result in results] == [1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+    assert [result["error"] for result in results] == [None] * 9
+    assert [result["valid_response_length"] for result in results] == [7, 7, 7, 7, 0, 7, 7, 7, 7]
     assert [result["extracted_answers"] for result in results][:2] == [r"\frac{1}{2}", ""]
 
 
