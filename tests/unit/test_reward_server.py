@@ -38,6 +38,7 @@ from megatron_entropy.records import Grade
 from megatron_entropy.rewards import VERIFIERS, RemoteGrader, check_grader, open_grader
 from megatron_entropy.rewards.guard import Guard
 from megatron_entropy.rewards.worker import call_verifier
+from megatron_entropy.semantic_entropy.clusters import AnswerJudge
 
 TESTS = Path(__file__).parent
 BAD = "bad_verifiers:misbehave"
@@ -175,6 +176,13 @@ def test_the_remote_grader_agrees_with_the_verifier(server):
         assert grader.grade(pairs) == expected
         assert grader.grade([]) == []
     assert {grade.correct for grade in expected} == {True, False, None}
+
+
+def test_answers_are_compared_on_the_server(server):
+    judge = AnswerJudge(RewardConfig(url=server[1]))
+    ((correct, clusters),) = judge.judge([("0.5", [r"\boxed{\frac{1}{2}}", r"\boxed{3}", r"\boxed{0.5}", "none"])])
+    judge.close()
+    assert correct == [True, False, True, False] and clusters == [0, 1, 0, -1]
 
 
 def test_a_time_limit_of_a_request_keeps_what_is_graded(server):
