@@ -52,7 +52,7 @@ METRICS = (
     MetricInfo("reward/mean", "reward", "mean reward of the samples that have one"),
     MetricInfo("reward/accuracy", "fraction", "correct responses among those that the verifier could grade"),
     MetricInfo("reward/errors", "fraction", "responses that the verifier could not grade"),
-    MetricInfo("reward/error_KIND", "fraction", "no grade: `timeout`, `crash`, `budget` (of time) or an exception"),
+    MetricInfo("reward/error_KIND", "fraction", "no grade: `timeout`, `crash`, `budget`, `server` or an exception"),
     MetricInfo("reward/teca", "nats", "CER: token entropy of a response averaged cumulatively, at its last token"),
     MetricInfo("policy/entropy", "nats", "entropy of the policy"),
     MetricInfo("policy/clip_frac", "fraction", "tokens without gradient because their probability ratio was clipped"),
