@@ -18,6 +18,7 @@ from megatron_entropy.cli import (
     semantic_entropy,
     serve_rewards,
     train,
+    view,
 )
 from megatron_entropy.cli.arguments import Parser
 from megatron_entropy.errors import Fault, UserError
@@ -27,6 +28,7 @@ COMMANDS = (
     eval,
     config,
     report,
+    view,
     convert,
     inspect,
     merge_lora,

@@ -9,6 +9,7 @@ import ipaddress
 import os
 import socket
 import sys
+from collections.abc import Sequence
 
 from megatron_entropy.cli.arguments import Subparsers, byte_size, positive_float, positive_int
 
@@ -29,7 +30,7 @@ def add_parser(subparsers: Subparsers) -> None:
     add = parser.add_argument
     cores = len(os.sched_getaffinity(0))
     add("--host", default="127.0.0.1", help="address to listen on; default: %(default)s")
-    add("--port", type=_port, default=19876, help="0: any free one; default: %(default)s")
+    add("--port", type=port_number, default=19876, help="0: any free one; default: %(default)s")
     add(
         "--workers", type=positive_int, default=cores, help="processes that grade; default: the cores, %(default)s here"
     )
@@ -44,7 +45,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Bind the socket, say where, and serve."""
-    _check_packages()
+    check_packages("serve-rewards", PACKAGES)
     from megatron_entropy.rewards import COMPARISON, TOKEN_VARIABLE, VERIFIERS, load_verifier
     from megatron_entropy.rewards.server import ServerSettings, serve
 
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         max_body=args.max_body,
         token=args.token or os.environ.get(TOKEN_VARIABLE, ""),
     )
-    listener = _listen(args.host, args.port)
+    listener = listen(args.host, args.port)
     address, port = listener.getsockname()[:2]
     if not (settings.token or ipaddress.ip_address(address.partition("%")[0]).is_loopback):
         print(
@@ -76,26 +77,31 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _port(text: str) -> int:
+def port_number(text: str) -> int:
+    """Parse a port.
+
+    Raises:
+        ArgumentTypeError: the text is none.
+    """
     if not text.isdigit() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"must be a number from 0 to 65535, got {text}")
     return int(text)
 
 
-def _check_packages() -> None:
-    """Name the missing packages of the extra `eval`.
+def check_packages(command: str, packages: Sequence[str]) -> None:
+    """Name the packages of the extra `eval` that a command needs and does not find.
 
     Raises:
         MissingPackageError: there are some.
     """
     from megatron_entropy.errors import MissingPackageError
 
-    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
         names = ", ".join(missing).replace("_", "-")
-        raise MissingPackageError(f"serve-rewards needs {names}: pip install 'megatron-entropy[eval]'")
+        raise MissingPackageError(f"{command} needs {names}: pip install 'megatron-entropy[eval]'")
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """A socket that listens.
 
     Raises:
