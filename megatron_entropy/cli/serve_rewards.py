@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         timeout=args.timeout,
         queue=args.queue,
         max_body=args.max_body,
-        token=args.token or os.environ.get(TOKEN_VARIABLE, ""),
+        token=args.token or os.environ.get(TOKEN_VARIABLE, "").strip(),
     )
     listener = listen(args.host, args.port)
     address, port = listener.getsockname()[:2]

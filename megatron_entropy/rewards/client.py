@@ -37,6 +37,8 @@ MAX_REPLY = 64 * 2**20  # bytes of a reply that are read
 REQUEST_SECONDS = 60.0  # a request takes as long as the budget, but at least this if time is left
 REPLY_SLACK = 10.0  # seconds beyond the time limit that the server was given, for the transfer
 CHECK_SECONDS, CONNECT_SECONDS = 5.0, 10.0
+FAILURES = (OSError, http.client.HTTPException, ValueError)
+"""What a request raises; ValueError: a host name or token that HTTP cannot carry."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds between two tries
 
 
@@ -110,7 +112,7 @@ class RemoteGrader:
     """Grades responses on a reward server (`megatron-entropy serve-rewards`).
 
     Requests are repeated while the server is down, broken or full. What it has not graded in time counts as an error,
-    never as wrong. A call of which the server graded nothing raises a `Fault`: a run must not go on without rewards.
+    never as wrong. A call without one successful request raises a `Fault`: a run must not go on without rewards.
 
     Args:
         url: of the server, `http://HOST:PORT`.
@@ -155,7 +157,7 @@ class RemoteGrader:
         """
         try:
             status, reply, _ = self._exchange("GET", "/health", None, CHECK_SECONDS)
-        except (OSError, http.client.HTTPException) as error:
+        except FAILURES as error:
             raise self._unreachable(_reason(error)) from None
         if status != 200 or b'"status"' not in reply:
             raise self._unreachable(f"its /health answers with status {status}")
@@ -168,7 +170,7 @@ class RemoteGrader:
             and was not back in time.
 
         Raises:
-            Fault: the server graded none of them.
+            Fault: no request succeeded.
             ConfigError: it refuses the token or does not know the verifier.
         """
         grades: dict[int, Grade] = {}
@@ -250,7 +252,7 @@ class RemoteGrader:
         body = json.dumps(content).encode()
         try:
             status, reply, retry_after = self._exchange("POST", "/grade", body, seconds + REPLY_SLACK)
-        except (OSError, http.client.HTTPException) as error:
+        except FAILURES as error:
             raise _Unavailable(_reason(error)) from None
         if status == 200:
             return self._read(reply, len(pairs))
@@ -289,7 +291,7 @@ class RemoteGrader:
         return grades
 
     def _exchange(self, method: str, path: str, body: bytes | None, seconds: float) -> tuple[int, bytes, float]:
-        """Send one request; raises OSError or HTTPException.
+        """Send one request; raises `FAILURES`.
 
         Returns:
             Status and body of the reply, and the seconds that the server asks to wait.
@@ -298,7 +300,7 @@ class RemoteGrader:
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(parts.hostname or "", parts.port, timeout=CONNECT_SECONDS)
         headers = {"Content-Type": "application/json"}
-        if token := os.environ.get(TOKEN_VARIABLE):
+        if token := os.environ.get(TOKEN_VARIABLE, "").strip():
             headers["Authorization"] = f"Bearer {token}"
         self._connections.add(connection)
         try:

@@ -459,6 +459,23 @@ def test_a_server_that_grades_nothing_ends_the_run(reply, monkeypatch):
         assert time.monotonic() - started < 3 and "\n" not in str(caught.value)
 
 
+def test_closing_ends_a_call_in_progress():
+    with scripted("hang") as (url, requests):
+        grader = remote(url, budget=60.0, patience=60.0)
+        timer = threading.Timer(0.3, grader.close)
+        timer.start()
+        started = time.monotonic()
+        with pytest.raises(Fault):
+            grader.grade([("1", "1")])
+        assert time.monotonic() - started < 1.3 and len(requests) == 1
+
+
+@pytest.mark.parametrize("url", ["http://a..b", "http://no such host", "http://[::1]:9"])
+def test_an_address_that_does_not_exist_is_one_line(url):
+    with pytest.raises(ConfigError, match=r"^reward\.url=http.*grades nothing"):
+        check_grader(RewardConfig(url=url))
+
+
 def test_a_server_that_is_down_ends_the_run_even_without_a_budget():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
