@@ -151,8 +151,8 @@ def sentences(row: DumpRow, number: int, group: Mapping[int, DumpRow], parts: Se
         )
     if row.error or row.correct is None and row.reward is None:
         said.append(f"The verifier has no verdict ({row.error or 'none recorded'}), so there is no reward.")
-    elif len(parts) > 1:
-        said.append(f"Reward {row.reward:.3f} = " + " + ".join(f"{value:.3f} ({name})" for name, value in parts) + ".")
+    elif len(terms := [f"{value:.3f} ({name})" for name, value in parts if value]) > 1:
+        said.append(f"Reward {row.reward:.3f} = {' + '.join(terms)}.")
     said += _on_training(row, list(group.values()))
     return said
 

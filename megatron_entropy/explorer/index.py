@@ -308,7 +308,8 @@ class RunReader:
             NotFoundError: there is no such dump inside the run folder.
         """
         path = (self.folder.rollouts if kind == "train" else self.folder.evaluation)(stage, step)
-        if Path(stage).name != stage or not path.resolve().is_relative_to(self.root) or not path.is_file():
+        is_name = Path(stage).name == stage and "\0" not in stage
+        if not (is_name and path.resolve().is_relative_to(self.root) and path.is_file()):
             raise NotFoundError(f"no dump {kind}/{stage[:64]}/{step}")
         with self._lock:
             index = self._indices.pop(path, None)

@@ -74,12 +74,11 @@ class Browser:
 
     def resize(self, width, height, *, mobile=False):
         """Give the page a size in CSS pixels."""
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile
-        )
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
 
     def open(self, address):
         """Load a page and wait until its script is ready."""
+        self.call("Page.navigate", url="about:blank")  # an address that differs after `#` only would load nothing
         self.call("Page.navigate", url=address)
         self.wait("document.body && document.body.dataset.ready")
 

@@ -9,6 +9,7 @@ function ticks(low, high, count = 4) {
   return found;
 }
 
+const isNarrow = () => innerWidth < 700; // a phone: plots of this many units keep their text readable
 const short = (value) => (Math.abs(value) >= 1e4 || (value && Math.abs(value) < 1e-3) ? value.toExponential(0)
   : String(Number(value.toPrecision(4))));
 const path = (points) => points.map(([x, y], i) => `${i ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}`).join("");
@@ -52,7 +53,7 @@ function curves(title, series) {
 
 // Entropy of every token as a bar, their running mean (TECA) as a line; marks: [{position, label}].
 function entropyPlot(entropies, marks, choose) {
-  const W = 700, H = 150, L = 36, R = 8, T = 16, B = 20, n = entropies.length;
+  const W = isNarrow() ? 380 : 700, H = 150, L = 36, R = 8, T = 16, B = 20, n = entropies.length;
   const top = Math.max(0.1, ...entropies.map((v) => v ?? 0)) * 1.05;
   const x = (i) => L + (i / n) * (W - L - R), y = (v) => H - B - (v / top) * (H - T - B);
   let sum = 0;
@@ -83,12 +84,13 @@ function groupTree(members, current, href) {
     rows.push(root, ...members.filter((m) => m.parent === root.sample && m !== root));
   }
   const start = (m) => (m.parent === null ? 0 : m.cut ?? 0), end = (m) => start(m) + Math.max(m.length ?? 1, 1);
-  const W = 700, L = 34, R = 250, RH = 19, H = rows.length * RH + 26, longest = Math.max(...rows.map(end));
+  const narrow = isNarrow(), W = narrow ? 380 : 700, L = 30, R = narrow ? 160 : 250, RH = 19, H = rows.length * RH + 26, longest = Math.max(...rows.map(end));
   const x = (tokens) => L + (tokens / longest) * (W - L - R);
+  const [rewardAt, advantageAt, answerAt] = narrow ? [8, 50, 112] : [12, 66, 140];
   const place = new Map(rows.map((m, i) => [m.sample, 22 + i * RH]));
   return svg("svg", { viewBox: `0 0 ${W} ${H}`, class: "tree", role: "img", "aria-label": "responses of the group" },
     svg("text", { x: x(0), y: 10 }, "0"), svg("text", { x: x(longest), y: 10, "text-anchor": "end" }, `${longest} tokens`),
-    svg("text", { x: W - R + 12, y: 10 }, "reward"), svg("text", { x: W - R + 66, y: 10 }, "advantage"), svg("text", { x: W - R + 132, y: 10 }, "answer"),
+    svg("text", { x: W - R + rewardAt, y: 10 }, "reward"), svg("text", { x: W - R + advantageAt, y: 10 }, "advantage"), svg("text", { x: W - R + answerAt, y: 10 }, "answer"),
     rows.map((m) => {
       const top = place.get(m.sample), parent = place.get(m.parent), color = { right: "#4f7942", wrong: "#c8553d", error: "#999" }[m.verdict];
       return svg("a", { href: href(m), class: m.sample === current ? "member current" : "member" },
@@ -97,8 +99,8 @@ function groupTree(members, current, href) {
         svg("text", { x: 4, y: top + 4 }, `${m.parent === null ? "" : "↳"}${m.sample}`),
         svg("rect", { x: x(start(m)), y: top - 5, width: Math.max(2, x(end(m)) - x(start(m))), height: 10, rx: 2, fill: color, opacity: m.trained === false ? 0.35 : 1 }),
         svg("title", {}, `response ${m.sample}: ${m.verdict}, ${m.length} tokens${m.cut_token ? `, begins with ${JSON.stringify(visible(m.first))}` : ""}`),
-        svg("text", { x: W - R + 12, y: top + 4 }, number(m.reward)),
-        svg("text", { x: W - R + 66, y: top + 4 }, m.advantage === null ? "–" : (m.advantage > 0 ? "+" : "") + number(m.advantage)),
-        svg("text", { x: W - R + 132, y: top + 4 }, visible(m.extracted ?? "–").slice(0, 16)));
+        svg("text", { x: W - R + rewardAt, y: top + 4 }, number(m.reward)),
+        svg("text", { x: W - R + advantageAt, y: top + 4 }, m.advantage === null ? "–" : (m.advantage > 0 ? "+" : "") + number(m.advantage)),
+        svg("text", { x: W - R + answerAt, y: top + 4 }, visible(m.extracted ?? "–").slice(0, narrow ? 7 : 16)));
     }));
 }
