@@ -127,7 +127,7 @@ def refill(groups: Sequence[Group], samples: Sequence[Sample]) -> list[Group]:
     return [group.with_samples([next(following) for _ in group.samples]) for group in groups]
 
 
-def with_left_out(groups: Sequence[Group], trained: Sequence[Group]) -> list[Group]:
+def merge_trained(groups: Sequence[Group], trained: Sequence[Group]) -> list[Group]:
     """Return `groups` with every sample that a method kept for training as it stands in `trained`, which may lack some.
 
     Copies of a sample share its `tokens`.

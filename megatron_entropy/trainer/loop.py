@@ -24,7 +24,7 @@ from megatron_entropy.files import atomic_write_text
 from megatron_entropy.monitor.report import write_report
 from megatron_entropy.monitor.run_folder import RunFolder
 from megatron_entropy.monitor.summary import StageSummary, write_summary
-from megatron_entropy.records import Group, Metric, samples_of, with_left_out
+from megatron_entropy.records import Group, Metric, samples_of, merge_trained
 from megatron_entropy.trainer.build import Components, build, export
 from megatron_entropy.trainer.engines import RunEngines
 from megatron_entropy.trainer.resume import StagePlan, plan_stages
@@ -132,7 +132,7 @@ class TrainingLoop:
         self.components.service.weights_changed()  # the engines get them before they generate again
         self.progress = dataclasses.replace(self.progress, step=step, position=rollouts.position)
         metrics |= {**rollouts.pop_metrics(), **method.pop_metrics(), **reward_metrics(trained)}
-        return metrics, with_left_out(groups, trained)
+        return metrics, merge_trained(groups, trained)
 
     def update(self, step: int, minibatch: list[Group]) -> dict[str, Metric]:
         """Take one optimizer step, unless the mini-batch has no samples."""

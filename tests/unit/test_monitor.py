@@ -19,7 +19,7 @@ from megatron_entropy.config.schema import LogConfig
 from megatron_entropy.errors import DataError, MissingPackageError
 from megatron_entropy.monitor import console, metrics, rollout_dumps, timer
 from megatron_entropy.monitor.run_folder import RunFolder
-from megatron_entropy.records import Grade, Group, Metric, Prompt, Sample, with_left_out
+from megatron_entropy.records import Grade, Group, Metric, Prompt, Sample, merge_trained
 
 QUIET = LogConfig(tensorboard=False)
 
@@ -188,11 +188,11 @@ def test_dump_tells_the_cut_the_penalty_and_what_was_left_out(tmp_path):
         reference_logprob=np.full(6, -1 / 3, np.float32),
     )
     group = Group(Prompt(0, "q", (0, 1)), (first, branch))
-    rollout_dumps.dump_rollouts(tmp_path / "a.jsonl", with_left_out([group], [group.with_samples([kept])]))
-    left_out, row = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
-    assert left_out["error"] == "crash" and left_out["sample"] == row["parent"] == 0
+    rollout_dumps.dump_rollouts(tmp_path / "a.jsonl", merge_trained([group], [group.with_samples([kept])]))
+    skipped, row = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert skipped["error"] == "crash" and skipped["sample"] == row["parent"] == 0
     assert row["trained"] and row["cut"] == 2 and row["untrained"] == [1] and row["kl_weights"] == [0.05, 0.2]
-    assert row["reference_logprobs"] == [-0.333333, -0.333333] and left_out["reference_logprobs"] is None
+    assert row["reference_logprobs"] == [-0.333333, -0.333333] and skipped["reference_logprobs"] is None
 
 
 @pytest.mark.parametrize(("rank", "shown"), [(0, ["INFO", "WARNING"]), (3, ["WARNING"])])
