@@ -16,6 +16,7 @@ import mmap
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -240,11 +241,17 @@ class _Group:
         return self._running[0].is_completed()
 
     def close(self) -> None:
-        """Abort the running operations and leave."""
-        self._running.clear()
+        """Abort the running operations and leave.
+
+        Gloo frees a group only after its running operations. They wait for peers, which may live and never come, so
+        a thread does it.
+        """
         if self._is_nccl and self._group is not None:
             self._group.abort()  # NCCL would wait for the peers
-        self._group = None
+        held = [self._group, *self._running]
+        self._group, self._running = None, []
+        if len(held) > 1:
+            threading.Thread(target=held.clear, daemon=True, name="free-group").start()
 
 
 def _gloo_group(store: dist.Store, rank: int, info: LinkInfo) -> Any:
