@@ -1,4 +1,4 @@
-# make setup | demo | compare | test | test-fast | test-modern | docs | lint | clean
+# make setup | demo | demo-real | compare | test | test-fast | test-modern | docs | lint | clean
 # Variables: SEED=1 RUN=runs/quickstart PYTHON=python3.11
 
 SEED ?= 1
@@ -17,7 +17,7 @@ find_python = for candidate in python$(1) "$${PYENV_ROOT:-$$HOME/.pyenv}"/versio
 	"$$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != ($(subst .,$(comma),$(1))))' >/dev/null 2>&1 \
 	&& echo "$$candidate" && break; done
 
-.PHONY: setup demo compare test test-fast test-modern docs lint clean
+.PHONY: setup demo demo-real compare test test-fast test-modern docs lint clean
 
 setup: $(VENV)/.setup
 
@@ -44,6 +44,10 @@ demo: setup
 	$(VENV)/bin/python examples/make_arithmetic.py --out $(RUN)/inputs --seed $(SEED)
 	$(VENV)/bin/megatron-entropy train examples/quickstart.toml --overwrite --output=$(RUN) --seed=$(SEED) \
 		--model.path=$(RUN)/inputs/model --data.train='["$(RUN)/inputs/train.jsonl"]' --data.eval='["$(RUN)/inputs/eval.jsonl"]'
+
+demo-real: setup
+	$(VENV)/bin/python examples/smollm2/prepare.py --out runs/smollm2/inputs --seed $(SEED)
+	$(VENV)/bin/megatron-entropy train examples/smollm2/times_tables_dapo.toml --overwrite --seed=$(SEED)
 
 compare: setup
 	$(VENV)/bin/python tools/compare.py --seeds 1 2 3 --jobs 2 --out runs/compare --page examples/compare
