@@ -136,7 +136,8 @@ async function poll() {
     }
     drawHeader();
     const typing = document.activeElement && ["INPUT", "SELECT"].includes(document.activeElement.tagName);
-    if (changed.includes(true) && pageName() !== "sample" && !typing) await show();
+    const reading = pageName() === "sample" || (pageName() === "rollouts" && scrollY > 80);
+    if (changed.includes(true) && !reading && !typing) await show();
   } catch {
     document.body.classList.add("lost"); // the server has stopped; the style says so
   }

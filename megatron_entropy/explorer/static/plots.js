@@ -53,7 +53,7 @@ function curves(title, series) {
 
 // Entropy of every token as a bar, their running mean (TECA) as a line; marks: [{position, label}].
 function entropyPlot(entropies, marks, choose) {
-  const W = isNarrow() ? 380 : 700, H = 150, L = 36, R = 8, T = 16, B = 20, n = entropies.length;
+  const W = isNarrow() ? 380 : 700, H = 150, L = 36, R = 14, T = 16, B = 20, n = entropies.length;
   const top = Math.max(0.1, ...entropies.map((v) => v ?? 0)) * 1.05;
   const x = (i) => L + (i / n) * (W - L - R), y = (v) => H - B - (v / top) * (H - T - B);
   let sum = 0;

@@ -66,6 +66,7 @@ function tokenView(sample) {
   text.addEventListener("click", onToken);
   const paint = () => spans.forEach((span, i) => { span.style.backgroundColor = TOKEN_COLORS[tokenColor][1](tokens[i]); });
   paint();
+  if (cuts.size) setTimeout(() => { text.scrollTop = spans[[...cuts.keys()][0]].offsetTop - text.offsetTop - 80; });
   const usable = { entropy: "entropy", difference: "difference", probability: "logprob", advantage: "advantage", penalty: "penaltyPart" };
   const picker = el("label", { class: "picker" }, "colour: ", el("select", { class: "colour", change: (e) => { tokenColor = e.target.value; paint(); } },
     Object.entries(TOKEN_COLORS).filter(([name]) => tokens.some((t) => t[usable[name]] !== null && t[usable[name]] !== undefined))
