@@ -57,8 +57,7 @@ PRESETS: dict[str, Preset] = {
         choice_prompt=ANSWER_LINE,
         grader="math_verify",
     ),
-    "curiosft": Preset(  # scripts/3_eval_math.sh and 4_*.sh of the release; prompts come with its data files. The
-        # release takes the maximum of math-verify and Oat's boxed grader
+    "curiosft": Preset(  # scripts/3_eval_math.sh and 4_*.sh of the release; prompts come with its data files
         name="curiosft",
         temperature=0.6,
         top_p=1.0,
@@ -71,7 +70,7 @@ PRESETS: dict[str, Preset] = {
             "answering.\n\n{question}\n\nThe last line of your response should be of the following format: "
             "ANSWER: $LETTER"
         ),
-        grader="math_verify",
+        grader="curiosft",
     ),
     "sent": Preset(  # OpenCompass configurations of the release
         name="sent",

@@ -332,7 +332,7 @@ def test_answers_may_be_numbers_letters_or_texts(tmp_path, answer, letter):
 QUESTION = {"question": "What is {letters} + \\frac{1}{2}?", "answer": "1"}
 PROTOCOLS = {  # temperature, top_p, top_k, repetition penalty, tokens, grader; samples on GSM8K, AIME24, MMLU-Pro
     "cure": ((0.6, 0.7, 0, 1.0, 3584, "math_verify"), (1, 32, 1)),
-    "curiosft": ((0.6, 1.0, 0, 1.0, 8192, "math_verify"), (8, 8, 1)),
+    "curiosft": ((0.6, 1.0, 0, 1.0, 8192, "curiosft"), (8, 8, 1)),
     "sent": ((1.0, 1.0, 0, 1.0, 8000, "opencompass_v2"), (16, 16, 16)),
     "cer": ((0.8, 0.95, 0, 1.15, 16384, "cer_eval"), (1, 3, 1)),
 }
