@@ -106,6 +106,8 @@ def questions(text: str) -> Iterator[tuple[str, str]]:
         MissingPackageError: reasoning-gym is not installed.
     """
     source = parse(text)
+    if source.seed is None:
+        raise ConfigError(f"{text}: add seed=NUMBER to the source; only a configuration has a seed of its own")
     for name in source.names:
         _check_name(text, name, source.options)
     turns = zip(*(_of_one(text, name, source) for name in source.names), strict=True)
@@ -188,7 +190,6 @@ def _nearest(name: str, known: Mapping[str, object]) -> str:
 
 def _of_one(text: str, name: str, source: Source) -> Iterator[tuple[str, str]]:
     """The first `size` different questions of one data set that fall into the split."""
-    assert source.seed is not None, "complete() writes it"
     candidates = CANDIDATES * source.size
     options = dict(source.options) | {"seed": source.seed, "size": candidates}
     as_text = json.dumps(options, sort_keys=True)

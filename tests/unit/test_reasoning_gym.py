@@ -152,6 +152,11 @@ def test_wrong_sources_are_refused_in_one_line(source, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_source_outside_of_a_configuration_needs_a_seed():
+    with pytest.raises(ConfigError, match="add seed=NUMBER"):
+        rows("reasoning-gym:gcd?size=1")
+
+
 def test_other_verifiers_are_refused(tmp_path):
     config = config_of("--data.train=reasoning-gym:gcd", "--model.path=m")
     with pytest.raises(ConfigError, match=r'reward.verifier=math_verify cannot read .* "reasoning_gym"'):
