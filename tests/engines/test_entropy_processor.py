@@ -21,7 +21,7 @@ VOCABULARY = 1000
 @pytest.fixture(autouse=True)
 def log(monkeypatch):
     monkeypatch.setattr(vllm_entropy, "LOG", vllm_entropy.EntropyLog())
-    monkeypatch.setitem(vllm_entropy.CHUNK, "cpu", 3 * VOCABULARY)  # several chunks
+    monkeypatch.setitem(vllm_entropy.CHUNK, "cpu", 3 * VOCABULARY)  # four rows: a chunk of three and a single one
 
 
 def setting(rank=0, speculative_config=None):
