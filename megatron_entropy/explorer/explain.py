@@ -21,16 +21,24 @@ BYTE_OF_CHARACTER = {
 """Byte-level vocabularies (GPT-2) write every byte as one printable character: `Ġ` is a space."""
 
 
-def token_texts(pieces: Sequence[str]) -> list[str]:
+def is_byte_level(pieces: Sequence[str]) -> bool:
+    """Whether these entries are of a byte-level vocabulary, as far as they tell."""
+    return any("Ġ" in piece or "Ċ" in piece for piece in pieces) and not any("▁" in piece for piece in pieces)
+
+
+def token_texts(pieces: Sequence[str], *, byte_level: bool | None = None) -> list[str]:
     """Return the text of every token from its vocabulary entry.
 
     The bytes of a character that several tokens share appear with the last of them. Entries of a SentencePiece
     vocabulary (`▁so`, `<0x0A>`) and special tokens are recognized by themselves.
+
+    Args:
+        byte_level: None: as `is_byte_level` finds.
     """
-    is_byte_level = any("Ġ" in piece or "Ċ" in piece for piece in pieces) and not any("▁" in p for p in pieces)
+    byte_level = is_byte_level(pieces) if byte_level is None else byte_level
     texts, pending = [], b""
     for piece in pieces:
-        if is_byte_level and all(character in BYTE_OF_CHARACTER for character in piece):
+        if byte_level and all(character in BYTE_OF_CHARACTER for character in piece):
             pending += bytes(BYTE_OF_CHARACTER[character] for character in piece)
         elif len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
             try:
@@ -58,6 +66,12 @@ def describe_tokens(row: DumpRow) -> dict[str, Any]:
         for name in ("entropies", "logprobs", "rollout_logprobs", "advantages", "kl_weights", "reference_logprobs")
         if (values := getattr(row, name)) is not None and len(values) == len(texts)
     }
+    byte_level = is_byte_level(row.pieces or ())
+    if row.alternatives is not None and len(row.alternatives) == len(texts):
+        fields["alternatives"] = [
+            [(token_texts([piece], byte_level=byte_level)[0] or piece, logprob) for piece, logprob in position]
+            for position in row.alternatives
+        ]
     return {"texts": texts, "untrained": row.untrained or [], **fields}
 
 

@@ -71,6 +71,7 @@ class DumpRow(BaseModel):
     kl_weights: list[float | None] | None = None
     reference_logprobs: list[float | None] | None = None
     untrained: list[int] | None = None
+    alternatives: list[list[tuple[str, float]]] | None = None
 
     @property
     def verdict(self) -> str:

@@ -19,8 +19,8 @@ def dump_rollouts(path: Path, groups: Iterable[Group], token_text: Callable[[int
 
     `tokens` covers prompt and response; `question_length` of them are the question's, and those from there to
     `prompt_length` the response prefix of a branch. `group` counts the groups of the file, `sample` the samples of a
-    group, and `parent` is the `sample` that a branch continues after its first `cut` response tokens. `trained`: whether
-    a token has a weight in the loss; null for an evaluation.
+    group, and `parent` is the `sample` that a branch continues after its first `cut` response tokens. `trained`:
+    whether a token has a weight in the loss; null for an evaluation.
 
     Lists cover the response, one entry a token: `logprobs` (of the policy before the update), `rollout_logprobs` (of
     the engine), `entropies`, all in nats, and `pieces` of the vocabulary. `advantages` and `kl_weights` are written

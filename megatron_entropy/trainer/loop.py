@@ -24,7 +24,7 @@ from megatron_entropy.files import atomic_write_text
 from megatron_entropy.monitor.report import write_report
 from megatron_entropy.monitor.run_folder import RunFolder
 from megatron_entropy.monitor.summary import StageSummary, write_summary
-from megatron_entropy.records import Group, Metric, samples_of, merge_trained
+from megatron_entropy.records import Group, Metric, merge_trained, samples_of
 from megatron_entropy.trainer.build import Components, build, export
 from megatron_entropy.trainer.engines import RunEngines
 from megatron_entropy.trainer.resume import StagePlan, plan_stages

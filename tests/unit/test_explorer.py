@@ -183,6 +183,13 @@ def test_token_texts_join_to_the_text():
     assert "".join(explain.token_texts(["Ġ", "Ã", "x"])) == " \ufffdx"
 
 
+def test_alternatives_are_read_as_the_tokens_are():
+    values = {"pieces": ["Ġa", "b"], "alternatives": [[("Ã¤", -0.5), ("Ã", -1.0)], [("b", 0.0)]]}
+    tokens = explain.describe_tokens(DumpRow(**row(**values)))
+    assert tokens["alternatives"] == [[("ä", -0.5), ("Ã", -1.0)], [("b", 0.0)]]
+    assert "alternatives" not in explain.describe_tokens(DumpRow(**row(**values | {"pieces": ["Ġa"]})))
+
+
 def test_a_cut_and_its_branches_are_explained(tmp_path):
     dump_rollouts(tmp_path / "a.jsonl", [make_group(0, 12)], lambda token: f"w{token}")
     dump = DumpIndex(tmp_path / "a.jsonl")
@@ -354,7 +361,7 @@ def test_a_reader_clicks_from_curves_to_a_cut(browser, folder, server, width):
     browser.click(".tree a", 2)  # the first branch of response 0
     browser.wait("document.querySelector('.t.prefix') && document.querySelector('.t.cut')")
     browser.hover(".t.cut")
-    browser.wait("document.querySelector('.tokenfacts').textContent.includes('instead of')")
+    browser.wait("document.querySelector('.tokenfacts').textContent.includes('sampled again here; response 0 has')")
     facts = browser.js("document.querySelector('.tokenfacts').textContent")
     assert "log-prob, engine" in facts and "TECA so far" in facts
     assert "Branch of response 0" in browser.js("document.querySelector('.why').textContent")

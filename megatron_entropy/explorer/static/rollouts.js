@@ -67,7 +67,7 @@ async function column(run, p) {
   const cards = [];
   page.rows.forEach((row, i) => {
     if (!i || row.group !== page.rows[i - 1].group) {
-      cards.push(el("h3", { class: "question" }, el("span", {}, visible(row.question)), el("span", { class: "dim" }, ` expected ${visible(row.answer ?? "–")} `),
+      cards.push(el("h3", { class: "question" }, el("span", {}, visible(row.question.trimEnd())), el("span", { class: "dim" }, ` expected ${visible(row.answer ?? "–")} `),
         el("button", { type: "button", class: "only", click: () => go({ question: row.digest, [`dump${run.index}`]: dumpName(dump) }) }, "only this question")));
     }
     cards.push(rowCard(run, dump, row));

@@ -22,7 +22,7 @@ function tokenRecords(lists, sample) {
     const penalty = at("kl_weights") ?? sample.kl_weight;
     const log_ratio = reference === null || logprob === null ? null : reference - logprob;
     return { text, entropy: at("entropies"), logprob, engine, penalty, penaltyPart: top ? (at("kl_weights") ?? 0) / top : null,
-      difference: logprob === null || engine === null ? null : engine - logprob, advantage: at("advantages") ?? sample.advantage,
+      difference: logprob === null || engine === null ? null : engine - logprob, advantage: at("advantages") ?? sample.advantage, alternatives: at("alternatives"),
       kl: log_ratio === null ? null : Math.exp(log_ratio) - log_ratio - 1, untrained: untrained.has(i) };
   });
 }
@@ -34,6 +34,7 @@ function tokenFacts(token, i, teca, decision) {
     ["difference", number(token.difference, 6)], ["advantage", number(token.advantage)]];
   if (token.penalty) pairs.push(["KL penalty", `weight ${number(token.penalty, 4)}${token.kl === null ? "" : ` × k3 ${number(token.kl, 5)} = ${number(token.penalty * token.kl, 6)}`}`]);
   if (token.untrained) pairs.push(["training", "no weight in the loss"]);
+  if (token.alternatives) pairs.push(["most probable", token.alternatives.map(([text, logprob]) => `${Math.exp(logprob).toFixed(3)} ${JSON.stringify(visible(text))}`).join("\n")]);
   if (decision) pairs.push(["decision", decision]);
   return pairs.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]);
 }
@@ -43,7 +44,7 @@ function tokenView(sample) {
   const own = tokenRecords(sample.tokens, sample), tokens = [...prefix, ...own];
   const children = sample.members.filter((m) => m.parent === sample.sample && m.cut_token);
   const cuts = new Map(); // position in `tokens` -> what was decided there
-  if (prefix.length) cuts.set(prefix.length, `branch of response ${sample.parent}: instead of ${JSON.stringify(visible(sample.members.find((m) => m.sample === sample.sample).cut_token?.text ?? "?"))}`);
+  if (prefix.length) cuts.set(prefix.length, `sampled again here; response ${sample.parent} has ${JSON.stringify(visible(sample.members.find((m) => m.sample === sample.sample).cut_token?.text ?? "?"))}`);
   for (const child of children) {
     const says = `${JSON.stringify(visible(child.first))} p ${child.first_logprob === null ? "?" : Math.exp(child.first_logprob).toFixed(3)} → ${child.verdict}, reward ${number(child.reward)}`;
     cuts.set(child.cut, `${cuts.get(child.cut) ?? "cut here; sampled again:"}\n${says}`);
@@ -78,12 +79,13 @@ function tokenView(sample) {
 }
 
 function rewardView(sample) {
-  if (!sample.parts.length) return null;
-  const top = Math.max(...sample.parts.map(([, value]) => Math.abs(value)), 1e-9);
-  return el("div", { class: "parts" }, sample.parts.map(([name, value]) => el("div", {},
+  const parts = sample.parts.filter(([, value]) => value || sample.parts.length === 1);
+  if (!parts.length) return null;
+  const top = Math.max(...parts.map(([, value]) => Math.abs(value)), 1e-9);
+  return el("div", { class: "parts" }, parts.map(([name, value]) => el("div", {},
     el("span", { class: "meter" }, el("i", { class: value < 0 ? "minus" : "plus", style: { width: `${(Math.abs(value) / top) * 100}%` } })),
     el("b", {}, number(value)), ` ${visible(name)}`)),
-    sample.parts.length > 1 ? el("div", {}, el("span", { class: "meter" }), el("b", {}, number(sample.reward)), " reward") : null);
+    parts.length > 1 ? el("div", {}, el("span", { class: "meter" }), el("b", {}, number(sample.reward)), " reward") : null);
 }
 
 function clusterView(sample) {
@@ -121,7 +123,7 @@ PAGES.sample = async (p) => {
   return [
     el("p", { class: "crumbs" }, el("a", { href: link("rollouts", { [`dump${run.index}`]: `${p.kind}/${p.stage}/${p.step}` }) },
       visible(`${run.name}: ${p.stage}, ${p.kind}, step ${p.step}`)), ` › prompt ${sample.prompt ?? "?"}, response ${sample.sample}`),
-    el("div", { class: "questionbox" }, visible(sample.question)),
+    el("div", { class: "questionbox" }, visible(sample.question.trimEnd())),
     el("p", {}, chip(sample.verdict), ` expected `, el("b", {}, visible(sample.answer ?? "–")), ", found ", el("b", {}, visible(sample.extracted ?? "–")),
       ` · ${sample.length ?? "?"} tokens · ${sample.finish_reason ?? "?"} · mean entropy ${number(sample.entropy)} nats`),
     el("ul", { class: "why" }, sample.sentences.map((s) => el("li", {}, visible(s)))),
