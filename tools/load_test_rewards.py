@@ -2,8 +2,8 @@
 """Load a reward server with concurrent answers, some hostile: `python tools/load_test_rewards.py`.
 
 Starts `megatron-entropy serve-rewards` on a free port and sends every answer in a connection of its own, all at once;
-a refused one (429, 503) is sent again after the time that the server asks for. 90 % are ordinary mathematical answers
-of known verdict; 5 % are LaTeX on which sympy does not end; 5 % go to a verifier that hangs, dies or raises
+a refused one (429, 503) is sent again after the time that the server asks for. 95 % are ordinary mathematical answers
+of known verdict; 2.5 % are LaTeX on which sympy does not end; 2.5 % go to a verifier that hangs, dies or raises
 (tests/unit/bad_verifiers.py). Meanwhile a worker is killed, as the out-of-memory killer would. Then the same ordinary
 answers are graded in one call of the client that training uses.
 
@@ -109,14 +109,14 @@ def main() -> int:
 
 
 def make_answers(count: int) -> list[Answer]:
-    """`count` answers, mixed: of 40, one is hostile LaTeX and one goes to the bad verifier in each half."""
+    """`count` answers, mixed: of 40, one is LaTeX that never ends, and one goes to the bad verifier."""
     answers = []
     for index in range(count):
-        if index % 20 == 7:
-            text = NEVER_ENDING[index // 20 % len(NEVER_ENDING)]
+        if index % 40 == 7:
+            text = NEVER_ENDING[index // 40 % len(NEVER_ENDING)]
             answers.append(Answer("never-ending LaTeX", "math_verify", text, "7", None))
-        elif index % 20 == 17:
-            text = MISBEHAVIOUR[index // 20 % len(MISBEHAVIOUR)]
+        elif index % 40 == 27:
+            text = MISBEHAVIOUR[index // 40 % len(MISBEHAVIOUR)]
             answers.append(Answer(text, BAD_VERIFIER, text, "", None))
         else:
             text, truth, expected = ORDINARY[index % len(ORDINARY)]

@@ -53,6 +53,8 @@ INLINE = frozenset(
 )
 """Verifiers that can neither hang nor crash (string scans in linear time). They run in the caller's process."""
 
+SYMBOLIC = frozenset("curiosft curiosft_think math_equal math_verify minerva oat olympiad".split())
+"""Verifiers that load sympy or mpmath with their first formula, which takes a second."""
 
 COMPARISON = "megatron_entropy.rewards.same_answer:same_answer"
 """Compares the answers of two responses; a verifier for `semantic_entropy`, not for training."""

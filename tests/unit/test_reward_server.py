@@ -295,7 +295,7 @@ def test_it_listens_on_loopback_only(server):
 
 def test_token_and_graceful_stop(monkeypatch):
     """In one server, since a start costs seconds."""
-    with running_server("--verifier", BAD, MEGATRON_ENTROPY_REWARD_TOKEN="secret") as (process, url):
+    with running_server("--workers", "1", "--verifier", BAD, MEGATRON_ENTROPY_REWARD_TOKEN="secret") as (process, url):
         config = RewardConfig(url=url, verifier=BAD)
         monkeypatch.delenv("MEGATRON_ENTROPY_REWARD_TOKEN", raising=False)
         with pytest.raises(ConfigError, match="MEGATRON_ENTROPY_REWARD_TOKEN"):
@@ -305,23 +305,23 @@ def test_token_and_graceful_stop(monkeypatch):
         with pytest.raises(ConfigError, match="serve-rewards --verifier"):
             check_grader(RewardConfig(url=url, verifier="other:one"))
         children = psutil.Process(process.pid).children()
-        replies = []
-        contents = [["slow"] * 2, ["1"] * 2]
-        threads = []
-        for texts in contents:
-            content = {"verifier": BAD, "pairs": [{"response": text, "answer": text} for text in texts]}
-            arguments = (url, "/grade", content)
-            options = {"headers": {"Authorization": "Bearer secret"}}
-            threads.append(threading.Thread(target=lambda a=arguments, o=options: replies.append(call(*a, **o))))
+        replies, threads, headers = [], [], {"Authorization": "Bearer secret"}
+        for text in ("slow", "1"):
+            content = {"verifier": BAD, "pairs": [{"response": text, "answer": text}]}
+            send = lambda content=content: replies.append(call(url, "/grade", content, headers=headers))  # noqa: E731
+            threads.append(threading.Thread(target=send))
             threads[-1].start()
-            time.sleep(0.3)
+            deadline = time.monotonic() + 10
+            while call(url, "/pool_status", headers=headers)[1]["queue_length"] != (text == "1"):
+                assert time.monotonic() < deadline
+            time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
         for thread in threads:
             thread.join()
         assert process.wait(20) == 0
         by_status = dict(replies)
         assert by_status.keys() == {200, 503}  # what was begun is finished, what waited is refused
-        assert [grade["correct"] for grade in by_status[200]["grades"]] == [True, True]
+        assert [grade["correct"] for grade in by_status[200]["grades"]] == [True]
         assert not psutil.wait_procs(children, timeout=5)[1]
         assert process.stderr.read() == ""
 
