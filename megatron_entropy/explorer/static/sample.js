@@ -126,11 +126,11 @@ PAGES.sample = async (p) => {
     el("div", { class: "questionbox" }, visible(sample.question.trimEnd())),
     el("p", {}, chip(sample.verdict), ` expected `, el("b", {}, visible(sample.answer ?? "–")), ", found ", el("b", {}, visible(sample.extracted ?? "–")),
       ` · ${sample.length ?? "?"} tokens · ${sample.finish_reason ?? "?"} · mean entropy ${number(sample.entropy)} nats`),
-    el("ul", { class: "why" }, sample.sentences.map((s) => el("li", {}, visible(s)))),
+    sample.sentences.length ? el("ul", { class: "why" }, sample.sentences.map((s) => el("li", {}, visible(s)))) : null,
     rewardView(sample),
     ...tokenView(sample),
     el("h2", {}, "Group"), el("div", { class: "box" }, groupTree(sample.members, sample.sample, href)),
     ...clusterView(sample),
     ...((await otherRun(sample, p)) || []).flat(),
-  ];
+  ].filter(Boolean);
 };
