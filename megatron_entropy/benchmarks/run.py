@@ -220,14 +220,15 @@ class _Progress:
             return
         if completions and self._done > self._before:
             self._last_line = now
-            seconds = now - self._begin
-            left = seconds / (self._done - self._before) * (self._total - self._done)
-            print(
-                f"{self._done:,} of {self._total:,} samples, {self._tokens / max(seconds, 1e-9):,.0f} tokens/s, "
-                + (f"{left:.0f} s left" if left < 120 else f"{left / 60:,.0f} min left"),
-                file=sys.stderr,
-                flush=True,
-            )
+            print(self._line(now - self._begin), file=sys.stderr, flush=True)
+
+    def _line(self, seconds: float) -> str:
+        drawn, missing = self._done - self._before, self._total - self._done
+        line = f"{self._done:,} of {self._total:,} samples, {self._tokens / max(seconds, 1e-9):,.0f} tokens/s"
+        if drawn < 0.1 * (drawn + missing):  # short answers finish first: too early for an estimate
+            return line
+        left = seconds / drawn * missing
+        return line + (f", {left:.0f} s left" if left < 120 else f", {left / 60:,.0f} min left")
 
 
 def generate_samples(
