@@ -23,10 +23,11 @@ from megatron_entropy.benchmarks.questions import Question
 from megatron_entropy.benchmarks.samples import SampleRow, append_rows, round_entropy
 from megatron_entropy.config.architecture import ModelArchitecture
 from megatron_entropy.config.schema import Config
+from megatron_entropy.data.limits import exceeded_limit
 from megatron_entropy.data.schemas import Message
 from megatron_entropy.data.tokenizer import Tokenizer
 from megatron_entropy.distributed.seeds import derive_seed
-from megatron_entropy.errors import TokenizerError
+from megatron_entropy.errors import ConfigError, TokenizerError
 from megatron_entropy.rollout.engine import Completion, Request
 from megatron_entropy.trainer.standalone import open_service
 
@@ -87,8 +88,10 @@ def encode_questions(questions: Sequence[Question], tokenizer: Tokenizer, *, max
         tokenizer: without a chat template each message of a prompt is on a line of its own.
         max_tokens: longest prompt.
     Raises:
-        ConfigError: the chat template fails.
+        ConfigError: the chat template fails, or needs too much time or memory for the first question.
     """
+    if questions and (limit := exceeded_limit(lambda: tokenizer.render(_messages(questions[0])))):
+        raise ConfigError(f"the tokenizer's chat template fails: it needs more than {limit} for one question")
     found = EncodedQuestions([], [], {})
     for question in questions:
         if len(question.text) > max_tokens * tokenizer.max_token_chars:

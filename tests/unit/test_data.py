@@ -24,6 +24,8 @@ from hypothesis import strategies as st
 from mutations import damaged
 from sentencepiece_model import train_sentencepiece
 
+from megatron_entropy.benchmarks.questions import Question
+from megatron_entropy.benchmarks.run import encode_questions
 from megatron_entropy.config.schema import DataConfig
 from megatron_entropy.data import limits
 from megatron_entropy.data.dataset import PromptStream, epoch_order, load_prompts, read_prompts
@@ -411,6 +413,8 @@ def test_a_chat_template_that_hangs_or_fills_the_memory_is_refused(tmp_path, mon
     file = write_jsonl(tmp_path / "a.jsonl", [ROWS["plain"][0]])
     with pytest.raises(ConfigError, match=f"chat template fails: it needs more than {limit}"):
         load_prompts([file], load_tokenizer(tmp_path), DataConfig(max_prompt_tokens=20), first_only=True)
+    with pytest.raises(ConfigError, match=f"chat template fails: it needs more than {limit}"):
+        encode_questions([Question("own", "1", "1", "1")], load_tokenizer(tmp_path), max_tokens=20)
 
 
 def test_indices_count_rows_over_all_files(tmp_path, tokenizer):
