@@ -44,6 +44,9 @@ def launch(arguments: Sequence[str], *, world_size: int) -> int:
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // world_size)))
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: new buffers of host memory fill 3 times faster
+    # What a killed rank leaves behind is deleted; Python would report it behind the error.
+    filters = [os.environ.get("PYTHONWARNINGS", ""), "ignore:resource_tracker:UserWarning"]
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, filters))
     os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
     if not os.environ.get("RAY_ADDRESS"):  # engines of a joined cluster may be on other machines
         loopback.request()

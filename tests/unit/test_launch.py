@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 
 RANK = '''
 """A rank that fails or stops in the way its first argument says, after all ranks have started."""
-import os, pathlib, signal, sys, time
+import multiprocessing, os, pathlib, signal, sys, time
 from megatron_entropy.launch import failures
 from megatron_entropy.errors import ConfigError, NonFiniteLossError
 from megatron_entropy.launch.rank import end_with_launcher
@@ -62,6 +62,7 @@ elif mode == "fault":
     fail(NonFiniteLossError("loss of step 3 is nan") if rank == 1 else LOST)
 elif mode == "death":
     if rank == 1:
+        leaked = multiprocessing.get_context("spawn").Semaphore(1)  # Python warns of it, which must not be printed
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(0.2)
     fail(LOST)
