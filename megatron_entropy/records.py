@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -55,6 +55,16 @@ class Grade:
     error: str | None = None
 
 
+class Alternatives(NamedTuple):
+    """The k most probable tokens at every position of a response, best first, with their log-probs in nats.
+
+    The distribution is that of `Sample.rollout_logprob`; tokens outside a top-p or top-k cut have -inf.
+    """
+
+    tokens: np.ndarray  # [response_length, k] int32
+    logprobs: np.ndarray  # [response_length, k] float32
+
+
 @dataclass(frozen=True)
 class Sample:
     """One sequence: a prompt and its response.
@@ -75,6 +85,7 @@ class Sample:
     rollout_uncut_logprob: np.ndarray | None = None  # by the engine with `rollout.entropy`: before top-p and top-k
     rollout_entropy: np.ndarray | None = None  # by the engine with `rollout.entropy`: nats, full vocabulary
     rollout_temperature: float | None = None  # of `rollout_entropy`
+    alternatives: Alternatives | None = None  # by the engine with `rollout.top_alternatives`
     grade: Grade | None = None
     logprob: np.ndarray | None = None  # by `score`: the policy before the update
     entropy: np.ndarray | None = None  # by `score`: nats, full vocabulary; with `rollout.entropy` the engine's

@@ -32,6 +32,7 @@ MAY_CHANGE = (
     "rollout.verify_weights",
     "rollout.max_restarts",
     "rollout.entropy_check_every",
+    "rollout.top_alternatives",
     "rollout.record",
     "rollout.replay",
 )

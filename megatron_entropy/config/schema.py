@@ -303,6 +303,8 @@ class RolloutConfig(Section):
     """Record the full-vocabulary entropy of every token while it is sampled, and use it instead of the trainer's."""
     entropy_check_every: NonNegativeInt = 10
     """Training steps between two comparisons of these entropies with the trainer's. 0: never."""
+    top_alternatives: int = Field(default=0, ge=0, le=20)
+    """Most probable tokens that are recorded at every position, for the rollout dumps (`megatron-entropy view`)."""
     record: PathText = ""
     """Folder to record the engines' answers in. Empty: no recording."""
     replay: PathText = ""

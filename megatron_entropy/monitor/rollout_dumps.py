@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_entropy.files import atomic_writer
 from megatron_entropy.monitor.metrics import finite_or_none
-from megatron_entropy.records import Group, Sample
+from megatron_entropy.records import Alternatives, Group, Sample
 
 
 def dump_rollouts(path: Path, groups: Iterable[Group], token_text: Callable[[int], str] | None = None) -> None:
@@ -26,7 +26,9 @@ def dump_rollouts(path: Path, groups: Iterable[Group], token_text: Callable[[int
     the engine), `entropies`, all in nats, and `pieces` of the vocabulary. `advantages` and `kl_weights` are written
     where they differ between the tokens of a response, `reference_logprobs` where some token has a KL penalty. Numbers
     of a list are rounded to six decimals. `untrained` lists the positions without a weight in the loss. `advantage`,
-    `entropy` and `kl_weight` are means over the response. A field without a value is null.
+    `entropy` and `kl_weight` are means over the response. `alternatives` holds the most probable tokens of every
+    position, each as its entry of the vocabulary and its log-prob by the engine (`rollout.top_alternatives`). A field
+    without a value is null.
 
     Args:
         path: the file; its folder is created where it is missing.
@@ -77,7 +79,20 @@ def _describe(group: Group, sample: Sample, token_text: Callable[[int], str] | N
     }
     if token_text is not None:
         row["pieces"] = [token_text(int(token)) for token in sample.response("tokens")]
+        row["alternatives"] = None if sample.alternatives is None else _alternatives(sample.alternatives, token_text)
     return row
+
+
+def _alternatives(found: Alternatives, token_text: Callable[[int], str]) -> list[list[tuple[str, float]]]:
+    """Vocabulary entries and log-probs of the most probable tokens of every position, without those that were cut."""
+    return [
+        [
+            (token_text(int(token)), round(float(logprob), 4))
+            for token, logprob in zip(*row, strict=True)
+            if logprob > -100
+        ]
+        for row in zip(found.tokens, found.logprobs, strict=True)
+    ]
 
 
 def _is_trained(sample: Sample) -> bool:

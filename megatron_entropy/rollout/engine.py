@@ -13,6 +13,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from megatron_entropy.records import Alternatives
+
 
 @dataclass(frozen=True)
 class Request:
@@ -43,6 +45,8 @@ class Completion:
 
     With `rollout.entropy`, of the same distribution before `top_p` and `top_k`, over the full vocabulary: `entropy`,
     float32 [r] nats, and `uncut_logprobs`, float32 [r] nats. Otherwise None.
+
+    `alternatives`: with `rollout.top_alternatives`, of the distribution of `logprobs`; recordings leave them out.
     """
 
     key: tuple[int, ...]
@@ -51,6 +55,7 @@ class Completion:
     finish_reason: Literal["stop", "length"]
     entropy: np.ndarray | None = None
     uncut_logprobs: np.ndarray | None = None
+    alternatives: Alternatives | None = None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import numpy as np
 
 from megatron_entropy.config.schema import RolloutConfig
 from megatron_entropy.errors import MissingPackageError
+from megatron_entropy.records import Alternatives
 from megatron_entropy.rollout.engine import Completion, EngineSpec, GenerationUpdate, Request
 from megatron_entropy.rollout.entropy import ROW, EntropyTable, uncut_logprobs
 
@@ -43,6 +44,7 @@ class VllmEngine:
     def __init__(self, spec: EngineSpec, config: RolloutConfig, threads: int = 1) -> None:
         self._spec = spec
         self._records_entropy = config.entropy
+        self._num_alternatives = config.top_alternatives
         self._has_weights = False
         self._num_added = 0
         self._awake = {"weights", "kv_cache"}
@@ -89,7 +91,9 @@ class VllmEngine:
         def update() -> GenerationUpdate:
             if table is not None:
                 table.add(self._on_workers("read_entropy"))
-            return GenerationUpdate([_completion(*by_id[output.request_id], output, table) for output in finished])
+            return GenerationUpdate(
+                [_completion(*by_id[output.request_id], output, table, self._num_alternatives) for output in finished]
+            )
 
         last_update = time.monotonic()
         while self._engine.has_unfinished_requests():
@@ -167,7 +171,7 @@ class VllmEngine:
     def _sampling(self, request: Request, row: int) -> SamplingParams:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-        needs_top = self._records_entropy and _is_cut(request)
+        num_top = max(int(self._records_entropy and _is_cut(request)), self._num_alternatives)
         return SamplingParams(
             seed=request.seed,
             temperature=request.temperature,
@@ -176,7 +180,7 @@ class VllmEngine:
             repetition_penalty=request.repetition_penalty,
             max_tokens=request.max_tokens,
             stop_token_ids=list(self._spec.eos_ids),
-            logprobs=1 if needs_top else 0,  # besides the sampled token, the most probable one
+            logprobs=num_top,  # besides the sampled token, the most probable ones
             extra_args={ROW: row} if self._records_entropy else None,
             flat_logprobs=True,
             detokenize=False,
@@ -270,19 +274,26 @@ def _is_cut(request: Request) -> bool:
     return request.top_p < 1 or request.top_k > 0
 
 
-def _completion(row: int, request: Request, output: RequestOutput, table: EntropyTable | None) -> Completion:
+def _completion(
+    row: int, request: Request, output: RequestOutput, table: EntropyTable | None, num_alternatives: int
+) -> Completion:
     answer = output.outputs[0]
     tokens = np.array(answer.token_ids, np.int32)
-    logprobs = np.array(answer.logprobs.logprobs, np.float32)  # type: ignore[union-attr]
+    flat: Any = answer.logprobs
     has_top = table is not None and _is_cut(request)
-    assert len(logprobs) == len(tokens) * (1 + has_top), f"{request.key}: {len(tokens)}, {len(logprobs)} log-probs"
+    num_columns = 1 + max(has_top, num_alternatives)  # the sampled token, then the most probable ones
+    assert len(flat.logprobs) == len(tokens) * num_columns, f"{request.key}: {len(tokens)}, {len(flat.logprobs)}"
     if answer.finish_reason not in ("stop", "length"):
         raise RuntimeError(f"vLLM ended request {request.key} with {answer.finish_reason!r}")
+    logprobs = np.array(flat.logprobs, np.float32).reshape(-1, num_columns)
+    sampled = logprobs[:, 0].copy()
+    alternatives = None
+    if num_alternatives:
+        columns = slice(1, 1 + num_alternatives)
+        ids = np.array(flat.token_ids, np.int32).reshape(-1, num_columns)
+        alternatives = Alternatives(ids[:, columns].copy(), logprobs[:, columns].copy())
     if table is None:
-        return Completion(request.key, tokens, logprobs, answer.finish_reason)
+        return Completion(request.key, tokens, sampled, answer.finish_reason, alternatives=alternatives)
     entropy, top = table.response(row, len(tokens))
-    sampled, uncut = logprobs, logprobs
-    if has_top:  # pairs of the sampled token and the most probable one
-        sampled, cut_top = logprobs.reshape(-1, 2).T.copy()
-        uncut = uncut_logprobs(sampled, cut_top, top)
-    return Completion(request.key, tokens, sampled, answer.finish_reason, entropy, uncut)
+    uncut = uncut_logprobs(sampled, logprobs[:, 1].copy(), top) if has_top else sampled
+    return Completion(request.key, tokens, sampled, answer.finish_reason, entropy, uncut, alternatives)

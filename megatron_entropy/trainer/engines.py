@@ -35,7 +35,10 @@ class RunEngines:
         """Return the engines on rank 0 and None elsewhere. They may still be loading."""
         if process_groups.rank() == 0 and self._pool is None:
             records_entropy = any(config.rollout.entropy for config in self._configs)
-            settings = self._configs[0].rollout.model_copy(update={"entropy": records_entropy})
+            num_alternatives = max(config.rollout.top_alternatives for config in self._configs)
+            settings = self._configs[0].rollout.model_copy(
+                update={"entropy": records_entropy, "top_alternatives": num_alternatives}
+            )
             self._pool = EnginePool(settings, self._spec())
         return self._pool
 

@@ -293,6 +293,7 @@ def build_groups(
             text=tokenizer.decode(completion.tokens.tolist()),
             policy_version=policy_version,
             rollout_logprob=padded(completion.logprobs),
+            alternatives=completion.alternatives,
         )
         if entropy_temperature is None:
             return sample

@@ -100,7 +100,8 @@ def spec(model: Qwen3ForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> E
 @pytest.fixture(scope="module")
 def pool(spec: EngineSpec) -> Iterator[EnginePool]:
     """Two engines that decode at most 32 sequences at a time, so that a generation needs several updates."""
-    pool = EnginePool(RolloutConfig(num_engines=2, max_num_seqs=32, max_restarts=5, entropy=True), spec)
+    config = RolloutConfig(num_engines=2, max_num_seqs=32, max_restarts=5, entropy=True, top_alternatives=3)
+    pool = EnginePool(config, spec)
     pool.wait_ready()
     yield pool
     pool.shutdown()
@@ -190,6 +191,13 @@ def test_logprobs_equal_transformers(pool: EnginePool, weight_sync: WeightSync, 
         assert completion.tokens.dtype == np.int32 and completion.logprobs.dtype == np.float32
         assert (completion.finish_reason == "stop") == (completion.tokens[-1] == EOS)
         assert EOS not in completion.tokens[:-1] and len(completion.tokens) <= 100
+    request, completion = wanted[0], done[0]
+    assert completion.alternatives is not None
+    with torch.no_grad():
+        logits = model(torch.tensor([[*request.tokens, *completion.tokens.tolist()]])).logits[0]
+    expected = torch.log_softmax(logits[len(request.tokens) - 1 : -1] / request.temperature, -1).topk(3)
+    np.testing.assert_array_equal(completion.alternatives.tokens, expected.indices)
+    np.testing.assert_allclose(completion.alternatives.logprobs, expected.values, atol=1e-4)
 
 
 def test_the_backend_of_the_weight_sync_follows_the_machine(pool: EnginePool, monkeypatch: pytest.MonkeyPatch) -> None:

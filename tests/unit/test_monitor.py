@@ -19,7 +19,7 @@ from megatron_entropy.config.schema import LogConfig
 from megatron_entropy.errors import DataError, MissingPackageError
 from megatron_entropy.monitor import console, metrics, rollout_dumps, timer
 from megatron_entropy.monitor.run_folder import RunFolder
-from megatron_entropy.records import Grade, Group, Metric, Prompt, Sample, merge_trained
+from megatron_entropy.records import Alternatives, Grade, Group, Metric, Prompt, Sample, merge_trained
 
 QUIET = LogConfig(tensorboard=False)
 
@@ -187,9 +187,14 @@ def test_dump_tells_the_cut_the_penalty_and_what_was_left_out(tmp_path):
         kl_weight=np.array([0, 0, 0, 0, 0.05, 0.2], np.float32),
         reference_logprob=np.full(6, -1 / 3, np.float32),
     )
+    first = dataclasses.replace(
+        first, alternatives=Alternatives(np.array([[7, 8]] * 4), np.array([[-0.6931, -np.inf]] * 4))
+    )
     group = Group(Prompt(0, "q", (0, 1)), (first, branch))
-    rollout_dumps.dump_rollouts(tmp_path / "a.jsonl", merge_trained([group], [group.with_samples([kept])]))
+    groups = merge_trained([group], [group.with_samples([kept])])
+    rollout_dumps.dump_rollouts(tmp_path / "a.jsonl", groups, token_text=str)
     skipped, row = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert skipped["alternatives"] == [[["7", -0.6931]]] * 4 and row["alternatives"] is None
     assert skipped["error"] == "crash" and skipped["sample"] == row["parent"] == 0
     assert row["trained"] and row["cut"] == 2 and row["untrained"] == [1] and row["kl_weights"] == [0.05, 0.2]
     assert row["reference_logprobs"] == [-0.333333, -0.333333] and skipped["reference_logprobs"] is None
