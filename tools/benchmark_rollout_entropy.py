@@ -70,8 +70,9 @@ class Source:
 def random_model(sizes: dict[str, Any], folder: str) -> PreTrainedModel:
     """Build a model whose logits have a deviation of about 3, and write its config."""
     torch.manual_seed(0)
-    config = LlamaConfig(**sizes, max_position_embeddings=2048, tie_word_embeddings=True, initializer_range=0.1)
+    config = LlamaConfig(**sizes, max_position_embeddings=2048, tie_word_embeddings=True, initializer_range=0.02)
     model = LlamaForCausalLM(config).float()
+    torch.nn.init.constant_(model.model.norm.weight, 150 * sizes["hidden_size"] ** -0.5)
     model.config.architectures = ["LlamaForCausalLM"]
     model.config.save_pretrained(folder)
     return model
@@ -86,7 +87,8 @@ def cpu_seconds(pid: int) -> float:
 def measure(pool: EnginePool, requests: list[Request]) -> tuple[float, float, list[Completion]]:
     """Wall-clock and processor seconds of a generation, and the completions."""
     begin, cpu = time.perf_counter(), cpu_seconds(pool.pids[0])
-    done, _ = pool.generate(requests, "benchmark")
+    done, dead = pool.generate(requests, "benchmark")
+    assert not dead
     return time.perf_counter() - begin, cpu_seconds(pool.pids[0]) - cpu, done
 
 
