@@ -36,8 +36,10 @@ $(VENV)/.setup: requirements/cpu.txt setup.py
 	@PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -W ignore -c "$(IMPORTS)" >/dev/null
 	@touch $@
 
-$(VENV)/.setup-dev: $(VENV)/.setup requirements/dev.txt
+$(VENV)/.setup-dev: $(VENV)/.setup requirements/dev.txt requirements/reasoning-gym.txt
 	@$(VENV)/bin/python $(PIP_INSTALL) -r requirements/dev.txt
+	@$(VENV)/bin/python $(PIP_INSTALL) -r requirements/reasoning-gym.txt \
+		|| echo "reasoning-gym is not installed, its tests are skipped: pycosat needs a C compiler" >&2
 	@touch $@
 
 demo: setup

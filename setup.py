@@ -45,7 +45,7 @@ EXTRAS_REQUIRE = {
     # Fused layers and FP8. NVIDIA Apex has no wheels: if it is built from source, megatron-core finds it by itself and
     # `megatron-entropy doctor` shows it.
     "gpu": ["transformer-engine[pytorch]>=2.9", "vllm>=0.19"],
-    # Sources `reasoning-gym:NAME` in data.train and data.eval. Its own pins are exact, and pycosat is built by a C compiler.
+    # Sources `reasoning-gym:NAME` in data.train and data.eval. Its own pins are exact; a C compiler builds its pycosat.
     "reasoning-gym": ["reasoning-gym>=0.1.25"],
     # log.wandb_project
     "wandb": ["wandb>=0.18"],
