@@ -70,7 +70,9 @@ class Source:
 def random_model(sizes: dict[str, Any], folder: str) -> PreTrainedModel:
     """Build a model whose logits have a deviation of about 3, and write its config."""
     torch.manual_seed(0)
-    config = LlamaConfig(**sizes, max_position_embeddings=2048, tie_word_embeddings=True, initializer_range=0.02)
+    config = LlamaConfig(
+        **sizes, max_position_embeddings=2048, tie_word_embeddings=True, initializer_range=0.02, eos_token_id=None
+    )
     model = LlamaForCausalLM(config).float()
     torch.nn.init.constant_(model.model.norm.weight, 150 * sizes["hidden_size"] ** -0.5)
     model.config.architectures = ["LlamaForCausalLM"]
