@@ -217,7 +217,7 @@ class Run:
 
     def result(self) -> tuple[bytes, list[dict]]:
         """Return the final parameters, and the metrics without wall-clock times."""
-        rows = [{key: row[key] for key in row if not key.startswith("timing/")} for row in self._rows()]
+        rows = [{key: row[key] for key in row if not key.startswith(("timing/", "perf/"))} for row in self._rows()]
         return (self.folder / "run" / "hf" / "model.safetensors").read_bytes(), rows
 
     def durations(self) -> dict[str, float]:

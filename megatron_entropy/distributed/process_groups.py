@@ -88,6 +88,15 @@ def run_on_rank_zero(function: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
+def largest(value: float) -> float:
+    """Return the largest of all ranks' values; a collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    number = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return float(number)
+
+
 def barrier() -> None:
     """Wait until every rank has called this."""
     if dist.is_initialized():

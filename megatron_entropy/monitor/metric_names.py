@@ -25,7 +25,8 @@ AREAS = {
     "reward": "Grades and rewards of these responses.",
     "policy": "Means over the trained tokens of all updates of the step. Entropy is that of the full vocabulary.",
     "train": "The optimizer, and which samples and tokens it saw.",
-    "timing": "Wall-clock time of a step. Only these values differ between two runs of one seed.",
+    "perf": "Speed and memory. Only these values and those of `timing/` differ between two runs of one seed.",
+    "timing": "Wall-clock time of a step.",
 }
 
 METRICS = (
@@ -74,6 +75,9 @@ METRICS = (
     MetricInfo("train/dropped_frac", "fraction", "Clip-Cov: tokens whose gradient was dropped"),
     MetricInfo("train/low_entropy_frac", "fraction", "SENT: tokens penalized for their low entropy"),
     MetricInfo("train/high_covariance_frac", "fraction", "SENT: tokens penalized for their high covariance"),
+    MetricInfo("perf/throughput", "tokens/s", "tokens of the step with prompts, without the time of eval and save"),
+    MetricInfo("perf/generate_throughput", "tokens/s", "response tokens of the step over `timing/generate`"),
+    MetricInfo("perf/memory", "GB", "peak of a trainer rank so far, the largest: of its GPU, else resident memory"),
     MetricInfo("timing/generate", "s", "sampling from the rollout engines"),
     MetricInfo("timing/weight_sync", "s", "sending the policy's weights to the rollout engines"),
     MetricInfo("timing/score", "s", "log-probability and entropy of the response tokens"),

@@ -20,9 +20,9 @@ class MetricsWriter:
     """Appends a stage's rows to `metrics.jsonl` and mirrors them to TensorBoard and W&B.
 
     A row is `{"stage", "step", "area/name": value, ..., "timing/phase": value}`, with the names of `metric_names`.
-    Wall-clock values stand only under `timing/`, so two runs of one seed differ nowhere else. Floats keep full
-    precision; NaN and infinity, which JSON lacks, and the mean of nothing become null. Row 0 is the evaluation before
-    training.
+    Times and memory stand only under `timing/` and `perf/`, so two runs of one seed differ nowhere else. Floats keep
+    full precision; NaN and infinity, which JSON lacks, and the mean of nothing become null. Row 0 is the evaluation
+    before training.
 
     The constructor truncates the file to the point of a resume: it drops the rows of this stage after `start_step`,
     those of later stages, and a torn last line. A step's row is written before its checkpoint, so a kill between the

@@ -17,7 +17,7 @@ from pathlib import Path
 import tomli_w
 
 from megatron_entropy.config.schema import Config
-from megatron_entropy.distributed import process_groups, seeds
+from megatron_entropy.distributed import memory, process_groups, seeds
 from megatron_entropy.errors import NonFiniteLossError
 from megatron_entropy.evaluation.evaluate import evaluate
 from megatron_entropy.files import atomic_write_text
@@ -132,6 +132,7 @@ class TrainingLoop:
         self.components.service.weights_changed()  # the engines get them before they generate again
         self.progress = dataclasses.replace(self.progress, step=step, position=rollouts.position)
         metrics |= {**rollouts.pop_metrics(), **method.pop_metrics(), **reward_metrics(trained)}
+        metrics["perf/memory"] = Metric(process_groups.largest(memory.peak_memory()))
         return metrics, merge_trained(groups, trained)
 
     def update(self, step: int, minibatch: list[Group]) -> dict[str, Metric]:

@@ -10,7 +10,7 @@ from megatron_entropy.distributed import process_groups
 from megatron_entropy.monitor.console import summary_line
 from megatron_entropy.monitor.metrics import MetricsWriter
 from megatron_entropy.monitor.rollout_dumps import dump_rollouts
-from megatron_entropy.records import Group, Metric
+from megatron_entropy.records import Group, Metric, samples_of
 from megatron_entropy.trainer.build import Components
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ class StepLog:
         if components.method.uses_rollouts and groups and every and step % every == 0:
             dump_rollouts(components.folder.rollouts(config.name, step), groups, components.tokenizer.piece)
         seconds = components.timer.split()
+        metrics = {**metrics, **throughput(groups, metrics, seconds)}
         self._writer.write(step, metrics, seconds)
         if step:
             self._recent.append(seconds["step"])
@@ -55,3 +56,22 @@ class StepLog:
         """Close the files."""
         if self._writer is not None:
             self._writer.close()
+
+
+def throughput(
+    groups: Sequence[Group], metrics: Mapping[str, Metric], seconds: Mapping[str, float]
+) -> dict[str, Metric]:
+    """Return `perf/throughput` and, where responses were sampled, `perf/generate_throughput`, in tokens/s.
+
+    Args:
+        groups: of the step, branches and all; their prompts count.
+        metrics: of the step, `rollout/tokens` among them.
+        seconds: by phase; evaluation and checkpoint do not count.
+    """
+    rates = {}
+    training = seconds["step"] - seconds.get("eval", 0.0) - seconds.get("save", 0.0)
+    if groups:
+        rates["perf/throughput"] = Metric(sum(len(sample.tokens) for sample in samples_of(groups)), training)
+    if "rollout/tokens" in metrics:
+        rates["perf/generate_throughput"] = Metric(metrics["rollout/tokens"].value, seconds["generate"])
+    return rates

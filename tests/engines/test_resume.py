@@ -74,7 +74,7 @@ def refuse(inputs: Path, run: Path, *flags: str) -> str:
 def results(run: Path) -> tuple[bytes, list[dict]]:
     """The exported weights, and the metrics without wall-clock times."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    rows = [{key: value for key, value in row.items() if not key.startswith("timing/")} for row in rows]
+    rows = [{key: value for key, value in row.items() if not key.startswith(("timing/", "perf/"))} for row in rows]
     return (run / "hf" / "model.safetensors").read_bytes(), rows
 
 

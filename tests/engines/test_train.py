@@ -90,7 +90,7 @@ def finish(process: subprocess.Popen, code: int = 0) -> str:
 def rows(run: Path) -> list[dict]:
     """The metrics without wall-clock times."""
     parsed = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith("timing/")} for row in parsed]
+    return [{key: value for key, value in row.items() if not key.startswith(("timing/", "perf/"))} for row in parsed]
 
 
 def wait_for(process: subprocess.Popen, run: Path, step: int) -> None:
@@ -145,7 +145,12 @@ def test_a_run_writes_its_results(finished):
 
 
 def test_every_metric_of_a_run_is_in_the_glossary(finished):
-    assert unknown_metrics(read_metrics(finished / "metrics.jsonl")) == []
+    logged = read_metrics(finished / "metrics.jsonl")
+    assert unknown_metrics(logged) == []
+    for row in logged:
+        if row["step"]:
+            assert row["perf/throughput"] > 0 and 0.1 < row["perf/memory"] < 24
+            assert (row["stage"] == "rl") == (row.get("perf/generate_throughput", 0.0) > 0)
 
 
 def test_the_export_is_the_model_that_was_trained(finished):
