@@ -20,7 +20,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from entropy_kernels import TokenStats
-from megatron_entropy.actor import lora, schedules
+from megatron_entropy.actor import fp8, lora, schedules
 from megatron_entropy.actor.divergence import ReferenceStates, compute_divergence, compute_states
 from megatron_entropy.actor.model import build_chunks, global_parameters, head_weight
 from megatron_entropy.actor.offload import HostCopy, actor_memory
@@ -60,6 +60,7 @@ class Actor:
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=config.parallel.distributed_optimizer,
             overlap_grad_reduce=False,
+            **fp8.gather_settings(config.fp8),
         )
         self.chunks = [
             DistributedDataParallel(settings, ddp, chunk, disable_bucketing=index > 0)

@@ -31,6 +31,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
+from megatron_entropy.actor import fp8
 from megatron_entropy.actor.layers import PackedAttention, RMSNorm
 from megatron_entropy.actor.rotary import rotary_frequencies
 from megatron_entropy.config.architecture import ModelArchitecture, split_layers
@@ -83,13 +84,15 @@ def transformer_config(arch: ModelArchitecture, config: ActorConfig) -> Transfor
         MissingPackageError: for FP8 or context parallelism without Transformer Engine.
     """
     layout, dtype, fused = config.parallel, resolve_dtype(config.dtype), has_transformer_engine()
-    for key, value, is_needed in (("fp8", config.fp8, config.fp8), ("parallel.cp", layout.cp, layout.cp > 1)):
+    for key, value, is_needed in (
+        ("fp8.recipe", config.fp8.recipe, fp8.is_active(config.fp8)),
+        ("parallel.cp", layout.cp, layout.cp > 1),
+    ):
         if is_needed and not fused:
             raise MissingPackageError(
                 f"actor.{key}={value} needs Transformer Engine and a GPU; see `megatron-entropy doctor`"
             )
     _, attention_factor = rotary_frequencies(arch)
-    fp8: dict[str, Any] = {"fp8": "hybrid", "fp8_recipe": config.fp8} if config.fp8 else {}
     recompute: dict[str, Any] = {}
     if config.recompute == "full":
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -135,7 +138,7 @@ def transformer_config(arch: ModelArchitecture, config: ActorConfig) -> Transfor
         overlap_p2p_comm=layout.vpp > 1,
         batch_p2p_comm=layout.vpp == 1,
         **_expert_settings(arch, layout, fused),
-        **fp8,
+        **fp8.model_settings(config.fp8),
         **recompute,
     )
 

@@ -21,6 +21,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_entropy.actor.layers import describe_sequences
+from megatron_entropy.config.fp8 import token_multiple
 from megatron_entropy.config.schema import ActorConfig
 from megatron_entropy.data.packing import pack, plan_microbatches
 from megatron_entropy.distributed import cpu
@@ -46,7 +47,7 @@ def pack_samples(samples: Sequence[Sample], config: ActorConfig) -> list[Batch]:
         multiple=layout.pp if layout.vpp > 1 else 1,
     )
     local = microbatches[parallel_state.get_data_parallel_rank()]
-    multiple = layout.tp if layout.sequence_parallel else 1
+    multiple = token_multiple(config.fp8, split=layout.tp if layout.sequence_parallel else 1)
     return [pack(samples, indices, multiple=multiple, device=cpu.device()) for indices in local]
 
 

@@ -12,7 +12,7 @@ from megatron_entropy.benchmarks.catalog import BENCHMARKS, SUITES
 from megatron_entropy.benchmarks.golds import GOLDS
 from megatron_entropy.benchmarks.questions import Benchmark, Columns
 from megatron_entropy.config.load import describe_problem, read_toml, reject_unknown_keys, suggest
-from megatron_entropy.config.schema import NonNegativeInt, PathText, Section, TextList
+from megatron_entropy.config.types import NonNegativeInt, PathText, Section, TextList
 from megatron_entropy.errors import ConfigError
 from megatron_entropy.rewards.registry import load_verifier
 

@@ -84,7 +84,7 @@ def server_url(text: str) -> str:
     Raises:
         ArgumentTypeError: the text is not one.
     """
-    from megatron_entropy.config.schema import check_server_url
+    from megatron_entropy.config.types import check_server_url
 
     try:
         return check_server_url(text)

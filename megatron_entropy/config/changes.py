@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from megatron_entropy.config.schema import Config, Section
+from megatron_entropy.config.schema import Config
+from megatron_entropy.config.types import Section
 
 MAY_CHANGE = (
     "output",

@@ -39,6 +39,8 @@ def check(config: Config, arch: ModelArchitecture, world_size: int | None = None
     if layout.sequence_parallel and layout.tp == 1:
         raise ConfigError("actor.parallel.sequence_parallel=true needs actor.parallel.tp of at least 2")
     _check_divides(config.rollout.tensor_parallel, arch.num_heads, "rollout.tensor_parallel", "attention heads")
+    if config.actor.fp8.emulate:
+        raise ConfigError("actor.fp8.emulate=true: FP8 is not emulated yet; set it to false")
     longest = config.max_sequence_tokens
     section = "eval" if config.eval.max_response_tokens > config.rollout.max_response_tokens else "rollout"
     if longest > arch.max_positions:

@@ -13,7 +13,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from megatron_entropy.config.load import description, suggest
-from megatron_entropy.config.schema import MAX_COUNT, Config, MethodConfig
+from megatron_entropy.config.schema import Config, MethodConfig
+from megatron_entropy.config.types import MAX_COUNT
 from megatron_entropy.errors import ConfigError
 
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}

@@ -97,10 +97,11 @@ def check_packages(config: Config) -> None:
         ConfigError: NCCL or FP8 without a GPU, or a folder to replay that does not exist.
     """
     rollout, log, actor = config.rollout, config.log, config.actor
+    needs_fp8 = bool(actor.fp8.recipe) and not actor.fp8.emulate
     for package, needed_by, is_needed in (
         ("tensorboard", "log.tensorboard=true", log.tensorboard),
         ("wandb", f"log.wandb_project={log.wandb_project}", log.wandb_project),
-        ("transformer_engine", f"actor.fp8={actor.fp8}", actor.fp8),
+        ("transformer_engine", f"actor.fp8.recipe={actor.fp8.recipe}", needs_fp8),
     ):
         if is_needed and importlib.util.find_spec(package) is None:
             raise MissingPackageError(
@@ -108,7 +109,7 @@ def check_packages(config: Config) -> None:
                 "megatron-entropy doctor, or change the setting"
             )
     for setting, is_needed in (
-        (f"actor.fp8={actor.fp8}", actor.fp8),
+        (f"actor.fp8.recipe={actor.fp8.recipe}", needs_fp8),
         ("rollout.weight_transfer=nccl", rollout.weight_transfer == "nccl"),
     ):
         if is_needed and not count_gpus():

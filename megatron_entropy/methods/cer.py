@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from megatron_entropy.config.schema import NonNegativeFloat
+from megatron_entropy.config.types import NonNegativeFloat
 from megatron_entropy.methods.base import Method
 from megatron_entropy.methods.grpo import Grpo, GrpoConfig
 from megatron_entropy.methods.objectives import running_mean

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from megatron_entropy.config.schema import Config, NonNegativeFloat
+from megatron_entropy.config.schema import Config
+from megatron_entropy.config.types import NonNegativeFloat
 from megatron_entropy.distributed.seeds import derive_seed
 from megatron_entropy.errors import ConfigError
 from megatron_entropy.methods.base import Method, warn_once

@@ -26,7 +26,8 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from megatron_entropy.config.schema import Config, NonNegativeInt, PositiveInt
+from megatron_entropy.config.schema import Config
+from megatron_entropy.config.types import NonNegativeInt, PositiveInt
 from megatron_entropy.distributed.seeds import derive_seed
 from megatron_entropy.errors import ConfigError
 from megatron_entropy.methods.base import Method, Rollouts

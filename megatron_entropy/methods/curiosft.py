@@ -30,7 +30,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from megatron_entropy.config.schema import Config, FloatPair, NonNegativeFloat, NonNegativeInt, PositiveInt, Temperature
+from megatron_entropy.config.schema import Config
+from megatron_entropy.config.types import FloatPair, NonNegativeFloat, NonNegativeInt, PositiveInt, Temperature
 from megatron_entropy.errors import ConfigError
 from megatron_entropy.methods.base import Method, Rollouts
 from megatron_entropy.methods.grpo import Grpo, GrpoConfig

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar, TypeVar
 
-from megatron_entropy.config.schema import NonNegativeFloat, NonNegativeInt, PositiveInt
+from megatron_entropy.config.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 from megatron_entropy.methods.base import Method, Rollouts
 from megatron_entropy.methods.grpo import Grpo, GrpoConfig
 from megatron_entropy.methods.objectives import soft_overlong_penalty

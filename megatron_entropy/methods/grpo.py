@@ -17,7 +17,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
-from megatron_entropy.config.schema import Config, NonNegativeFloat
+from megatron_entropy.config.schema import Config
+from megatron_entropy.config.types import NonNegativeFloat
 from megatron_entropy.methods.base import Method, MethodSettings, Rollouts
 from megatron_entropy.methods.objectives import (
     K3_LIMIT,

@@ -43,7 +43,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from megatron_entropy.config.schema import Config, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from megatron_entropy.config.schema import Config
+from megatron_entropy.config.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from megatron_entropy.errors import ConfigError, DataError
 from megatron_entropy.methods.base import Method, warn_once
 from megatron_entropy.methods.grpo import Grpo, GrpoConfig

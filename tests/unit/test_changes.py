@@ -5,7 +5,8 @@ import json
 import pytest
 
 from megatron_entropy.config.changes import MAY_CHANGE, Change, find_changes
-from megatron_entropy.config.schema import Config, Section
+from megatron_entropy.config.schema import Config
+from megatron_entropy.config.types import Section
 from megatron_entropy.methods import METHOD_CONFIGS
 
 

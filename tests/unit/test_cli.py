@@ -188,7 +188,7 @@ TEMPLATES = ["{{ x.y.z }}", "{% for %}", "{{ 1 + 'a' }}", "{{ messages[99].conte
         (["--rollout.replay=/no/where"], "stage warm: rollout.replay: no such folder: /no/where"),
         (["--rollout.weight_transfer=nccl"], "stage warm: rollout.weight_transfer=nccl needs a GPU"),
         (["--log.wandb_project=p"], "stage warm: log.wandb_project=p needs the package wandb"),
-        (["--actor.fp8=tensorwise"], "stage warm: actor.fp8=tensorwise needs the package transformer-engine"),
+        (["--actor.fp8.recipe=current"], "stage warm: actor.fp8.recipe=current needs the package transformer-engine"),
         (
             ["--reward.url=http://127.0.0.1:1"],
             "reward.url=http://127.0.0.1:1: the reward server grades nothing (Connection refused)",
