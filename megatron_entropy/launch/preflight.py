@@ -9,7 +9,7 @@ import importlib.util
 import os
 from collections.abc import Container, Sequence
 
-from megatron_entropy import procedural
+from megatron_entropy import packages, procedural
 from megatron_entropy.config.architecture import ModelArchitecture
 from megatron_entropy.config.schema import Config
 from megatron_entropy.errors import ConfigError, DataError, MissingPackageError
@@ -94,28 +94,53 @@ def check_packages(config: Config) -> None:
 
     Raises:
         MissingPackageError: a package is missing.
-        ConfigError: NCCL or FP8 without a GPU, or a folder to replay that does not exist.
+        ConfigError: NCCL or FP8 on a machine that cannot compute it, or a folder to replay that does not exist.
     """
     rollout, log, actor = config.rollout, config.log, config.actor
-    needs_fp8 = bool(actor.fp8.recipe) and not actor.fp8.emulate
     for package, needed_by, is_needed in (
         ("tensorboard", "log.tensorboard=true", log.tensorboard),
         ("wandb", f"log.wandb_project={log.wandb_project}", log.wandb_project),
-        ("transformer_engine", f"actor.fp8.recipe={actor.fp8.recipe}", needs_fp8),
     ):
         if is_needed and importlib.util.find_spec(package) is None:
             raise MissingPackageError(
                 f"{needed_by} needs the package {package.replace('_', '-')}, which is not installed; see "
                 "megatron-entropy doctor, or change the setting"
             )
-    for setting, is_needed in (
-        (f"actor.fp8.recipe={actor.fp8.recipe}", needs_fp8),
-        ("rollout.weight_transfer=nccl", rollout.weight_transfer == "nccl"),
-    ):
-        if is_needed and not count_gpus():
-            raise ConfigError(f"{setting} needs a GPU, and this machine has none; change the setting")
+    if actor.fp8.recipe and not actor.fp8.emulate:
+        _check_fp8(actor.fp8.recipe)
+    if rollout.weight_transfer == "nccl" and not count_gpus():
+        raise ConfigError("rollout.weight_transfer=nccl needs a GPU, and this machine has none; change the setting")
+    if not rollout.replay and not os.environ.get("RAY_ADDRESS") and _samples(config):
+        _check_vllm()
     if rollout.replay and not os.path.isdir(rollout.replay):
         raise ConfigError(f"rollout.replay: no such folder: {rollout.replay}")
+
+
+def _check_fp8(recipe: str) -> None:
+    import torch
+
+    from megatron_entropy.launch.fp8 import recipe_problem
+
+    engine = packages.installed_versions(["transformer-engine"]).get("transformer-engine")
+    devices = [
+        (torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)) for index in range(count_gpus())
+    ]
+    if problem := recipe_problem(recipe, devices, torch.version.cuda, engine):
+        raise ConfigError(problem)
+
+
+def _samples(config: Config) -> bool:
+    """Whether the stage uses engines."""
+    return build_method(config).uses_rollouts or bool(config.data.eval)
+
+
+def _check_vllm() -> None:
+    versions = packages.installed_versions((*packages.VLLM, "torch"))
+    vllm = next((name for name in packages.VLLM if name in versions), "")
+    found = packages.range_problems(versions, packages.requirements_of("megatron-entropy"), ["vllm"])
+    found += packages.vllm_problems(versions, packages.requirements_of(vllm), "+cpu" in versions.get("torch", ""))
+    if found:
+        raise MissingPackageError(found[0])
 
 
 def check_machine(configs: Sequence[Config]) -> None:

@@ -142,6 +142,11 @@ class BucketTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
                 if isinstance(layer, ParallelLMHead):
                     layer.quant_method.process_weights_after_loading(layer)
 
+    @staticmethod
+    def trainer_send_weights(*arguments: Any, **options: Any) -> None:
+        """Refuse to send: vLLM before 0.29 requires the method, and here the trainer sends through `WeightSync`."""
+        raise NotImplementedError("weights are sent by WeightSync")
+
     def shutdown(self) -> None:
         """Leave the transfer group."""
         if self._receiver is not None:

@@ -362,13 +362,13 @@ def test_doctor_shows_what_a_feature_needs(feature):
     assert all(check.remedy for check in doctor.check_feature(NOTHING, feature) if not check.is_met)
     assert not any(check.is_met for check in doctor.check_feature(NOTHING, feature))
     assert all(check.is_met for check in doctor.check_feature(HOPPER, feature)) == (
-        feature not in ("wandb", "eval", "serve-rewards")
+        feature not in ("mxfp8", "nvfp4", "wandb", "eval", "serve-rewards")
     )
 
 
 def test_doctor_refuses_an_unknown_feature(capsys):
     code, _, err = run_cli(capsys, "doctor", "--for", "fp9")
-    assert code == 2 and "known are fp8, te, nccl, wandb, eval, serve-rewards" in err
+    assert code == 2 and "known are fp8, current, delayed, blockwise, mxfp8, nvfp4, te, nccl, wandb, eval" in err
 
 
 def test_doctor_finds_missing_old_and_harmful_packages():
