@@ -42,10 +42,14 @@ $(VENV)/.setup-dev: $(VENV)/.setup requirements/dev.txt requirements/reasoning-g
 		|| echo "reasoning-gym is not installed, its tests are skipped: pycosat needs a C compiler" >&2
 	@touch $@
 
+DEMO_FLAGS = --overwrite --seed=$(SEED) --model.path=$(RUN)/inputs/model \
+	--data.train='["$(RUN)/inputs/train.jsonl"]' --data.eval='["$(RUN)/inputs/eval.jsonl"]'
+
 demo: setup
 	$(VENV)/bin/python examples/make_arithmetic.py --out $(RUN)/inputs --seed $(SEED)
-	$(VENV)/bin/megatron-entropy train examples/quickstart.toml --overwrite --output=$(RUN) --seed=$(SEED) \
-		--model.path=$(RUN)/inputs/model --data.train='["$(RUN)/inputs/train.jsonl"]' --data.eval='["$(RUN)/inputs/eval.jsonl"]'
+	$(VENV)/bin/megatron-entropy train examples/quickstart.toml examples/quickstart_plain.toml --output=$(RUN)-plain $(DEMO_FLAGS)
+	$(VENV)/bin/megatron-entropy train examples/quickstart.toml --output=$(RUN) $(DEMO_FLAGS)
+	$(VENV)/bin/megatron-entropy report $(RUN) $(RUN)-plain
 
 demo-real: setup
 	$(VENV)/bin/python examples/smollm2/prepare.py --out runs/smollm2/inputs --seed $(SEED)

@@ -11,7 +11,6 @@ import math
 import os
 import threading
 import time
-import tomllib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,9 +18,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
-
 from megatron_entropy.errors import DataError
+from megatron_entropy.monitor.dump_rows import DumpRow
+from megatron_entropy.monitor.history import read_stages
 from megatron_entropy.monitor.run_folder import RunFolder
 
 Kind = Literal["train", "eval"]
@@ -36,47 +35,6 @@ MAX_INDICES = 256
 
 class NotFoundError(Exception):
     """A dump or row that is not there."""
-
-
-class DumpRow(BaseModel):
-    """A line of a dump (`monitor.rollout_dumps`); what other versions lack is None."""
-
-    model_config = ConfigDict(allow_inf_nan=False)
-
-    question: str
-    response: str
-    prompt: int | None = None
-    group: int | None = None
-    sample: int | None = None
-    answer: str | None = None
-    semantic_entropy: float | None = None
-    length: int | None = None
-    finish_reason: str | None = None
-    correct: bool | None = None
-    extracted: str | None = None
-    error: str | None = None
-    reward: float | None = None
-    advantage: float | None = None
-    entropy: float | None = None
-    kl_weight: float | None = None
-    trained: bool | None = None
-    policy_version: int | None = None
-    parent: int | None = None
-    cut: int | None = None
-    pieces: list[str] | None = None
-    logprobs: list[float | None] | None = None
-    rollout_logprobs: list[float | None] | None = None
-    entropies: list[float | None] | None = None
-    advantages: list[float | None] | None = None
-    kl_weights: list[float | None] | None = None
-    reference_logprobs: list[float | None] | None = None
-    untrained: list[int] | None = None
-    alternatives: list[list[tuple[str, float]]] | None = None
-
-    @property
-    def verdict(self) -> str:
-        """`right`, `wrong`, or `error` where the verifier has no verdict."""
-        return "error" if self.correct is None else "right" if self.correct else "wrong"
 
 
 class Entry(NamedTuple):
@@ -251,13 +209,8 @@ class RunReader:
         self._lock = threading.Lock()
 
     def stages(self) -> list[dict[str, Any]]:
-        """Return the settings of the stages by `config.toml`; none while it is missing or damaged."""
-        try:
-            settings = tomllib.loads(self.folder.config.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return []
-        stages = settings.get("stages", [])
-        return [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
+        """See `read_stages`."""
+        return read_stages(self.folder)
 
     def metrics(self, offset: int, file: int) -> dict[str, Any]:
         """Return rows of metrics from a byte offset on.

@@ -21,7 +21,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 
 from megatron_entropy.explorer import explain
-from megatron_entropy.explorer.index import DumpRow, Filter, Kind, NotFoundError, RunReader, question_digest
+from megatron_entropy.explorer.index import Filter, Kind, NotFoundError, RunReader, question_digest
+from megatron_entropy.monitor.dump_rows import DumpRow, cut_of, describe_tokens, token_texts
 
 STATIC = Path(__file__).with_name("static")
 SCRIPTS = ("core.js", "plots.js", "overview.js", "rollouts.js", "sample.js")
@@ -111,9 +112,9 @@ def describe_sample(run: RunReader, kind: Kind, stage: str, step: int, line: int
         {
             **_summary(lines[place], other, 0),
             "sample": own,
-            "first": next(iter(explain.token_texts(other.pieces[:3])), "") if other.pieces else "",
+            "first": next(iter(token_texts(other.pieces[:3])), "") if other.pieces else "",
             "first_logprob": other.rollout_logprobs[0] if other.rollout_logprobs else None,
-            "cut_token": explain.cut_of(other, group[other.parent]) if other.parent in group else None,
+            "cut_token": cut_of(other, group[other.parent]) if other.parent in group else None,
         }
         for place, (own, other) in enumerate(group.items())
     ]
@@ -125,8 +126,8 @@ def describe_sample(run: RunReader, kind: Kind, stage: str, step: int, line: int
         "semantic_entropy": row.semantic_entropy,
         "kl_weight": row.kl_weight,
         "policy_version": row.policy_version,
-        "tokens": explain.describe_tokens(row),
-        "prefix": _head(explain.describe_tokens(parent), row.cut) if parent is not None and row.cut else None,
+        "tokens": describe_tokens(row),
+        "prefix": _head(describe_tokens(parent), row.cut) if parent is not None and row.cut else None,
         "parts": parts,
         "sentences": explain.sentences(row, number, group, parts),
         "clusters": explain.clusters(rows),

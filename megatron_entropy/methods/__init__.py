@@ -6,6 +6,7 @@ group `megatron_entropy.methods`.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from megatron_entropy.config.schema import Config
@@ -19,7 +20,10 @@ from megatron_entropy.methods.dapo import DapoConfig
 from megatron_entropy.methods.grpo import GrpoConfig
 from megatron_entropy.methods.sent import SentConfig
 from megatron_entropy.methods.sft import SftConfig
+from megatron_entropy.monitor.history import StageHistory
 from megatron_entropy.plugins import load_plugin
+
+log = logging.getLogger(__name__)
 
 METHOD_CONFIGS: dict[str, type[MethodSettings]] = {
     "grpo": GrpoConfig,
@@ -61,3 +65,14 @@ def build_method(config: Config) -> Method[Any]:
     """
     assert isinstance(config.method, MethodSettings), f"load_method_config returns no {type(config.method).__name__}"
     return config.method.method(config)
+
+
+def explain_stage(history: StageHistory) -> list[str]:
+    """Let the method of a stage say what it did (`Method.explain`); a method that fails to is reported in the log."""
+    if not history.method:
+        return []
+    try:
+        return load_method_config(str(history.method.get("name"))).method.explain(history)
+    except Exception as error:  # code of others and files of other versions; a report must not end a run
+        log.warning("stage %s is not explained: %s: %s", history.name, type(error).__name__, error)
+        return []

@@ -10,8 +10,8 @@ One training step calls the hooks in this order:
    advantage and the weight of every token, and then `loss` is called for every micro-batch of one optimizer step.
 
 `select` is called once, before the first step. A method that remembers something between steps implements `state` and
-`restore`. The trainer seeds the global random generators before every step; `distributed.seeds.derive_seed` makes seeds
-for a method's own draws.
+`restore`. `explain` says what it did, for the report. The trainer seeds the global random generators before every step;
+`distributed.seeds.derive_seed` makes seeds for a method's own draws.
 
 Every rank calls every hook with the same records, so a hook is plain sequential code. A method imports records and
 objectives; ranks, engines and models are behind `Rollouts`.
@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, Typ
 
 from megatron_entropy.config.schema import Config, MethodConfig
 from megatron_entropy.errors import CheckpointError, ConfigError
+from megatron_entropy.monitor.history import StageHistory
 from megatron_entropy.records import Batch, Group, Metric, Prompt, TokenStatistics
 
 if TYPE_CHECKING:
@@ -164,6 +165,11 @@ class Method(Generic[ConfigT]):
     def loss(self, stats: TokenStats, batch: Batch) -> tuple[Tensor, dict[str, Metric]]:
         """Return the loss of every token of a micro-batch before weights, [T], and metrics."""
         raise NotImplementedError
+
+    @classmethod
+    def explain(cls, history: StageHistory) -> list[str]:
+        """Say in one or two sentences what the method did in a stage, by its metrics and dumps; for the report."""
+        return []
 
     def state(self) -> dict[str, Any]:
         """Return what the method remembers between steps, for a checkpoint: small, JSON types. Default: nothing."""

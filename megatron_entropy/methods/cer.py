@@ -24,6 +24,7 @@ from megatron_entropy.config.types import NonNegativeFloat
 from megatron_entropy.methods.base import Method
 from megatron_entropy.methods.grpo import Grpo, GrpoConfig
 from megatron_entropy.methods.objectives import running_mean
+from megatron_entropy.monitor.history import StageHistory
 from megatron_entropy.records import Sample
 
 
@@ -45,6 +46,17 @@ class Cer(Grpo["CerConfig"]):
             entropy_weight=self.settings.entropy_weight,
         )
         return dataclasses.replace(rewarded, reward=reward)
+
+    @classmethod
+    def explain_groups(cls, history: StageHistory) -> list[str]:
+        """Say how the cumulative entropy changed that lowers the reward of a right answer."""
+        teca = history.values("reward/teca")
+        if not teca:
+            return super().explain_groups(history)
+        return [
+            f"A right answer earned more with less cumulative entropy (TECA), which went from {teca[0]:.3f} to "
+            f"{teca[-1]:.3f} nats."
+        ]
 
 
 def segmented_reward(correct: bool, teca: float, *, accuracy_weight: float = 1.0, entropy_weight: float = 1.0) -> float:

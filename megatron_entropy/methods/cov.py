@@ -40,6 +40,7 @@ from megatron_entropy.methods.objectives import (
     top_k_mask,
     unclipped_surrogate,
 )
+from megatron_entropy.monitor.history import StageHistory
 from megatron_entropy.records import Batch, Group, Sample, refill, samples_of
 
 if TYPE_CHECKING:
@@ -70,6 +71,14 @@ class ClipCov(Dapo["ClipCovConfig"]):
         self.count("train/dropped_frac", float(dropped.sum()), len(dropped))
         self.count("policy/covariance", float(covariances.sum()), len(covariances))
         return refill(groups, scatter_to_samples(samples, "advantage", np.where(dropped, 0.0, advantages)))
+
+    @classmethod
+    def explain_groups(cls, history: StageHistory) -> list[str]:
+        """Say how many tokens lost their gradient."""
+        dropped = history.mean("train/dropped_frac")
+        if dropped is None:
+            return super().explain_groups(history)
+        return [f"The gradient was dropped at {dropped:.2%} of the tokens, those whose log-prob and advantage covary."]
 
 
 class KlCov(Dapo["KlCovConfig"]):
@@ -102,6 +111,14 @@ class KlCov(Dapo["KlCovConfig"]):
         """The absolute log-ratio to the policy before the step."""
         assert batch.logprob is not None
         return absolute_log_ratio(stats.logprob, batch.logprob)
+
+    @classmethod
+    def explain_groups(cls, history: StageHistory) -> list[str]:
+        """Say how many tokens had the penalty."""
+        penalized = history.mean("policy/penalized_frac")
+        if penalized is None:
+            return super().explain_groups(history)
+        return [f"{penalized:.2%} of the tokens had a KL penalty, those whose log-prob and advantage covary most."]
 
 
 def draw_between(covariances: np.ndarray, bounds: tuple[float, float], *, fraction: float, seed: int) -> np.ndarray:

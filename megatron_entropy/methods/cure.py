@@ -32,7 +32,9 @@ from megatron_entropy.distributed.seeds import derive_seed
 from megatron_entropy.errors import ConfigError
 from megatron_entropy.methods.base import Method, Rollouts
 from megatron_entropy.methods.dapo import Dapo, DapoConfig
-from megatron_entropy.records import Group, Prompt, Sample
+from megatron_entropy.monitor.dump_rows import Family, families
+from megatron_entropy.monitor.history import StageHistory
+from megatron_entropy.records import Group, Metric, Prompt, Sample
 
 
 class Cure(Dapo["CureConfig"]):
@@ -86,6 +88,61 @@ class Cure(Dapo["CureConfig"]):
             if sample.entropy is not None:
                 self.count("rollout/cut_entropy", float(sample.response("entropy")[cut]))
         return dataclasses.replace(prompt, response_prefix=tuple(response[: min(cut, room)]))
+
+    @classmethod
+    def explain(cls, history: StageHistory) -> list[str]:
+        """Say how many responses were cut, at which entropy, and how often a branch turned out otherwise."""
+        seen = CutCounts()
+        for step, group in history.groups():
+            seen.add(step, families(group))
+        if not seen.cuts:
+            return super().explain(history)
+        entropy = ""
+        if seen.cut_entropies and seen.entropies.count:
+            entropy = (
+                f", on average at {np.mean(seen.cut_entropies):.2f} nats where all of their tokens have "
+                f"{seen.entropies.value:.2f}"
+            )
+        token = "any token" if history.method.get("critical_token") == "random" else "an uncertain token"
+        steps = f"step {max(seen.steps)}" if len(seen.steps) == 1 else f"steps {min(seen.steps)} to {max(seen.steps)}"
+        became = [
+            f"{part.total:,.0f} of {part.count:,.0f} branches of {before} answers ({part.value:.0%}) were {after}"
+            for before, after, part in (("wrong", "right", seen.of_wrong), ("right", "wrong", seen.of_right))
+            if part.count
+        ]
+        return [
+            f"In {steps} CURE cut {seen.cuts:,} answers to {seen.groups:,} questions before {token}{entropy}.",
+            *([f"{', and '.join(became)}."] if became else []),
+        ]
+
+
+@dataclasses.dataclass
+class CutCounts:
+    """What became of the cuts of a stage. `of_wrong`: right branches of wrong responses; `of_right`: the opposite."""
+
+    steps: set[int] = dataclasses.field(default_factory=set)
+    groups: int = 0
+    cuts: int = 0
+    cut_entropies: list[float] = dataclasses.field(default_factory=list)
+    entropies: Metric = Metric(0.0, 0.0)
+    of_wrong: Metric = Metric(0.0, 0.0)
+    of_right: Metric = Metric(0.0, 0.0)
+
+    def add(self, step: int, found: list[Family]) -> None:
+        """Count the responses of one group that branch."""
+        self.steps.add(step)
+        self.groups += bool(found)
+        self.cuts += len(found)
+        for family in found:
+            known = [entropy for entropy in family.parent.entropies or [] if entropy is not None]
+            self.entropies += Metric(sum(known), len(known))
+            if family.cut["entropy"] is not None:
+                self.cut_entropies.append(family.cut["entropy"])
+            verdicts = [branch.correct for branch in family.branches if branch.correct is not None]
+            if family.parent.correct is False:
+                self.of_wrong += Metric(sum(verdicts), len(verdicts))
+            elif family.parent.correct:
+                self.of_right += Metric(len(verdicts) - sum(verdicts), len(verdicts))
 
 
 def critical_positions(

@@ -37,6 +37,7 @@ from megatron_entropy.methods.base import Method, Rollouts
 from megatron_entropy.methods.grpo import Grpo, GrpoConfig
 from megatron_entropy.methods.objectives import LOG_RATIO_LIMIT, k2, masked_mean, token_mean
 from megatron_entropy.methods.sft import Sft, SftConfig
+from megatron_entropy.monitor.history import StageHistory
 from megatron_entropy.records import Batch, Group, HeadInputs, Metric, Sample, refill, samples_of
 
 if TYPE_CHECKING:
@@ -151,6 +152,26 @@ class CurioSft(Sft["CurioSftConfig"]):
         """Take back the number of teacher passes."""
         super().restore({name: value for name, value in state.items() if name != "passes"})
         self._passes = state.get("passes", 0)
+
+    @classmethod
+    def explain(cls, history: StageHistory) -> list[str]:
+        """Say which temperatures the teacher had and how far it was, then what supervised training says."""
+        heat, distance = history.values("policy/teacher_temperature"), history.values("policy/teacher_distance")
+        said = super().explain(history)
+        if not distance:
+            return said
+        copy = "the policy itself" if history.method.get("teacher") == "policy" else "a lagging copy of the policy"
+        chosen = ""
+        if heat:
+            low, high = min(heat), max(heat)
+            among = " chosen for every token by its entropy" if history.method.get("guided") else ""
+            chosen = (
+                f" at a temperature{among}: {sum(heat) / len(heat):.2f} on average, {low:.2f} to {high:.2f} by step"
+            )
+        return [
+            f"The teacher was {copy}{chosen}; the distance to it was {sum(distance) / len(distance):.3f} nats a token.",
+            *said,
+        ]
 
 
 class CurioSftConfig(SftConfig):

@@ -17,6 +17,7 @@ from megatron_entropy.config.types import NonNegativeFloat, NonNegativeInt, Posi
 from megatron_entropy.methods.base import Method, Rollouts
 from megatron_entropy.methods.grpo import Grpo, GrpoConfig
 from megatron_entropy.methods.objectives import soft_overlong_penalty
+from megatron_entropy.monitor.history import StageHistory
 from megatron_entropy.records import Group, Sample
 
 ConfigT = TypeVar("ConfigT", bound="DapoConfig")
@@ -51,6 +52,17 @@ class Dapo(Grpo[ConfigT]):
         limit = self.config.rollout.max_response_tokens
         penalty = soft_overlong_penalty(sample.response_length, limit=limit, buffer=self.settings.overlong_buffer)
         return dataclasses.replace(rewarded, reward=rewarded.reward + self.settings.overlong_factor * penalty)
+
+    @classmethod
+    def explain_groups(cls, history: StageHistory) -> list[str]:
+        """Say what dynamic sampling dropped."""
+        mixed, rounds = history.mean("rollout/mixed_groups"), history.mean("rollout/rounds")
+        if mixed is None or rounds is None or not history.method.get("dynamic_sampling"):
+            return super().explain_groups(history)
+        return [
+            f"{mixed:.0%} of the sampled groups held right and wrong answers; the others teach nothing and were "
+            f"replaced, in {rounds:.1f} rounds of sampling a step."
+        ]
 
 
 def _is_mixed(group: Group) -> bool:

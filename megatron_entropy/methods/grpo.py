@@ -30,6 +30,7 @@ from megatron_entropy.methods.objectives import (
     tis_weight,
     token_mean,
 )
+from megatron_entropy.monitor.history import StageHistory
 from megatron_entropy.records import Batch, Group, Metric, Sample, refill, samples_of
 
 if TYPE_CHECKING:
@@ -124,6 +125,28 @@ class Grpo(Method[ConfigT]):
         """Return the divergence of every token [T] that `kl_weight` multiplies: k3 to the reference, clamped."""
         assert batch.reference_logprob is not None
         return k3(stats.logprob, batch.reference_logprob).clamp(max=K3_LIMIT)
+
+    @classmethod
+    def explain(cls, history: StageHistory) -> list[str]:
+        """Say what could be learned from, and how the entropy changed meanwhile."""
+        return [*cls.explain_groups(history), *explain_entropy(history)]
+
+    @classmethod
+    def explain_groups(cls, history: StageHistory) -> list[str]:
+        """Say how many groups taught something; a method with more to tell overrides this."""
+        idle = history.mean("train/zero_advantage")
+        if idle is None:
+            return []
+        return [f"{idle:.0%} of the groups earned equal rewards, so nothing was learned from them."]
+
+
+def explain_entropy(history: StageHistory) -> list[str]:
+    """Say how the entropy of the policy changed, and over how many generated tokens."""
+    entropy = history.values("policy/entropy")
+    if not entropy:
+        return []
+    tokens = f", over {tokens:,.0f} generated tokens" if (tokens := sum(history.values("rollout/tokens"))) else ""
+    return [f"The policy's entropy in training went from {entropy[0]:.3f} to {entropy[-1]:.3f} nats{tokens}."]
 
 
 class GrpoConfig(MethodSettings):

@@ -62,6 +62,7 @@ from megatron_entropy.methods.objectives import (
     unclipped_surrogate,
 )
 from megatron_entropy.methods.semantic_entropy import split_curriculum
+from megatron_entropy.monitor.history import StageHistory
 from megatron_entropy.records import Batch, Group, Metric, Prompt, Sample, refill, samples_of
 
 if TYPE_CHECKING:
@@ -143,6 +144,18 @@ class Sent(Grpo["SentConfig"]):
             metrics["policy/reference_kl"] = masked_mean(distance, batch.weight != 0)
             loss = loss + self.settings.kl_coefficient * distance.clamp(max=K3_LIMIT)
         return loss, metrics
+
+    @classmethod
+    def explain_groups(cls, history: StageHistory) -> list[str]:
+        """Say how many tokens were selected, and how many had the penalty."""
+        low, high = history.mean("train/low_entropy_frac"), history.mean("train/high_covariance_frac")
+        penalized = history.mean("policy/penalized_frac")
+        if low is None or high is None or penalized is None:
+            return super().explain_groups(history)
+        return [
+            f"{low:.1%} of the tokens counted as of low entropy, {high:.2%} as of high covariance too; {penalized:.1%} "
+            "had a KL penalty."
+        ]
 
     def _fill_kl_weight(self, samples: list[Sample]) -> list[Sample]:
         selected = select_tokens(

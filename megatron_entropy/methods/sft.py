@@ -10,6 +10,7 @@ import numpy as np
 from megatron_entropy.errors import DataError
 from megatron_entropy.methods.base import Method, MethodSettings, Rollouts
 from megatron_entropy.methods.objectives import masked_mean, token_mean
+from megatron_entropy.monitor.history import StageHistory
 from megatron_entropy.records import Batch, Group, Metric, Prompt, Sample, refill, samples_of
 
 if TYPE_CHECKING:
@@ -56,6 +57,17 @@ class Sft(Method[ConfigT]):
         if self.settings.entropy_coefficient:
             loss = loss - self.settings.entropy_coefficient * stats.entropy
         return loss, metrics
+
+    @classmethod
+    def explain(cls, history: StageHistory) -> list[str]:
+        """Say how the loss and the entropy changed."""
+        loss, entropy = history.values("train/loss"), history.values("policy/entropy")
+        if not loss or not entropy:
+            return []
+        return [
+            f"The loss of a solution's token went from {loss[0]:.2f} to {loss[-1]:.2f}, the policy's entropy there "
+            f"from {entropy[0]:.2f} to {entropy[-1]:.2f} nats."
+        ]
 
 
 def _solution(prompt: Prompt) -> Sample:

@@ -7,16 +7,16 @@ stopped one and on one that still runs.
 from __future__ import annotations
 
 import base64
-import logging
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
-
 from megatron_entropy.errors import DataError
 from megatron_entropy.files import atomic_write_text
+from megatron_entropy.monitor.comparison import compare
+from megatron_entropy.monitor.drawing import draw_samples, draw_tree, shade
+from megatron_entropy.monitor.history import StageHistory, list_dumps, read_dump, read_stages
 from megatron_entropy.monitor.metrics import read_metrics
 from megatron_entropy.monitor.run_folder import RunFolder
 from megatron_entropy.monitor.summary import Change, StageSummary, layout_label, read_summary, versions
@@ -24,51 +24,44 @@ from megatron_entropy.monitor.summary import Change, StageSummary, layout_label,
 if TYPE_CHECKING:
     from jinja2 import Template
 
-log = logging.getLogger(__name__)
-
 HEADINGS = ("stage", "method", "steps", "time", "layout", "eval accuracy", "entropy (nats)", "length (tokens)")
 
 MAX_LINES = 2000
 """Lines of a dump that are searched for samples to show."""
 
-
-class DumpedSample(BaseModel):
-    """The keys of a line of a rollout dump that the report shows (`rollout_dumps`)."""
-
-    question: str
-    response: str
-    answer: str | None = None
-    extracted: str | None = None
-    finish_reason: str | None = None
-    correct: bool | None = None
-    reward: float | None = None
-    entropy: float | None = None
-    pieces: list[str] | None = None
-    entropies: list[float | None] | None = None
+Explain = Callable[[StageHistory], list[str]]
+"""Says what the method of a stage did (`methods.explain_stage`)."""
 
 
-def print_table(folder: RunFolder) -> None:
-    """Print the table of finished stages to standard output."""
+def print_table(folder: RunFolder, other: RunFolder | None = None) -> None:
+    """Print the table of finished stages to standard output, or compare the run with another."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(str(folder.root)), title_justify="left")
-    for heading in HEADINGS:
-        table.add_column(heading, no_wrap=heading != "layout")
-    for entry in read_summary(folder):
-        table.add_row(*map(Text, _cells(entry)))
     console = Console()
     if not console.is_terminal:  # a log file is wide enough for the numbers
         console.width = max(console.width, 120)
+    compared = compare(folder, other) if other else None
+    table = Table(title=None if compared else Text(str(folder.root)), title_justify="left")
+    for heading in compared.headings if compared else HEADINGS:
+        table.add_column(heading, no_wrap=heading not in ("layout", "methods"))
+    for cells in compared.rows if compared else map(_cells, read_summary(folder)):
+        table.add_row(*map(Text, cells))
     console.print(table)
+    for sentence in compared.sentences if compared else ():
+        console.print(Text(sentence))
 
 
-def write_report(folder: RunFolder) -> None:
+def write_report(folder: RunFolder, explain: Explain, other: RunFolder | None = None) -> None:
     """Draw the plots and write `report.html`, which holds everything it shows.
 
+    Args:
+        folder: the run.
+        explain: returns sentences about a stage.
+        other: a run to compare it with.
     Raises:
-        DataError: the folder holds no `metrics.jsonl`, or a file of it cannot be read.
+        DataError: a folder holds no `metrics.jsonl`, or a file of it cannot be read.
     """
     from megatron_entropy.monitor.plots import draw_all
 
@@ -78,11 +71,13 @@ def write_report(folder: RunFolder) -> None:
         raise DataError(f"{folder.plots} is not a folder; remove it")
     rows = read_metrics(folder.metrics)
     entries = read_summary(folder)
-    examples = _examples(folder, list(dict.fromkeys(row["stage"] for row in rows)))
+    stages = _histories(folder, rows)
     page = load_template(Path(__file__).with_name("report.html.j2")).render(
         title=f"Run {folder.root.resolve().name}",
         headings=HEADINGS,
         stages=[_cells(entry) for entry in entries],
+        stories=[story for stage in stages if (story := _story(stage, explain))],
+        comparison=compare(folder, other) if other else None,
         plots=[
             {
                 "title": plot.title,
@@ -93,12 +88,29 @@ def write_report(folder: RunFolder) -> None:
             }
             for plot in draw_all(rows, folder.plots)
         ],
-        examples=examples,
-        scale=[{"color": _shade(value), "label": f"{value:g}"} for value in (0.0, 0.1, 0.3, 0.6, 1.0, 2.0)],
+        examples=_examples(folder, [stage.name for stage in stages]),
+        scale=[{"color": shade(value), "label": f"{value:g}"} for value in (0.0, 0.1, 0.3, 0.6, 1.0, 2.0)],
         versions=entries[-1].versions if entries else versions(),
         config=folder.config.read_text(encoding="utf-8", errors="replace") if folder.config.is_file() else "",
     )
     atomic_write_text(folder.report, page)
+
+
+def _histories(folder: RunFolder, rows: Sequence[dict[str, Any]]) -> list[StageHistory]:
+    """The stages that have metrics, in order."""
+    settings = {str(stage.get("name")): stage for stage in read_stages(folder)}
+    by_stage: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_stage.setdefault(row["stage"], []).append(row)
+    return [StageHistory(folder, name, settings.get(name, {}), own) for name, own in by_stage.items()]
+
+
+def _story(stage: StageHistory, explain: Explain) -> dict[str, Any] | None:
+    """What the method of a stage did, with one of its branches where there are any."""
+    sentences, tree = explain(stage), draw_tree(stage)
+    if not sentences and tree is None:
+        return None
+    return {"heading": f"{stage.name}: {stage.method.get('name', '')}", "text": " ".join(sentences), "tree": tree}
 
 
 def load_template(file: Path) -> Template:
@@ -141,47 +153,9 @@ def _examples(folder: RunFolder, stages: Sequence[str]) -> list[dict[str, Any]]:
             ("eval", folder.evaluation(stage, 0).parent),
             ("train", folder.rollouts(stage, 0).parent),
         ):
-            dumps = sorted(path for path in directory.glob("step_*.jsonl") if path.stem[len("step_") :].isdecimal())
-            samples = _choose(dumps[-1]) if dumps else []
+            dumps = list_dumps(directory)
+            samples = draw_samples(islice(read_dump(dumps[-1][1]), MAX_LINES)) if dumps else []
             if samples:
-                step = int(dumps[-1].stem.removeprefix("step_"))
-                examples.append({"heading": f"{stage}, step {step}, {kind} questions", "samples": samples})
+                examples.append({"heading": f"{stage}, step {dumps[-1][0]}, {kind} questions", "samples": samples})
                 break
     return examples
-
-
-def _choose(dump: Path, count: int = 2) -> list[dict[str, Any]]:
-    """Return the first `count` correct and the first `count` wrong samples of a dump; damaged lines are skipped."""
-    chosen: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
-    skipped = 0
-    with dump.open(encoding="utf-8", errors="replace") as file:
-        for line in islice(file, MAX_LINES):
-            try:
-                sample = DumpedSample.model_validate_json(line)
-            except ValueError:
-                skipped += 1
-                continue
-            if sample.correct is not None and len(chosen[sample.correct]) < count:
-                chosen[sample.correct].append(_describe(sample))
-    if skipped:
-        log.warning("%s: %d damaged lines are skipped", dump, skipped)
-    return chosen[True] + chosen[False]
-
-
-def _describe(sample: DumpedSample) -> dict[str, Any]:
-    tokens: list[dict[str, str]] = [{"text": sample.response, "color": "", "title": ""}]
-    if sample.pieces and sample.entropies and len(sample.pieces) == len(sample.entropies):
-        tokens = [
-            {"text": piece, "color": _shade(entropy or 0.0), "title": f"{entropy} nats"}
-            for piece, entropy in zip(sample.pieces, sample.entropies, strict=True)
-        ]
-    facts = [f"expected {sample.answer}", f"found {sample.extracted}", f"{sample.finish_reason}"]
-    values = {"reward": sample.reward, "entropy": sample.entropy}
-    facts += [f"{name} {value:.3f}" for name, value in values.items() if value is not None]
-    verdict = "correct" if sample.correct else "wrong"
-    return {"question": sample.question, "tokens": tokens, "facts": ", ".join(facts), "verdict": verdict}
-
-
-def _shade(entropy: float) -> str:
-    """Return the background of a token as CSS: white at 0 nats, full colour from 2 nats on."""
-    return f"rgba(240, 140, 40, {min(max(entropy, 0.0) / 2.0, 1.0) ** 0.6:.2f})"

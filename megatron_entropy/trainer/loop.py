@@ -21,6 +21,7 @@ from megatron_entropy.distributed import memory, process_groups, seeds
 from megatron_entropy.errors import NonFiniteLossError
 from megatron_entropy.evaluation.evaluate import evaluate
 from megatron_entropy.files import atomic_write_text
+from megatron_entropy.methods import explain_stage
 from megatron_entropy.monitor.report import write_report
 from megatron_entropy.monitor.run_folder import RunFolder
 from megatron_entropy.monitor.summary import StageSummary, write_summary
@@ -64,7 +65,7 @@ def train(configs: Sequence[Config], *, resume: bool) -> None:
                 if process_groups.rank() == 0:
                     done[config.name] = StageSummary.of_stage(folder, config, seconds=time.perf_counter() - start)
                     write_summary(folder, [done[stage.name] for stage in configs if stage.name in done])
-                    write_report(folder)
+                    write_report(folder, explain_stage)
             model = str(folder.export(config.name, last))
 
 

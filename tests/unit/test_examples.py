@@ -53,6 +53,17 @@ def test_tiny_examples_have_the_stages_of_the_papers():
             build_method(stage)
 
 
+def test_demo_and_its_plain_counterpart_differ_only_in_the_methods():
+    files = [EXAMPLES / "quickstart.toml", EXAMPLES / "quickstart_plain.toml"]
+    demo, plain = (load.load(chosen, [], load_method_config) for chosen in (files[:1], files))
+    assert [[stage.method.name for stage in run] for run in (demo, plain)] == [["curiosft", "cure"], ["sft", "dapo"]]
+    for ours, theirs in zip(demo, plain, strict=True):
+        build_method(ours), build_method(theirs)
+        same = {"output": "", "method": theirs.method, "batch": theirs.batch}
+        assert ours.model_copy(update=same) == theirs.model_copy(update={"output": ""})
+        assert (ours.batch.prompts, ours.batch.updates) == (theirs.batch.prompts, theirs.batch.updates)
+
+
 def train(name: str, inputs: Path, run: Path, *flags: str) -> dict[tuple[str, int], float]:
     """Run a tiny example for three steps of each stage; return the losses by stage and step."""
     path = EXAMPLES / "tiny" / f"{name}.toml"

@@ -23,7 +23,8 @@ from browser import CHROMIUM, Browser
 
 from megatron_entropy.cli.main import main
 from megatron_entropy.explorer import explain, index
-from megatron_entropy.explorer.index import DumpIndex, DumpRow, Filter, RunReader
+from megatron_entropy.explorer.index import DumpIndex, Filter, RunReader
+from megatron_entropy.monitor.dump_rows import DumpRow, cut_of, describe_tokens, token_texts
 from megatron_entropy.monitor.rollout_dumps import dump_rollouts
 
 HOSTILE = (
@@ -178,16 +179,16 @@ def test_metrics_are_polled_by_offset_through_a_torn_line_and_a_resume(tmp_path)
 
 
 def test_token_texts_join_to_the_text():
-    assert explain.token_texts(["Ġso", "Ċ", "Ã", "¤", "<|end|>"]) == [" so", "\n", "", "ä", "<|end|>"]
-    assert explain.token_texts(["▁so", "<0xC3>", "<0xA4>", "->"]) == [" so", "", "ä", "->"]
-    assert "".join(explain.token_texts(["Ġ", "Ã", "x"])) == " \ufffdx"
+    assert token_texts(["Ġso", "Ċ", "Ã", "¤", "<|end|>"]) == [" so", "\n", "", "ä", "<|end|>"]
+    assert token_texts(["▁so", "<0xC3>", "<0xA4>", "->"]) == [" so", "", "ä", "->"]
+    assert "".join(token_texts(["Ġ", "Ã", "x"])) == " \ufffdx"
 
 
 def test_alternatives_are_read_as_the_tokens_are():
     values = {"pieces": ["Ġa", "b"], "alternatives": [[("Ã¤", -0.5), ("Ã", -1.0)], [("b", 0.0)]]}
-    tokens = explain.describe_tokens(DumpRow(**row(**values)))
+    tokens = describe_tokens(DumpRow(**row(**values)))
     assert tokens["alternatives"] == [[("ä", -0.5), ("Ã", -1.0)], [("b", 0.0)]]
-    assert "alternatives" not in explain.describe_tokens(DumpRow(**row(**values | {"pieces": ["Ġa"]})))
+    assert "alternatives" not in describe_tokens(DumpRow(**row(**values | {"pieces": ["Ġa"]})))
 
 
 def test_a_cut_and_its_branches_are_explained(tmp_path):
@@ -195,7 +196,7 @@ def test_a_cut_and_its_branches_are_explained(tmp_path):
     dump = DumpIndex(tmp_path / "a.jsonl")
     dump.find(Filter(), 0, 9)
     rows = dump.read(dump.group_of(0))
-    cut = explain.cut_of(rows[3], rows[0])
+    cut = cut_of(rows[3], rows[0])
     assert cut["position"] == 6 and cut["text"] == rows[0].pieces[6] and cut["entropy"] == rows[0].entropies[6]
     assert cut["rank"] == sorted(rows[0].entropies, reverse=True).index(cut["entropy"]) + 1
     assert math.isclose(cut["probability"], math.exp(rows[0].rollout_logprobs[6]))

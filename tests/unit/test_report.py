@@ -1,5 +1,7 @@
 """The report is built from whatever files a run folder has; its page refers to no other file and escapes all text.
 
+It says what a method did, by counts that are checked on groups small enough to count by hand, and compares two runs.
+
 Not covered: the look of the plots, only that there is one for each stage with values.
 """
 
@@ -10,10 +12,14 @@ import re
 import numpy as np
 import pytest
 
+from megatron_entropy.cli.main import main
 from megatron_entropy.config import load
 from megatron_entropy.config.schema import Config, LogConfig, MethodConfig
 from megatron_entropy.errors import DataError
-from megatron_entropy.monitor import metrics, report, rollout_dumps, summary
+from megatron_entropy.methods import METHOD_CONFIGS, explain_stage
+from megatron_entropy.monitor import drawing, metrics, report, rollout_dumps, summary
+from megatron_entropy.monitor.dump_rows import DumpRow
+from megatron_entropy.monitor.history import StageHistory
 from megatron_entropy.monitor.run_folder import RunFolder
 from megatron_entropy.records import Grade, Group, Prompt, Sample
 
@@ -75,7 +81,7 @@ def test_error_of_an_invalid_summary_names_the_file(tmp_path):
 def test_page_holds_plots_table_samples_and_settings_and_no_links(tmp_path):
     folder = RunFolder(tmp_path)
     full_run(folder)
-    report.write_report(folder)
+    report.write_report(folder, explain_stage)
     page = folder.report.read_text()
     assert sorted(path.name for path in folder.plots.iterdir()) == [
         *("accuracy_rl.png", "accuracy_sft.png", "entropy_rl.png", "entropy_sft.png", "length_rl.png"),
@@ -101,7 +107,7 @@ def test_text_of_a_run_is_escaped(tmp_path):
     sample = Sample(np.array([1, 2], np.int32), 1, script, script, grade=Grade(True, script))
     group = Group(Prompt(0, script, (1,), answer=script), (sample,))
     rollout_dumps.dump_rollouts(folder.evaluation(name, 1), [group])
-    report.write_report(folder)
+    report.write_report(folder, explain_stage)
     page = folder.report.read_text()
     assert "<script" not in page and page.count("&lt;script&gt;") >= 9
 
@@ -117,7 +123,7 @@ def test_table_prints_names_that_look_like_markup(tmp_path, capsys):
 def test_page_fits_a_phone(tmp_path):
     folder = RunFolder(tmp_path)
     full_run(folder)
-    report.write_report(folder)
+    report.write_report(folder, explain_stage)
     page = folder.report.read_text()
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
     assert page.count("<table") == page.count('<div class="box"><table') == 2
@@ -126,13 +132,13 @@ def test_page_fits_a_phone(tmp_path):
 def test_report_of_a_run_without_values_draws_nothing(tmp_path):
     folder = RunFolder(tmp_path)
     write_rows(folder, "rl", [{}])
-    report.write_report(folder)
+    report.write_report(folder, explain_stage)
     assert "Nothing to draw yet" in folder.report.read_text()
 
 
 def test_folder_without_a_run_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"no metrics\.jsonl"):
-        report.write_report(RunFolder(tmp_path))
+        report.write_report(RunFolder(tmp_path), explain_stage)
 
 
 def test_table_shows_the_stage(tmp_path, capsys):
@@ -172,7 +178,7 @@ GOOD_ROW = json.dumps({"stage": "a", "step": 1, "train/loss": 0.5})
 def test_a_foreign_row_of_metrics_is_one_line(tmp_path, row):
     (tmp_path / "metrics.jsonl").write_text(f"{GOOD_ROW}\n{row}\n{GOOD_ROW}\n", encoding="latin-1")
     with pytest.raises(DataError, match=r"metrics\.jsonl:2: .*; fix or remove the line"):
-        report.write_report(RunFolder(tmp_path))
+        report.write_report(RunFolder(tmp_path), explain_stage)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +189,7 @@ def test_a_damaged_summary_is_one_line(tmp_path, text):
     (tmp_path / "metrics.jsonl").write_text(f"{GOOD_ROW}\n")
     (tmp_path / "summary.json").write_text(text, encoding="latin-1")
     with pytest.raises(DataError, match=r"summary\.json: not a summary of this version .*; remove it$"):
-        report.write_report(RunFolder(tmp_path))
+        report.write_report(RunFolder(tmp_path), explain_stage)
 
 
 def test_damaged_dumps_are_counted_and_the_page_is_written(tmp_path, caplog):
@@ -196,7 +202,7 @@ def test_damaged_dumps_are_counted_and_the_page_is_written(tmp_path, caplog):
     dump.write_text("\n".join(lines), encoding="latin-1")
     dump.with_name("step_zzz.jsonl").write_text("x")
     folder.config.write_bytes(b"\xff\xfe not TOML")
-    report.write_report(folder)
+    report.write_report(folder, explain_stage)
     assert "because" in folder.report.read_text() and "6 damaged lines are skipped" in caplog.text
 
 
@@ -204,4 +210,148 @@ def test_a_file_where_the_plots_belong_is_one_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(f"{GOOD_ROW}\n")
     (tmp_path / "plots").write_text("")
     with pytest.raises(DataError, match="plots is not a folder; remove it"):
-        report.write_report(RunFolder(tmp_path))
+        report.write_report(RunFolder(tmp_path), explain_stage)
+
+
+def branching_group(question, verdicts, *, cut=1, entropy=1.5, wrong="<b>"):
+    """A wrong response of four tokens that is cut before token `cut` + 1, and branches with these verdicts."""
+    tokens = np.array([7, 1, 2, 1, 2], np.int32)
+    entropies = np.array([0, 0.5, 0.5, 0.5, 0.5], np.float32)
+    entropies[1 + cut] = entropy
+    parent = Sample(tokens, 1, "stop", wrong, grade=Grade(False, wrong), entropy=entropies, logprob=entropies * -1)
+    branches = [
+        Sample(tokens, 1 + cut, "stop", "two", grade=Grade(verdict, "3"), entropy=entropies, parent=0, reward=1.0)
+        for verdict in verdicts
+    ]
+    return Group(Prompt(0, question, (7,), answer="3"), (parent, *branches))
+
+
+def cure_run(folder):
+    """Two steps of CURE; in the second every branch of a wrong response is right."""
+    write_rows(folder, "rl", [{}, {"policy/entropy": 0.5}, {"policy/entropy": 0.4}])
+    folder.config.write_text('[[stages]]\nname = "rl"\nmethod = { name = "cure", critical_token = "entropy" }\n')
+    for step, verdicts in ((1, (True, False, False)), (2, (True, True, True))):
+        group = branching_group(f"{step} < 3?", verdicts, entropy=step)
+        rollout_dumps.dump_rollouts(folder.rollouts("rl", step), [group], {**LABELS, 7: "?"}.__getitem__)
+
+
+def test_page_says_what_cure_did_and_draws_a_branch(tmp_path):
+    folder = RunFolder(tmp_path)
+    cure_run(folder)
+    report.write_report(folder, explain_stage)
+    page = folder.report.read_text()
+    assert (
+        "In steps 1 to 2 CURE cut 2 answers to 2 questions before an uncertain token, on average at 1.50 nats where "
+        "all of their tokens have 0.75. 4 of 6 branches of wrong answers (67%) were right.</p>"
+    ) in page
+    tree = page[page.index('<div class="tree">') : page.index("<h2>Curves")]
+    # Every branch begins with the old token, so in step 1 two verdicts follow it, in step 2 none.
+    assert "1 &lt; 3?" in tree and "<b>" not in tree and 'class="kept">one</span>' in tree
+    assert tree.count('<div class="sample correct">') == 1 and tree.count('<div class="sample wrong">') == 3
+    assert tree.count('class="cut"') == 1
+    assert "before token 2 of 4 (&#34;two&#34;, rank 1 by entropy, 1.000 nats" in tree
+
+
+def test_a_long_response_is_drawn_around_its_cut():
+    long = {"question": "q", "response": "r", "group": 0, "pieces": ["x"] * 5000, "entropies": [0.1] * 5000}
+    rows = [
+        DumpRow(**long, sample=0, correct=True),
+        DumpRow(**long, sample=1, parent=0, cut=2500, correct=False),
+    ]
+    stage = type("Stage", (), {"groups": lambda self: iter([(4, rows)])})()
+    tree = drawing.draw_tree(stage)
+    texts = [token["text"] for token in tree["parent"]["tokens"]]
+    assert len(texts) == 2 * drawing.WINDOW + 2 and texts[0] == texts[-1] == "…" and tree["step"] == 4
+    assert tree["parent"]["tokens"][drawing.WINDOW + 1]["cut"] and not tree["is_fixed"]
+    assert len(tree["branches"][0]["tokens"]) == drawing.WINDOW + 1
+
+
+VALUES = {
+    "train/loss": [3.0, 0.5],
+    "train/zero_advantage": [0.1, 0.3],
+    "train/dropped_frac": [0.01],
+    "train/low_entropy_frac": [0.8],
+    "train/high_covariance_frac": [0.02],
+    "policy/entropy": [2.0, 0.25],
+    "policy/penalized_frac": [0.8],
+    "policy/teacher_distance": [0.1, 0.3],
+    "policy/teacher_temperature": [1.1, 1.5],
+    "rollout/tokens": [600, 400],
+    "rollout/mixed_groups": [0.5, 0.7],
+    "rollout/rounds": [1, 2],
+    "reward/teca": [0.5, 0.25],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("grpo", "20% of the groups earned equal rewards"),
+        ("curio_rl", "20% of the groups earned equal rewards"),
+        ("dapo", "60% of the sampled groups held right and wrong answers; .* in 1.5 rounds"),
+        ("cure", "60% of the sampled groups"),  # without branches it is DAPO
+        ("cer", "TECA.*from 0.500 to 0.250 nats"),
+        ("clip_cov", "dropped at 1.00% of the tokens"),
+        ("kl_cov", "80.00% of the tokens had a KL penalty"),
+        ("sent", "80.0% of the tokens .* low entropy, 2.00% .* 80.0% had a KL penalty"),
+        ("sft", "loss .* from 3.00 to 0.50, .* from 2.00 to 0.25 nats"),
+        ("curiosft", "lagging copy .*: 1.30 on average, 1.10 to 1.50 by step; the distance to it was 0.200 nats"),
+    ],
+)
+def test_every_method_says_what_it_did(tmp_path, name, said, caplog):
+    rows = [{metric: values[i] for metric, values in VALUES.items() if i < len(values)} for i in range(2)]
+    settings = METHOD_CONFIGS[name]().model_dump()
+    sentences = explain_stage(StageHistory(RunFolder(tmp_path), "s", {"method": settings}, rows))
+    assert re.search(said, " ".join(sentences)) and len(sentences) <= 2
+    if METHOD_CONFIGS[name]().method.uses_rollouts:
+        assert (
+            sentences[1]
+            == "The policy's entropy in training went from 2.000 to 0.250 nats, over 1,000 generated tokens."
+        )
+    assert explain_stage(StageHistory(RunFolder(tmp_path), "s", {"method": {"name": name}}, [])) == []
+    assert not caplog.text
+
+
+def test_a_method_that_cannot_explain_itself_does_not_stop_the_report(tmp_path, caplog):
+    assert explain_stage(StageHistory(RunFolder(tmp_path), "s", {"method": {"name": "no_such"}}, [])) == []
+    assert "stage s is not explained: ConfigError" in caplog.text
+
+
+def finished_run(root, answers, *, entropy):
+    """A run with one stage; `answers` has the verdicts of each question."""
+    folder = RunFolder(root)
+    write_rows(folder, "rl", [{"eval/accuracy": 0.1}, {"eval/accuracy": 0.4, "rollout/tokens": 1200.0}])
+    entry = summary.StageSummary.of_stage(folder, stage("rl"), seconds=9.0)
+    summary.write_summary(folder, [entry])
+    tokens, entropies = np.array([7, 1, 2], np.int32), np.array([0, entropy, entropy], np.float32)
+    groups = [
+        Group(
+            Prompt(i, f"q{i}", (7,), answer="3"),
+            tuple(Sample(tokens, 1, "stop", "", grade=Grade(v, "3"), entropy=entropies + i / 100) for v in verdicts),
+        )
+        for i, verdicts in enumerate(answers)
+    ]
+    rollout_dumps.dump_rollouts(folder.evaluation("rl", 1), groups)
+    return folder
+
+
+def test_two_runs_are_compared_by_question(tmp_path, capsys):
+    run = finished_run(tmp_path / "a", [(True, False), (True, True), (False, False)], entropy=0.5)
+    other = finished_run(tmp_path / "b", [(True, True), (False, True), (False, False)], entropy=0.3)
+    assert main(["report", str(run.root), str(other.root)]) == 0
+    printed, page = capsys.readouterr().out, run.report.read_text()
+    # Differences in accuracy: -50, +50, 0 points, standard deviation 50, so ± 1.96 * 50 / sqrt(3).
+    for text in (
+        "grpo ended with higher entropy (+0.200 ± 0.000 nats) than grpo.",
+        "These 3 questions show no difference in accuracy (+0.0 ± 56.6 points), pass@2 (+0.0 ± 0.0 points) and length",
+    ):
+        assert text in page and text in " ".join(printed.split())
+    assert "10.0 → 40.0" in printed and "66.7 (k = 2)" in printed and "1,200" in printed and str(run.report) in printed
+    assert page.count("<table") == page.count('<div class="box"><table') == 3
+
+    (other.evaluation("rl", 1)).unlink()
+    report.print_table(run, other)
+    assert "not evaluated on the same questions" in capsys.readouterr().out
+    other.summary.unlink()
+    assert main(["report", str(run.root), str(other.root)]) == 2
+    assert "no stage has finished" in capsys.readouterr().err
