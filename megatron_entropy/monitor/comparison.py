@@ -1,4 +1,4 @@
-"""Two runs side by side: what each ended with, and how much they differ on the same eval questions."""
+"""Two runs side by side: what each went through, and how much their ends differ on the same eval questions."""
 
 from __future__ import annotations
 
@@ -15,12 +15,10 @@ from megatron_entropy.monitor.metrics import read_metrics
 from megatron_entropy.monitor.run_folder import RunFolder
 from megatron_entropy.monitor.summary import StageSummary, read_summary
 
-HEADINGS = ("run", "methods", "accuracy (%)", "pass@k (%)", "entropy (nats)", "length", "generated tokens", "time")
-
 
 @dataclass(frozen=True)
 class Comparison:
-    """A row of cells for each run, under `headings`, and sentences about their differences."""
+    """A table with a row for each quantity, under `headings`, and sentences about the differences."""
 
     headings: tuple[str, ...]
     rows: list[tuple[str, ...]]
@@ -28,13 +26,27 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Measure:
-    """A quantity of one question: `of` maps its responses to a value, None where they do not tell."""
+class Quantity:
+    """What is compared: a metric, and the same of one question from its responses (None where they do not tell)."""
 
     name: str
     unit: str
+    metric: str
     of: Callable[[Sequence[DumpRow]], float | None]
+    scale: float = 1.0
     digits: int = 1
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean difference of a quantity over questions, and half its 95 % interval."""
+
+    quantity: Quantity
+    mean: float
+    margin: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+z.{self.quantity.digits}f} ± {self.margin:.{self.quantity.digits}f}"
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -42,32 +54,42 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-def _any_right(rows: Sequence[DumpRow]) -> float:
-    return 100.0 * any(row.correct for row in rows)
-
-
-MEASURES = (
-    Measure(
-        "accuracy", " points", lambda rows: _mean([None if r.correct is None else 100.0 * r.correct for r in rows])
-    ),
-    Measure("entropy", " nats", lambda rows: _mean([row.entropy for row in rows]), digits=3),
-    Measure("length", " tokens", lambda rows: _mean([row.length for row in rows])),
-)
+ACCURACY = Quantity("accuracy", "%", "eval/accuracy", lambda rows: _mean([row.correct for row in rows]), scale=100.0)
+ENTROPY = Quantity("entropy", "nats", "eval/entropy", lambda rows: _mean([row.entropy for row in rows]), digits=3)
+LENGTH = Quantity("length", "tokens", "eval/length", lambda rows: _mean([row.length for row in rows]))
 
 
 def compare(folder: RunFolder, other: RunFolder) -> Comparison:
-    """Compare the ends of two runs.
+    """Compare two runs.
 
     Raises:
         DataError: a run without a finished stage, or a file that cannot be read.
     """
-    runs = [_Run.read(folder), _Run.read(other)]
-    return Comparison(HEADINGS, [run.cells() for run in runs], _differences(*runs))
+    run, plain = runs = [_Run.read(folder), _Run.read(other)]
+    questions = [question for question in run.answers if question in plain.answers]
+    pass_at_k = []
+    if run.num_answers == plain.num_answers > 1:
+        k = run.num_answers
+        any_right = Quantity(
+            f"pass@{k}", "%", f"eval/pass_at_{k}", lambda rows: any(row.correct for row in rows), 100.0
+        )
+        pass_at_k = [any_right]
+    quantities = [ACCURACY, *pass_at_k, ENTROPY, LENGTH]
+    differences = {quantity.name: _difference(quantity, run, plain, questions) for quantity in quantities}
+    rows: list[tuple[str, ...]] = [("methods", run.methods, plain.methods, "")]
+    for quantity in quantities:
+        difference = differences[quantity.name]
+        cells = [one.course(quantity) for one in runs]
+        rows.append((f"{quantity.name} ({quantity.unit})", *cells, str(difference or "")))
+    rows.append(("generated tokens", *(f"{one.num_tokens:,.0f}" for one in runs), ""))
+    rows.append(("time", *(f"{sum(stage.seconds for stage in one.stages):.0f} s" for one in runs), ""))
+    found = [difference for difference in differences.values() if difference]
+    return Comparison(("", run.name, plain.name, "difference"), rows, _sentences(run, plain, found, len(questions)))
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A run with its finished stages, and the responses of its last evaluation by question."""
+    """A run with its finished stages, its metrics, and the responses of its last evaluation by question."""
 
     name: str
     stages: Sequence[StageSummary]
@@ -90,58 +112,48 @@ class _Run:
         return " → ".join(stage.method for stage in self.stages)
 
     @property
-    def k(self) -> int:
-        """Answers to each question, 0 where there are none or their numbers differ."""
+    def num_answers(self) -> int:
+        """Answers to each question; 0 where there are none or their numbers differ."""
         counts = {len(rows) for rows in self.answers.values()}
         return counts.pop() if len(counts) == 1 else 0
 
-    def cells(self) -> tuple[str, ...]:
-        tokens = sum(row.get("rollout/tokens") or 0 for row in self.rows)
-        return (
-            self.name,
-            self.methods,
-            self._arrow("accuracy", lambda value: f"{100 * value:.1f}"),
-            f"{_mean(list(map(_any_right, self.answers.values()))):.1f} (k = {self.k})" if self.k > 1 else "",
-            self._arrow("entropy", lambda value: f"{value:.3f}"),
-            self._arrow("length", lambda value: f"{value:.1f}"),
-            f"{tokens:,.0f}",
-            f"{sum(stage.seconds for stage in self.stages):.0f} s",
-        )
+    @property
+    def num_tokens(self) -> float:
+        return sum(row.get("rollout/tokens") or 0.0 for row in self.rows)
 
-    def _arrow(self, name: str, show: Callable[[float], str]) -> str:
-        """The value before the first stage and after each of them."""
-        changes = [getattr(stage, name) for stage in self.stages]
-        values = [changes[0].before, *(change.after for change in changes)]
-        return " → ".join("?" if value is None else show(value) for value in values)
+    def course(self, quantity: Quantity) -> str:
+        """The quantity before the first stage and after each of them."""
+        values: list[float | None] = []
+        for stage in self.stages:
+            own = [row.get(quantity.metric) for row in self.rows if row["stage"] == stage.name]
+            known = [value for value in own if value is not None]
+            values += [own[0] if own else None] if not values else []
+            values.append(known[-1] if known else None)
+        return " → ".join("?" if v is None else f"{v * quantity.scale:.{quantity.digits}f}" for v in values)
 
 
-def _differences(run: _Run, other: _Run) -> list[str]:
-    """Say what differs between the runs, paired by question, and what the questions cannot tell apart."""
-    questions = [question for question in run.answers if question in other.answers]
-    if len(questions) < 2:
-        return ["The runs were not evaluated on the same questions, so they are not compared further."]
-    apart, alike = [], []
-    measures = [*MEASURES]
-    if run.k == other.k > 1:
-        measures.insert(1, Measure(f"pass@{run.k}", " points", _any_right))
-    for measure in measures:
-        pairs = [(measure.of(run.answers[question]), measure.of(other.answers[question])) for question in questions]
-        differences = [mine - its for mine, its in pairs if mine is not None and its is not None]
-        if len(differences) < 2:
-            continue
-        mean = statistics.fmean(differences)
-        margin = 1.96 * statistics.stdev(differences) / math.sqrt(len(differences))
-        text = f"{mean:+.{measure.digits}f} ± {margin:.{measure.digits}f}{measure.unit}"
-        if abs(mean) > margin:
-            apart.append(f"{'higher' if mean > 0 else 'lower'} {measure.name} ({text})")
-        else:
-            alike.append(f"{measure.name} ({text})")
+def _difference(quantity: Quantity, run: _Run, other: _Run, questions: Sequence[str]) -> Difference | None:
+    """The difference of a quantity, paired by question."""
+    pairs = [(quantity.of(run.answers[question]), quantity.of(other.answers[question])) for question in questions]
+    values = [quantity.scale * (mine - its) for mine, its in pairs if mine is not None and its is not None]
+    if len(values) < 2:
+        return None
+    return Difference(quantity, statistics.fmean(values), 1.96 * statistics.stdev(values) / math.sqrt(len(values)))
+
+
+def _sentences(run: _Run, other: _Run, differences: Sequence[Difference], num_questions: int) -> list[str]:
+    """Say what differs between the runs, and what the questions cannot tell apart."""
+    if not differences:
+        return ["The runs were not evaluated on the same questions, so their ends are not compared."]
+    apart = [found for found in differences if abs(found.mean) > found.margin]
+    alike = [found.quantity.name for found in differences if found not in apart]
     said = []
     if apart:
-        said.append(f"{run.methods} ended with {_listed(apart)} than {other.methods}.")
+        parts = [f"{'higher' if found.mean > 0 else 'lower'} {found.quantity.name} ({found})" for found in apart]
+        said.append(f"{run.methods} ended with {_listed(parts)} than {other.methods}.")
     if alike:
-        said.append(f"These {len(questions)} questions show no difference in {_listed(alike)}.")
-    return [*said, "± is the 95 % interval over the questions of this seed; it does not cover other seeds."]
+        said.append(f"The {num_questions} questions show no difference in {_listed(alike)}.")
+    return [*said, "± is the 95 % interval over the questions; it does not cover other seeds."]
 
 
 def _listed(parts: Sequence[str]) -> str:
