@@ -104,6 +104,19 @@ class Actor:
         """Move everything back to the GPU; no effect without `offload`."""
         self._host_copy.onload()
 
+    def close(self) -> None:
+        """Give up the model: `memory.release` frees what nobody else holds. No other method works afterwards.
+
+        Megatron's gradient hooks and the optimizer hold one another through nodes of autograd, where Python's garbage
+        collector does not see them: they are separated here.
+        """
+        settings: Any = self.chunks[0].config
+        settings.grad_scale_func = settings.finalize_model_grads_func = None
+        for chunk in self.chunks:
+            chunk.grad_accs.clear()
+        for name in ("chunks", "optimizer", "schedule", "reference"):
+            delattr(self, name)
+
     def set_reference(self, kind: ReferenceKind, *, own_weights: bool = False) -> None:
         """Make the present weights the reference.
 

@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from megatron_entropy.actor.actor import Actor
 from megatron_entropy.actor.lora import is_adapter
-from megatron_entropy.checkpoint.sharded_state import global_shapes, restore, sharded_state
+from megatron_entropy.checkpoint.sharded_state import SHARDED, global_shapes, restore, sharded_state
 from megatron_entropy.checkpoint.snapshot import Snapshot, Written
 from megatron_entropy.distributed import process_groups
 from megatron_entropy.errors import CheckpointError, Fault
@@ -241,14 +241,22 @@ def load(path: Path, actor: Actor, progress: StageProgress) -> None:
         CheckpointError: on every rank, when the checkpoint belongs to another model, or contains anything but tensors
             and plain values.
     """
-    from megatron.core import dist_checkpointing
+    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 
     state = sharded_state(actor, is_loading=True)
     expected: list[dict[str, tuple[int, ...]]] = [{}] * dist.get_world_size()
     dist.all_gather_object(expected, global_shapes(state))
     merged = {name: shape for rank in expected for name, shape in rank.items()}
     process_groups.run_on_rank_zero(lambda: _check_model(path, merged, actor.arch.vocab_size))
-    loaded: Any = dist_checkpointing.load(state, str(path / SHARDS))
+    shards = str(path / SHARDS)
+    own = {SHARDED: state.pop(SHARDED)} if SHARDED in state else {}
+    loaded: dict[str, Any] = dist_checkpointing.load(own, shards) if own else {}  # type: ignore[assignment]
+    # One data-parallel rank reads what all of them need and sends it to the others.
+    replicas: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    strategy: Any = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), replicas)
+    loaded |= dist_checkpointing.load(state, shards, sharded_strategy=strategy)  # type: ignore[operator]
     restore(actor, loaded, updates=progress.updates)
 
 

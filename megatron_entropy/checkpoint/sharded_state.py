@@ -1,9 +1,9 @@
 """The actor's weights and optimizer state as sharded tensors, independent of the layout.
 
 `megatron.core.dist_checkpointing` stores every tensor by its global name, shape and offset, so a checkpoint written
-under one layout is read under any other. The distributed optimizer uses its `fully_reshardable` form. The state of the
-plain optimizers is described here parameter by parameter: Megatron would store their parameter groups as data common
-to all ranks, but they differ between pipeline stages.
+under one layout is read under any other. The optimizers' state is described parameter by parameter. Megatron would
+store the groups of the plain ones as data common to all ranks, but they differ between pipeline stages; the distributed
+one would be gathered on every rank (`optimizer_shards`).
 
 With LoRA only the adapters and their optimizer state are described: the base weights come from the model folder.
 """
@@ -23,11 +23,13 @@ from torch import Tensor
 
 from megatron_entropy.actor.actor import Actor
 from megatron_entropy.actor.lora import is_adapter
+from megatron_entropy.checkpoint.optimizer_shards import Piece, optimizer_pieces
 
 MASTER = "param"
 """Name of the fp32 weights that the optimizer updates; fp32 models have it too, so that every optimizer finds it."""
+SHARDED = "sharded_optimizer"
+"""Key of the state that no other data-parallel rank has."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
-_RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def sharded_state(actor: Actor, *, is_loading: bool) -> dict[str, Any]:
@@ -38,10 +40,10 @@ def sharded_state(actor: Actor, *, is_loading: bool) -> dict[str, Any]:
     Args:
         is_loading: the tensors will be loaded into.
     """
-    chunks: list[Any] = actor.chunks
-    model = {f"model{i}": _trained(actor, chunk.module.sharded_state_dict()) for i, chunk in enumerate(chunks)}
+    model = _model_state(actor)
     if actor.config.parallel.distributed_optimizer:
-        state = {**model, "optimizer": _distributed_state(actor, model, is_loading=is_loading)}
+        pieces = _distributed_pieces(actor, model, is_loading=is_loading)
+        state: dict[str, Any] = {**model, SHARDED: {piece.key: piece.box for piece in pieces}}
     else:
         state = {**model, "optimizer": _plain_state(actor, model)}
     if actor.reference is not None and actor.reference.in_checkpoint:
@@ -58,7 +60,7 @@ def restore(actor: Actor, loaded: dict[str, Any], *, updates: int) -> None:
     """Copy a loaded state into the actor; LoRA's base weights do not change.
 
     Args:
-        loaded: from `dist_checkpointing.load(sharded_state(...))`.
+        loaded: `sharded_state(...)` after `dist_checkpointing.load`.
         updates: optimizer steps taken when it was saved.
     """
     for i, chunk in enumerate(actor.chunks):
@@ -66,10 +68,8 @@ def restore(actor: Actor, loaded: dict[str, Any], *, updates: int) -> None:
         missing = [name for name in found.missing_keys if is_adapter(name)]
         assert not (missing or found.unexpected_keys), f"{missing} missing, {found.unexpected_keys} unexpected"
     if actor.config.parallel.distributed_optimizer:
-        for optimizer, tensors in zip(_single_optimizers(actor), loaded["optimizer"], strict=True):
-            for moments in optimizer.optimizer.state.values():
-                moments.pop("step", None)  # Megatron would look for it among the tensors
-            optimizer.load_parameter_state_from_fully_reshardable(tensors)
+        for piece in _distributed_pieces(actor, _model_state(actor), is_loading=True):
+            piece.target.copy_(loaded[SHARDED][piece.key].flatten()[piece.elements])
     else:
         for key, (main, moments) in _plain_parameters(actor).items():
             for name, value in loaded["optimizer"][key].items():
@@ -89,8 +89,13 @@ def global_shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {t.key: tuple(t.global_shape) for t in nested_values(prepared) if isinstance(t, ShardedTensor)}
 
 
-def _trained(actor: Actor, state: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in state.items() if is_adapter(name)} if actor.config.lora.rank else state
+def _model_state(actor: Actor) -> dict[str, Any]:
+    """The weights that are trained: all, or LoRA's adapters."""
+    chunks: list[Any] = actor.chunks
+    states = {f"model{i}": chunk.module.sharded_state_dict() for i, chunk in enumerate(chunks)}
+    if not actor.config.lora.rank:
+        return states
+    return {key: {n: value for n, value in state.items() if is_adapter(n)} for key, state in states.items()}
 
 
 def _single_optimizers(actor: Actor) -> list[Any]:
@@ -108,14 +113,13 @@ def _sharded_parameters(actor: Actor, model: dict[str, Any]) -> dict[str, Any]:
     return {names[key]: tensor for key, tensor in by_identity.items() if key in names}
 
 
-def _distributed_state(actor: Actor, model: dict[str, Any], *, is_loading: bool) -> list[Any]:
-    state = []
+def _distributed_pieces(actor: Actor, model: dict[str, Any], *, is_loading: bool) -> Iterator[Piece]:
+    shards = (*actor.named_shards().items(), *actor.adapter_shards().items())
+    sharded = _sharded_parameters(actor, model)
+    by_identity = {id(parameter): sharded[name] for name, parameter in shards if name in sharded}
     for optimizer in _single_optimizers(actor):
         _create_state(optimizer.optimizer)
-        # Only the tensors: the schedule sets the values of its parameter groups anyway.
-        full = optimizer.sharded_state_dict(dict(model), is_loading=is_loading, metadata=_RESHARDABLE)
-        state.append(full["param_state"])
-    return state
+        yield from optimizer_pieces(optimizer, by_identity, whole_rows=is_loading)
 
 
 def _plain_state(actor: Actor, model: dict[str, Any]) -> dict[str, Any]:

@@ -14,9 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    distribute_main_replicas_with_precomputed_distribution,
+)
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megatron_entropy.errors import Fault
@@ -91,7 +95,10 @@ class _Plan(TorchDistSaveShardedStrategy):
         super().__init__("torch_dist", 1, thread_count=1)
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
-        """Plan; a collective."""
+        """Plan; a collective. Data-parallel ranks share the tensors of which each has a copy, by size."""
+        replicas: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        shared = determine_main_replica_uniform_distribution(sharded_state_dict, replicas)
+        distribute_main_replicas_with_precomputed_distribution(sharded_state_dict, replicas, shared)
         filesystem_async._results_queue = queue.SimpleQueue()  # or Megatron starts a process for one
         newer = "async_strategy" in inspect.signature(self.async_save).parameters  # megatron-core 0.17 and later
         self.async_save(sharded_state_dict, checkpoint_dir, **({"async_strategy": "mcore"} if newer else {}))

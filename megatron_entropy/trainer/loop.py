@@ -59,14 +59,33 @@ def train(configs: Sequence[Config], *, resume: bool) -> None:
             if plan.summary is None:
                 start = time.perf_counter()
                 config = config.model_copy(update={"model": config.model.model_copy(update={"path": model})})
-                components = build(config, folder, engines, stop, plan)
-                process_groups.run_on_rank_zero(lambda: _write_settings(folder, plans))
-                TrainingLoop(components, stop).run(last=last)
+                _train_stage(config, folder, engines, stop, plans, plan, last=last)
                 if process_groups.rank() == 0:
                     done[config.name] = StageSummary.of_stage(folder, config, seconds=time.perf_counter() - start)
                     write_summary(folder, [done[stage.name] for stage in configs if stage.name in done])
                     write_report(folder, explain_stage)
             model = str(folder.export(config.name, last))
+
+
+def _train_stage(
+    config: Config,
+    folder: RunFolder,
+    engines: RunEngines,
+    stop: StopSignal,
+    plans: Sequence[StagePlan],
+    plan: StagePlan,
+    *,
+    last: bool,
+) -> None:
+    """Train one stage; its memory is free when this returns, because the next stage's actor needs it."""
+    before = memory.used_memory()
+    components = build(config, folder, engines, stop, plan)
+    process_groups.run_on_rank_zero(lambda: _write_settings(folder, plans))
+    TrainingLoop(components, stop).run(last=last)
+    components.actor.close()
+    del components
+    memory.release()
+    log.info("stage %s: %.2f GB in use before it, %.2f GB after it", config.name, before, memory.used_memory())
 
 
 def _write_settings(folder: RunFolder, plans: Sequence[StagePlan]) -> None:

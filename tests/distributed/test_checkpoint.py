@@ -20,6 +20,8 @@ from pathlib import Path
 import check_layouts
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 from local_ranks import run_on_ranks
 from rich.console import Console
 
@@ -101,6 +103,78 @@ def test_training_continues_under_another_layout(tmp_path, source):
         np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=str(target))
         if target is source:
             assert found == expected, "under the layout that saved, to the bit"
+
+
+def traffic(folder: str, checkpoints: str, layout: ParallelConfig, saves: bool) -> tuple[int, int]:
+    """Bytes of tensors: saving, those that this rank receives and writes; loading, those that it reads, and 0."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    from megatron_entropy.checkpoint import saver as checkpoint
+
+    actor = build(folder, layout)
+    found = {"received": 0, "read": 0}
+    if not saves:
+        read_data = FileSystemReader.read_data
+
+        def counting_read(self, plan, planner):
+            found["read"] += sum(self.storage_data[item.storage_index].length for item in plan.items)
+            return read_data(self, plan, planner)
+
+        FileSystemReader.read_data = counting_read
+        path, progress = checkpoint.newest(Path(checkpoints))
+        checkpoint.load(path, actor, progress)
+        return found["read"], 0
+    load_folder(actor, folder)
+    actor.update(check_layouts.make_samples(actor.arch.vocab_size), lambda s, b: (-s.logprob, {}), temperature=1.0)
+
+    def count(function):
+        def counting(*args, **options):
+            tensors = [item for arg in args for item in (arg if isinstance(arg, list) else [arg])]
+            found["received"] += sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point())
+            return function(*args, **options)
+
+        return counting
+
+    for name in ("all_gather", "all_gather_into_tensor", "gather", "all_to_all", "all_reduce", "broadcast", "recv"):
+        setattr(dist, name, count(getattr(dist, name)))
+    saver = checkpoint.Saver(Path(checkpoints), keep=1, asynchronous=False)
+    saver.save(actor, checkpoint.StageProgress(1, 1, 0, "settings"))
+    saver.close()
+    files = (Path(checkpoints) / "step_000001" / "shards").glob(f"__{process_groups.rank()}_*")
+    return found["received"], sum(path.stat().st_size for path in files)
+
+
+def test_nothing_is_gathered_and_every_byte_is_written_and_read_about_once(tmp_path):
+    folder, checkpoints = str(tmp_path / "model"), str(tmp_path / "checkpoints")
+    check_layouts.make_checkpoint(Path(folder), experts=False)
+    sharded = ParallelConfig(dp=4, distributed_optimizer=True)
+    received, written = zip(*run_on_ranks(traffic, 4, folder, checkpoints, sharded, True), strict=True)
+    assert received == (0, 0, 0, 0)
+    stored = sum(tensor.bytes for tensor in manifest.tensors(Path(checkpoints) / "step_000001" / "shards").values())
+    # A tensor has a header of 1 kB in the files, which counts in a model this small.
+    assert stored < sum(written) < 1.12 * stored and max(written) < 1.12 * stored / 4 * 1.05
+    for target in (sharded, ParallelConfig(pp=2, dp=2)):
+        read, _ = zip(*run_on_ranks(traffic, 4, folder, checkpoints, target, False), strict=True)
+        assert stored < sum(read) < 1.15 * stored, str(target)
+        assert max(read) < 1.15 * stored / 4 * 1.05, "the ranks share the work"
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 4)])
+def test_boxes_split_any_range_of_a_tensor_into_few(shape):
+    from megatron_entropy.checkpoint.optimizer_shards import boxes, covering_rows
+
+    tensor = np.arange(np.prod(shape)).reshape(shape)
+
+    def elements(box):
+        return tensor[tuple(slice(a, a + n) for a, n in zip(*box, strict=True))].ravel().tolist()
+
+    for first in range(tensor.size):
+        for last in range(first + 1, tensor.size + 1):
+            found = list(boxes(shape, first, last))
+            assert sum((elements(box) for box in found), []) == list(range(first, last))
+            assert len(found) <= 2 * len(shape) - 1
+            rows, origin = covering_rows(shape, first, last)
+            assert elements(rows)[first - origin : last - origin] == list(range(first, last))
 
 
 def check_saver(folder: str, checkpoints: str) -> None:
