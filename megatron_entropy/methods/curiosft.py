@@ -163,11 +163,9 @@ class CurioSft(Sft["CurioSftConfig"]):
         copy = "the policy itself" if history.method.get("teacher") == "policy" else "a lagging copy of the policy"
         chosen = ""
         if heat:
-            low, high = min(heat), max(heat)
             among = " chosen for every token by its entropy" if history.method.get("guided") else ""
-            chosen = (
-                f" at a temperature{among}: {sum(heat) / len(heat):.2f} on average, {low:.2f} to {high:.2f} by step"
-            )
+            range_of_steps = f"means of steps: {min(heat):.2f} to {max(heat):.2f}"
+            chosen = f" at a temperature{among}: {sum(heat) / len(heat):.2f} on average ({range_of_steps})"
         return [
             f"The teacher was {copy}{chosen}; the distance to it was {sum(distance) / len(distance):.3f} nats a token.",
             *said,

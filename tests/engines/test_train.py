@@ -138,6 +138,7 @@ def test_a_run_writes_its_results(finished):
         "checkpoints/rl/step_000004",
     ):
         assert (finished / name).exists(), name
+    assert "of the groups earned equal rewards" in (finished / "report.html").read_text()
     assert list((finished / "tensorboard" / "rl").glob("events*"))
     by_stage = {(row["stage"], row["step"]): row for row in rows(finished)}
     end, start_of_next = by_stage["sft", 2]["eval/entropy"], by_stage["rl", 0]["eval/entropy"]

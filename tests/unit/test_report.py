@@ -298,7 +298,7 @@ VALUES = {
         ("kl_cov", "80.00% of the tokens had a KL penalty"),
         ("sent", "80.0% of the tokens .* low entropy, 2.00% .* 80.0% had a KL penalty"),
         ("sft", "loss .* from 3.00 to 0.50, .* from 2.00 to 0.25 nats"),
-        ("curiosft", "lagging copy .*: 1.30 on average, 1.10 to 1.50 by step; the distance to it was 0.200 nats"),
+        ("curiosft", ": 1.30 on average .means of steps: 1.10 to 1.50.; the distance to it was 0.200 nats"),
     ],
 )
 def test_every_method_says_what_it_did(tmp_path, name, said, caplog):
