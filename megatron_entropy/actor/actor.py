@@ -22,11 +22,12 @@ from torch import Tensor
 from entropy_kernels import TokenStats
 from megatron_entropy.actor import fp8, lora, schedules
 from megatron_entropy.actor.divergence import ReferenceStates, compute_divergence, compute_states
-from megatron_entropy.actor.model import build_chunks, global_parameters, head_weight
+from megatron_entropy.actor.model import build_chunks, fuse_grad_accumulation, global_parameters, head_weight
 from megatron_entropy.actor.offload import HostCopy, actor_memory
 from megatron_entropy.actor.optimizer import build_optimizer, build_schedule
 from megatron_entropy.actor.reference import Reference, ReferenceKind, build_reference
 from megatron_entropy.actor.statistics import head_statistics
+from megatron_entropy.config import speedups
 from megatron_entropy.config.architecture import ModelArchitecture
 from megatron_entropy.config.schema import ActorConfig
 from megatron_entropy.distributed import cpu
@@ -56,10 +57,16 @@ class Actor:
         if config.lora.rank:
             lora.attach(chunks, arch, config, seed=seed)
         settings = chunks[0].config
+        used = speedups.resolve(config)
+        self._gathers_late = used["overlap_param_gather"].is_active
+        if used["fuse_grad_accumulation"].is_active:
+            for chunk in chunks:
+                fuse_grad_accumulation(chunk)
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=config.parallel.distributed_optimizer,
-            overlap_grad_reduce=False,
+            overlap_grad_reduce=used["overlap_grad_reduce"].is_active,
+            overlap_param_gather=self._gathers_late,
             **fp8.gather_settings(config.fp8),
         )
         self.chunks = [
@@ -67,6 +74,9 @@ class Actor:
             for index, chunk in enumerate(chunks)
         ]
         settings.finalize_model_grads_func = _sum_gradients
+        if ddp.overlap_grad_reduce:  # not before the last micro-batch
+            contexts: Any = [chunk.no_sync for chunk in self.chunks]
+            settings.no_sync_func = contexts if len(contexts) > 1 else contexts[0]
         self.optimizer: MegatronOptimizer = build_optimizer(config, self.chunks)
         self.schedule = build_schedule(config.optimizer, self.optimizer, total_updates)
         settings.grad_scale_func = self.optimizer.scale_loss
@@ -90,6 +100,15 @@ class Actor:
     def _parameters(self) -> dict[str, Tensor]:
         return global_parameters([chunk.module for chunk in self.chunks], self.arch, self.config.parallel)
 
+    def gather_weights(self) -> None:
+        """Complete the weights on every rank after updates, before they are read; a collective.
+
+        Only where `performance.overlap_param_gather` is active is there anything to do.
+        """
+        if self._gathers_late:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
+
     def after_load(self) -> None:
         """Copy weights that were loaded into the model to the optimizer's fp32 weights."""
         self.optimizer.reload_model_params()
@@ -111,7 +130,7 @@ class Actor:
         collector does not see them: they are separated here.
         """
         settings: Any = self.chunks[0].config
-        settings.grad_scale_func = settings.finalize_model_grads_func = None
+        settings.grad_scale_func = settings.finalize_model_grads_func = settings.no_sync_func = None
         for chunk in self.chunks:
             chunk.grad_accs.clear()
         for name in ("chunks", "optimizer", "schedule", "reference"):
@@ -164,7 +183,7 @@ class Actor:
         temperature: float,
         divergence: Literal["none", "forward", "reverse"] = "none",
     ) -> dict[str, Metric]:
-        """Take one optimizer step on `sum over tokens of weight * loss`.
+        """Take one optimizer step on `sum over tokens of weight * loss`; `gather_weights` completes it.
 
         Args:
             samples: the same list on every rank, with `weight` filled.

@@ -233,6 +233,17 @@ def head_weight(chunk: GPTModel) -> Tensor:
     return weight
 
 
+def fuse_grad_accumulation(chunk: torch.nn.Module) -> None:
+    """Let linear layers add their weight gradients to `main_grad` themselves.
+
+    The setting of Megatron's configuration would demand Apex for the head, which computes in our kernels.
+    """
+    for module in chunk.modules():
+        for name in ("fuse_wgrad_accumulation", "gradient_accumulation_fusion"):
+            if hasattr(module, name):
+                setattr(module, name, True)
+
+
 def _mark_sharded_weights(chunk: torch.nn.Module) -> None:
     """Mark which weights are shards, for the gradient norm; Megatron does this only while it initialises them."""
     for name, module in chunk.named_modules():

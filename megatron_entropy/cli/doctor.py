@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from megatron_entropy.cli.arguments import Subparsers
 from megatron_entropy.config.fp8 import RECIPES
+from megatron_entropy.config.schema import ActorConfig, ParallelConfig
+from megatron_entropy.config.speedups import Choice, choices, find_software
 from megatron_entropy.errors import ConfigError
 from megatron_entropy.launch.fp8 import recipe_problem
 from megatron_entropy.packages import VLLM, installed_versions, range_problems, requirements_of, vllm_problems
@@ -210,6 +212,12 @@ def fused_components(machine: Machine) -> list[tuple[str, bool, str]]:
     ]
 
 
+def performance_choices(machine: Machine) -> dict[str, Choice]:
+    """Return what the defaults of `actor.performance` choose here, for two ranks with the distributed optimizer."""
+    actor = ActorConfig(parallel=ParallelConfig(dp=2, distributed_optimizer=True))
+    return choices(actor, find_software(bool(machine.devices)))
+
+
 def add_parser(subparsers: Subparsers) -> None:
     """Define the command line."""
     parser = subparsers.add_parser(
@@ -278,3 +286,7 @@ def _print_tables(console: Console, machine: Machine) -> None:
     for name, active, instead in fused_components(machine):
         components.add_row(name, "[green]yes[/]" if active else "no", instead)
     console.print(components)
+    performance = Table("setting", "active", "why", title="Performance on several ranks", title_justify="left")
+    for name, choice in performance_choices(machine).items():
+        performance.add_row(name, "[green]yes[/]" if choice.is_active else "no", choice.reason)
+    console.print(performance)

@@ -18,6 +18,7 @@ MAY_CHANGE = (
     "actor.parallel",
     "actor.max_tokens_per_microbatch",
     "actor.recompute",
+    "actor.performance",
     "actor.reference_on_host",
     "reward.workers",
     "reward.timeout",

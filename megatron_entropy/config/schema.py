@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, SerializeAsAny, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from megatron_entropy.config.fp8 import Fp8Config
+from megatron_entropy.config.performance import PerformanceConfig
 from megatron_entropy.config.types import (
     Betas,
     LearningRate,
@@ -190,6 +191,7 @@ class ActorConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoraConfig = LoraConfig()
     fp8: Fp8Config = Fp8Config()
+    performance: PerformanceConfig = PerformanceConfig()
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the weights in forward and backward. `auto`: bfloat16 on a GPU, float32 on a CPU."""
     max_tokens_per_microbatch: PositiveInt = 8192

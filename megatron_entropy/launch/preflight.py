@@ -11,7 +11,9 @@ from collections.abc import Container, Sequence
 
 from megatron_entropy import packages, procedural
 from megatron_entropy.config.architecture import ModelArchitecture
+from megatron_entropy.config.performance import PerformanceConfig
 from megatron_entropy.config.schema import Config
+from megatron_entropy.config.speedups import resolve
 from megatron_entropy.errors import ConfigError, DataError, MissingPackageError
 from megatron_entropy.methods import build_method
 from megatron_entropy.methods.base import Method
@@ -94,7 +96,7 @@ def check_packages(config: Config) -> None:
 
     Raises:
         MissingPackageError: a package is missing.
-        ConfigError: NCCL or FP8 on a machine that cannot compute it, or a folder to replay that does not exist.
+        ConfigError: a setting that this machine cannot obey, or a folder to replay that does not exist.
     """
     rollout, log, actor = config.rollout, config.log, config.actor
     for package, needed_by, is_needed in (
@@ -108,6 +110,8 @@ def check_packages(config: Config) -> None:
             )
     if actor.fp8.recipe and not actor.fp8.emulate:
         _check_fp8(actor.fp8.recipe)
+    if actor.performance != PerformanceConfig():
+        resolve(actor)
     if rollout.weight_transfer == "nccl" and not count_gpus():
         raise ConfigError("rollout.weight_transfer=nccl needs a GPU, and this machine has none; change the setting")
     if not rollout.replay and not os.environ.get("RAY_ADDRESS") and _samples(config):

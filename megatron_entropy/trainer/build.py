@@ -16,6 +16,7 @@ from megatron_entropy.actor.model import resolve_dtype
 from megatron_entropy.actor.reference import needs_weights
 from megatron_entropy.checkpoint import saver as checkpoint
 from megatron_entropy.checkpoint.saver import Saver
+from megatron_entropy.config import speedups
 from megatron_entropy.config.architecture import read_architecture
 from megatron_entropy.config.schema import Config
 from megatron_entropy.data.dataset import PromptStream, load_prompts
@@ -82,6 +83,7 @@ def build(config: Config, folder: RunFolder, engines: RunEngines, stop: StopSign
     log.info(
         "stage %s: %d training and %d eval prompts; building the model", config.name, len(prompts), len(eval_prompts)
     )
+    log.info("stage %s: %s", config.name, speedups.describe(config.actor))
     actor = Actor(arch, config.actor, total_updates=config.steps * config.batch.updates, seed=config.seed)
     source = _weight_source(actor, config.rollout.dtype)
     progress = _restore(config, actor, method, plan)

@@ -149,6 +149,7 @@ class TrainingLoop:
             minibatch = method.compute_advantages(minibatch)
             metrics = add_metrics(metrics, self.update(step, minibatch))
             trained += minibatch
+        self.components.actor.gather_weights()
         self.components.service.weights_changed()  # the engines get them before they generate again
         self.progress = dataclasses.replace(self.progress, step=step, position=rollouts.position)
         metrics |= {**rollouts.pop_metrics(), **method.pop_metrics(), **reward_metrics(trained)}

@@ -1,0 +1,123 @@
+"""Performance settings change no number, and those that cannot be obeyed are one line.
+
+Overlapped communication runs for real on CPU ranks over gloo, with buckets small enough that there are many. Fused
+gradient accumulation needs a GPU: here only which layers are told to do it is looked at. Not run on a GPU.
+"""
+
+import functools
+
+import check_layouts
+import numpy as np
+import pytest
+import torch
+from local_ranks import run_on_ranks
+
+from megatron_entropy.config.architecture import read_architecture
+from megatron_entropy.config.performance import PerformanceConfig
+from megatron_entropy.config.schema import ActorConfig, LoraConfig, OptimizerConfig, ParallelConfig
+from megatron_entropy.config.speedups import Software, choices
+from megatron_entropy.distributed import process_groups
+
+pytestmark = pytest.mark.actor
+
+
+def updates(folder: str, layout: ParallelConfig, settings: PerformanceConfig) -> tuple[list, dict]:
+    """Losses and gradient norms of three updates, the last after a score, and then the weights."""
+    from megatron_entropy.actor import actor as module
+    from megatron_entropy.actor.statistics import policy_statistics
+    from megatron_entropy.weights.hf_folder import TensorFolder
+    from megatron_entropy.weights.source import load
+
+    ddp = functools.partial(module.DistributedDataParallelConfig, bucket_size=20_000)
+    module.DistributedDataParallelConfig = ddp
+    process_groups.init_model_parallel(layout, seed=1)
+    config = ActorConfig(
+        parallel=layout, optimizer=OptimizerConfig(lr=1e-3), dtype="float32", max_tokens_per_microbatch=96,
+        performance=settings,
+    )  # fmt: skip
+    actor = module.Actor(read_architecture(folder), config, total_updates=10)
+    load(TensorFolder(folder), actor.arch, layout, actor.named_shards())
+    actor.after_load()
+    samples = check_layouts.make_samples(actor.arch.vocab_size)
+    found = []
+    for update in range(3):
+        metrics = actor.update(samples, lambda s, b: (-b.advantage * s.logprob, {}), temperature=1.0)
+        found.append([metrics[f"train/{name}"].value for name in ("loss", "grad_norm")])
+        if update == 1:
+            scored = actor.score(samples, policy_statistics(temperature=1.0))
+            found.append([float(sample.logprob.sum()) for sample in scored[:2]])
+    actor.gather_weights()
+    if settings.overlap_grad_reduce is True and process_groups.rank() == 0:
+        assert len(actor.chunks[0].buffers[0].buckets) > 1, "there is something to overlap"
+    return found, {name: weight.detach().numpy().copy() for name, weight in actor.named_shards().items()}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ParallelConfig(dp=2, distributed_optimizer=True),
+        ParallelConfig(pp=2, vpp=2, dp=2, distributed_optimizer=True),
+        ParallelConfig(dp=2),
+    ],
+    ids=["dp2 sharded", "pp2 vpp2 dp2 sharded", "dp2"],
+)
+def test_overlapped_communication_changes_no_number(tmp_path, layout):
+    check_layouts.make_checkpoint(tmp_path, experts=False)
+    plain = PerformanceConfig(overlap_grad_reduce=False, overlap_param_gather=False)
+    overlapped = PerformanceConfig(overlap_grad_reduce=True, overlap_param_gather=layout.distributed_optimizer)
+    expected = run_on_ranks(updates, layout.world_size, str(tmp_path), layout, plain)
+    found = run_on_ranks(updates, layout.world_size, str(tmp_path), layout, overlapped)
+    for (numbers, weights), (expected_numbers, expected_weights) in zip(found, expected, strict=True):
+        np.testing.assert_allclose(numbers, expected_numbers, rtol=1e-6)
+        for name, weight in weights.items():
+            np.testing.assert_allclose(weight, expected_weights[name], atol=1e-6, err_msg=name)
+
+
+GPU = Software(gpu=True, transformer_engine=True, apex=False, apex_fusion=False)
+CPU = Software(gpu=False, transformer_engine=False, apex=False, apex_fusion=False)
+SHARDED = ParallelConfig(dp=2, distributed_optimizer=True)
+
+
+def active(actor: ActorConfig, software: Software) -> set[str]:
+    return {name for name, choice in choices(actor, software).items() if choice.is_active}
+
+
+def test_defaults_use_what_the_machine_has():
+    keys = set(PerformanceConfig.model_fields)
+    assert keys <= active(ActorConfig(parallel=SHARDED), GPU)
+    assert active(ActorConfig(parallel=SHARDED), CPU) == set()
+    assert keys & active(ActorConfig(), GPU) == {"fuse_grad_accumulation"}, "one data parallel rank"
+    assert keys & active(ActorConfig(parallel=ParallelConfig(dp=2)), GPU) == keys - {"overlap_param_gather"}
+    plain = Software(gpu=True, transformer_engine=False, apex=False, apex_fusion=False)
+    found = choices(ActorConfig(parallel=SHARDED), plain)
+    assert "Apex" in found["fuse_grad_accumulation"].reason and "Apex would help" in found["fused AdamW"].reason
+    assert "fuse_grad_accumulation" not in active(ActorConfig(lora=LoraConfig(rank=4)), GPU)
+    assert all(choice.reason for choice in found.values())
+
+
+@pytest.mark.parametrize(
+    "settings, layout, software, expected",
+    [
+        (dict(overlap_param_gather=True), ParallelConfig(dp=2), GPU, "needs actor.parallel.distributed_optimizer=true"),
+        (
+            dict(overlap_param_gather=True, overlap_grad_reduce=False),
+            SHARDED,
+            GPU,
+            "needs actor.performance.overlap_grad_reduce=true",
+        ),
+        (dict(fuse_grad_accumulation=True), SHARDED, CPU, "needs a GPU"),
+    ],
+)
+def test_a_setting_that_cannot_be_obeyed_is_one_line(settings, layout, software, expected):
+    actor = ActorConfig(parallel=layout, performance=PerformanceConfig(**settings))
+    problems = [choice.problem for choice in choices(actor, software).values() if choice.problem]
+    assert len(problems) == 1 and expected in problems[0] and problems[0].startswith("actor.performance.")
+
+
+def test_fused_accumulation_reaches_the_linear_layers():
+    from megatron_entropy.actor.model import fuse_grad_accumulation
+
+    layer, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    layer.fuse_wgrad_accumulation = False
+    fuse_grad_accumulation(torch.nn.Sequential(layer, other))
+    assert layer.fuse_wgrad_accumulation and not hasattr(other, "fuse_wgrad_accumulation")
