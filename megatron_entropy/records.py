@@ -152,8 +152,9 @@ class Batch:
     """One packed micro-batch of one data parallel rank; sequences lie end to end.
 
     A sequence of n tokens has n - 1 positions: position `i` reads `tokens[i]` and predicts `targets[i]`. `targets` is
-    -100 where nothing is trained or scored. `boundaries`: start of each sequence, and the end of the last one. `order`:
-    [S] index of each sequence in the packed list, -1 for padding. A loss is `(weight * per_token).sum()`.
+    -100 where nothing is trained or scored. `boundaries`: start of each sequence, and the end of the last one, on the
+    host `edges`. `order`: [S] index of each sequence in the packed list, -1 for padding. A loss is
+    `(weight * per_token).sum()`.
     """
 
     tokens: torch.Tensor  # [T] int64
@@ -169,6 +170,7 @@ class Batch:
     reference_logprob: torch.Tensor | None = None
     reference_temperature: torch.Tensor | None = None
     kl_weight: torch.Tensor | None = None
+    edges: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -189,10 +191,13 @@ TokenStatistics = Callable[[HeadInputs], Mapping[str, "torch.Tensor"]]
 
 @dataclass(frozen=True)
 class Metric:
-    """A mean `total / count` whose parts add up over samples, micro-batches and ranks, equal under every layout."""
+    """A mean `total / count` whose parts add up over samples, micro-batches and ranks, equal under every layout.
 
-    total: float
-    count: float = 1.0
+    A loss function may fill in tensors without dimensions: the actor fetches those of all micro-batches at once.
+    """
+
+    total: float | torch.Tensor
+    count: float | torch.Tensor = 1.0
 
     def __add__(self, other: Metric) -> Metric:
         return Metric(self.total + other.total, self.count + other.count)
@@ -200,4 +205,4 @@ class Metric:
     @property
     def value(self) -> float:
         """The mean, NaN where `count` is 0."""
-        return self.total / self.count if self.count else float("nan")
+        return float(self.total) / float(self.count) if self.count else float("nan")

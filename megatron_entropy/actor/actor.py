@@ -113,11 +113,16 @@ class Actor:
         """Copy weights that were loaded into the model to the optimizer's fp32 weights."""
         self.optimizer.reload_model_params()
 
-    def offload(self) -> None:
-        """Free the GPU: weights and optimizer state move to host memory, gradients are dropped. No effect on a CPU."""
+    def offload(self, *, keep_weights: bool = False) -> None:
+        """Free the GPU: weights and optimizer state move to host memory, gradients are dropped. No effect on a CPU.
+
+        Args:
+            keep_weights: the weights stay, for a weight sync.
+        """
         if cpu.device().type != "cpu":
             held = self.reference.weights.values() if self.reference else ()
-            self._host_copy.offload(*actor_memory(self.chunks, self.optimizer, held))
+            weights, state, gradients = actor_memory(self.chunks, self.optimizer, held)
+            self._host_copy.offload(state if keep_weights else [*weights, *state], gradients)
 
     def onload(self) -> None:
         """Move everything back to the GPU; no effect without `offload`."""
@@ -164,7 +169,7 @@ class Actor:
 
         def compute(batch: Batch, chunk: GPTModel, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
             fields = statistics(self._head_inputs(batch, chunk, hidden))
-            return hidden.new_zeros(()), {name: values.float().cpu() for name, values in fields.items()}
+            return hidden.new_zeros(()), dict(fields)
 
         batches = schedules.pack_samples(samples, self.config)
         return schedules.fill_samples(samples, batches, self._run(batches, compute, train=False))
@@ -207,13 +212,16 @@ class Actor:
             per_token, metrics = loss(stats, batch)
             weighted = batch.weight * per_token
             total = weighted.sum()
-            bad = [] if torch.isfinite(total) else _nonfinite_samples(weighted, batch)
-            return total, {"loss": float(total.detach()), "bad": bad, "metrics": metrics}
+            return total, {"loss": total.detach(), "weighted": weighted.detach(), "metrics": metrics}
 
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        results = schedules.gather_results(self._run(batches, compute, train=True))
+        local = schedules.fetch_numbers(self._run(batches, compute, train=True))
+        for batch, result in zip(batches, local, strict=False):
+            weighted = result.pop("weighted")
+            result["bad"] = [] if np.isfinite(result["loss"]) else _nonfinite_samples(weighted, batch)
+        results = schedules.gather_results(local)
         if bad := sorted({index for result in results for index in result["bad"]}):
             raise NonFiniteLossError(f"loss is not finite for sample(s) {', '.join(map(str, bad[:8]))} of the step")
         metrics = {"train/loss": Metric(sum(result["loss"] for result in results)), **self._optimizer_step()}
@@ -263,6 +271,6 @@ def _sum_gradients(model: list, num_tokens: Tensor | None = None, **kwargs: Any)
 
 def _nonfinite_samples(values: Tensor, batch: Batch) -> list[int]:
     """Indices of the samples with a value that is not finite."""
-    edges = batch.boundaries.tolist()
-    spans = zip(batch.order, edges, edges[1:], strict=False)
-    return [index for index, a, b in spans if not bool(torch.isfinite(values[a:b]).all())]
+    finite = torch.isfinite(values).cpu()
+    spans = zip(batch.order, batch.edges, batch.edges[1:], strict=False)
+    return [index for index, a, b in spans if not bool(finite[a:b].all())]

@@ -5,6 +5,7 @@ They are used wherever Transformer Engine is not (always on a CPU). Plain PyTorc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,38 +45,36 @@ class PackedSequences(PackedSeqParams):
     buckets: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
 
-def describe_sequences(boundaries: Tensor) -> PackedSequences:
+def describe_sequences(boundaries: Tensor, edges: Sequence[int], *, buckets: bool) -> PackedSequences:
     """Describe a pack to Megatron's layers.
 
     Args:
         boundaries: [S + 1] int32, the start of each sequence and the end of the last.
+        edges: the same on the host, so that no device is waited for.
+        buckets: fill `buckets`, which Transformer Engine's attention does not read.
     """
-    starts = boundaries.tolist()
-    lengths = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+    lengths = [b - a for a, b in zip(edges, edges[1:], strict=False)]
     longest = max(lengths)
     by_size: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
+    for index, length in enumerate(lengths if buckets else ()):
         by_size.setdefault(max(length - 1, 0).bit_length(), []).append(index)
-    device = boundaries.device
-    buckets = [
-        _bucket(
-            torch.tensor([starts[i] for i in members], device=device),
-            torch.tensor([lengths[i] for i in members], device=device),
-        )
+    described = [
+        _bucket(torch.tensor([edges[i] for i in members]), torch.tensor([lengths[i] for i in members]))
         for members in by_size.values()
     ]
+    device = boundaries.device
     return PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=boundaries,
         cu_seqlens_kv=boundaries,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        buckets=buckets,
+        buckets=[(padded.to(device), kept.to(device), at.to(device)) for padded, kept, at in described],
     )
 
 
 def _bucket(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    offsets = torch.arange(int(lengths.max()), device=starts.device)
+    offsets = torch.arange(int(lengths.max()))
     padded = starts[:, None] + torch.minimum(offsets, lengths[:, None] - 1)
     kept = (offsets < lengths[:, None]).flatten().nonzero().squeeze(1)
     return padded, kept, padded.flatten()[kept]

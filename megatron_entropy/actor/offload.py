@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class HostCopy:
-    """Storages that are either on their device or on the host; repeated calls have no effect."""
+    """Storages that are either on their device or on the host; what is on the host already stays there."""
 
     def __init__(self) -> None:
         self._offloaded: list[tuple[torch.UntypedStorage, int, Tensor | None]] = []
@@ -29,8 +29,6 @@ class HostCopy:
             kept: their bytes are copied to the host first.
             scratch: their bytes are dropped; they come back as zeros.
         """
-        if self._offloaded:
-            return
         seen: set[int] = set()
         for tensors, keep in ((kept, True), (scratch, False)):
             for tensor in tensors:
@@ -60,23 +58,25 @@ class HostCopy:
 
 def actor_memory(
     chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, reference: Iterable[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """The tensors an actor holds.
 
     Args:
         chunks: model chunks of this rank.
         reference: weights of the reference; those on the host stay where they are.
     Returns:
-        Weights and optimizer state, and gradients.
+        Weights; optimizer state and reference without views of weights; gradients.
     """
     modules: list[Any] = list(chunks)
     # Megatron's flat buffers, of dense parameters and of experts.
     buffers = [buffer for chunk in modules for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
-    kept = [tensor for chunk in modules for tensor in (*chunk.module.parameters(), *chunk.module.buffers())]
-    kept += [buffer.param_data for buffer in buffers if buffer.param_data is not None]
+    weights = [tensor for chunk in modules for tensor in (*chunk.module.parameters(), *chunk.module.buffers())]
+    weights += [buffer.param_data for buffer in buffers if buffer.param_data is not None]
+    state = [weight for weight in reference if weight.device.type != "cpu"]
     for single in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = single.optimizer
-        kept += [parameter for group in inner.param_groups for parameter in group["params"]]
-        kept += [value for state in inner.state.values() for value in state.values() if isinstance(value, Tensor)]
-    kept += [weight for weight in reference if weight.device.type != "cpu"]
-    return kept, [buffer.grad_data for buffer in buffers]
+        state += [parameter for group in inner.param_groups for parameter in group["params"]]
+        state += [value for values in inner.state.values() for value in values.values() if isinstance(value, Tensor)]
+    of_weights = {tensor.untyped_storage().data_ptr() for tensor in weights}
+    state = [tensor for tensor in state if tensor.untyped_storage().data_ptr() not in of_weights]
+    return weights, state, [buffer.grad_data for buffer in buffers]

@@ -21,11 +21,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_entropy.actor.layers import describe_sequences
+from megatron_entropy.actor.model import has_transformer_engine
 from megatron_entropy.config.fp8 import token_multiple
 from megatron_entropy.config.schema import ActorConfig
 from megatron_entropy.data.packing import pack, plan_microbatches
 from megatron_entropy.distributed import cpu
-from megatron_entropy.records import Batch, Sample
+from megatron_entropy.records import Batch, Metric, Sample
 
 MicrobatchFunction = Callable[[Batch, GPTModel, Tensor], tuple[Tensor, dict[str, Any]]]
 """From a micro-batch, the last model chunk and hidden states [1, T, H] to the loss (scalar) and a result to collect."""
@@ -80,10 +81,11 @@ def run_schedule(
             input_ids=batch.tokens[None],
             position_ids=batch.positions[None],
             attention_mask=None,
-            packed_seq_params=describe_sequences(batch.boundaries),
+            packed_seq_params=describe_sequences(batch.boundaries, batch.edges, buckets=not fused),
         )
         return hidden, partial(loss_function, batch, chunk.module)
 
+    fused = has_transformer_engine()
     for chunk in chunks:
         chunk.train(train)
     iterators = [iter(batches) for _ in chunks]
@@ -106,6 +108,35 @@ def is_output_rank() -> bool:
     return is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0
 
 
+def fetch_numbers(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Replace the tensors without dimensions in the results by numbers, with one copy from the device.
+
+    Args:
+        results: of `run_schedule`; dictionaries and metrics in them are searched.
+    """
+    found: list[Tensor] = []
+
+    def collect(value: Any) -> None:
+        if isinstance(value, Tensor) and value.ndim == 0:
+            found.append(value.detach().double())
+
+    def visit(value: Any, function: Callable[[Any], Any]) -> Any:
+        if isinstance(value, dict):
+            return {key: visit(item, function) for key, item in value.items()}
+        if isinstance(value, Metric):
+            return Metric(function(value.total), function(value.count))
+        return function(value)
+
+    for result in results:
+        visit(result, collect)
+    numbers = iter(torch.stack(found).tolist() if found else [])
+
+    def replace(value: Any) -> Any:
+        return next(numbers) if isinstance(value, Tensor) and value.ndim == 0 else value
+
+    return [visit(result, replace) for result in results]
+
+
 def gather_results(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The results of all data-parallel ranks' micro-batches, on every rank; a collective."""
     per_rank: list[list[dict]] = [[] for _ in range(dist.get_world_size())]
@@ -121,7 +152,7 @@ def fill_samples(
     Args:
         samples: the same list on every rank.
         batches: this rank's micro-batches of them.
-        results: on the last pipeline stage, for each micro-batch [T] per field, on the CPU; all with the same fields.
+        results: on the last pipeline stage, for each micro-batch [T] per field; all with the same fields.
     Returns:
         On every rank the samples with these fields filled; positions that predict no response token hold 0.
     """
@@ -133,9 +164,8 @@ def fill_samples(
     table = torch.zeros(len(fields), int(starts[-1]))
     if is_output_rank():
         for batch, result in zip(batches, results, strict=True):
-            columns = torch.stack([result[field] for field in fields])
-            edges = batch.boundaries.tolist()
-            for index, a, b in zip(batch.order, edges, edges[1:], strict=False):
+            columns = torch.stack([result[field] for field in fields]).float().cpu()
+            for index, a, b in zip(batch.order, batch.edges, batch.edges[1:], strict=False):
                 if index >= 0:
                     table[:, starts[index] + 1 : starts[index + 1]] = columns[:, a:b]
     # Each entry comes from one rank, the others hold 0: the sum is exact.

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 from megatron_entropy.cli.arguments import Subparsers
 from megatron_entropy.config.fp8 import RECIPES
-from megatron_entropy.config.schema import ActorConfig, ParallelConfig
-from megatron_entropy.config.speedups import Choice, choices, find_software
 from megatron_entropy.errors import ConfigError
 from megatron_entropy.launch.fp8 import recipe_problem
 from megatron_entropy.packages import VLLM, installed_versions, range_problems, requirements_of, vllm_problems
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from megatron_entropy.config.speedups import Choice
 
 OPTIONAL = {
     "vllm": "rollouts on GPU nodes",
@@ -214,6 +214,9 @@ def fused_components(machine: Machine) -> list[tuple[str, bool, str]]:
 
 def performance_choices(machine: Machine) -> dict[str, Choice]:
     """Return what the defaults of `actor.performance` choose here, for two ranks with the distributed optimizer."""
+    from megatron_entropy.config.schema import ActorConfig, ParallelConfig
+    from megatron_entropy.config.speedups import choices, find_software
+
     actor = ActorConfig(parallel=ParallelConfig(dp=2, distributed_optimizer=True))
     return choices(actor, find_software(bool(machine.devices)))
 

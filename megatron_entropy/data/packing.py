@@ -97,11 +97,13 @@ def pack(samples: Sequence[Sample], indices: Sequence[int], *, multiple: int = 1
         return column([v[1:] for v in values], 0.0, torch.float32)
 
     weight = field("weight")
+    edges = np.cumsum([0, *sizes])
     return Batch(
         tokens=column([s.tokens[:-1] for s in chosen], 0, torch.int64),
         targets=column([_targets(s) for s in chosen], IGNORE_INDEX, torch.int64),
         positions=column([np.arange(size) for size in sizes[: len(chosen)]], 0, torch.int64),
-        boundaries=torch.tensor(np.cumsum([0, *sizes]), dtype=torch.int32, device=device),
+        boundaries=torch.tensor(edges, dtype=torch.int32, device=device),
+        edges=tuple(edges.tolist()),
         order=tuple(order),
         weight=weight if weight is not None else torch.zeros(sum(sizes), device=device),
         **{name: field(name) for name in _PER_TOKEN_FIELDS},

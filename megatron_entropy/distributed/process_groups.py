@@ -113,7 +113,12 @@ def is_single_machine() -> bool:
     return len(set(machines)) == 1
 
 
-def destroy_process_group() -> None:
-    """Destroy all process groups."""
-    if dist.is_initialized():
+def destroy_process_group(*, failed: bool = False) -> None:
+    """Destroy all process groups.
+
+    Args:
+        failed: this rank leaves alone. On GPUs the groups stay as they are then: NCCL would wait for operations that
+            the other ranks never join.
+    """
+    if dist.is_initialized() and not (failed and torch.cuda.is_available()):
         dist.destroy_process_group()

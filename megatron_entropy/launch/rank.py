@@ -46,15 +46,18 @@ def run_rank(
     end_with_launcher()
     rank = int(os.environ["RANK"])
     setup_logging(rank)
+    failed = True
     try:
         process_groups.init_process_group()
         if dry_run:
             raise ConfigError("--dry-run starts no ranks; run megatron-entropy train without torchrun")
-        return _train(configs, overrides, resume=resume, overwrite=overwrite)
+        code = _train(configs, overrides, resume=resume, overwrite=overwrite)
+        failed = False
+        return code
     except Exception as error:  # every failure ends in one line, printed by the launcher or here
         return report_failure(error, rank=rank)
     finally:
-        process_groups.destroy_process_group()
+        process_groups.destroy_process_group(failed=failed)
 
 
 def end_with_launcher() -> None:

@@ -193,4 +193,4 @@ def sequence_mean(samples: Sequence[Sample]) -> list[Sample]:
 
 def masked_mean(values: Tensor, mask: Tensor) -> Metric:
     """Return the mean of `values` [T] where `mask` [T] is true, as a metric that adds up over micro-batches."""
-    return Metric(float((values.detach() * mask).sum()), float(mask.sum()))
+    return Metric((values.detach() * mask).sum(), mask.sum())

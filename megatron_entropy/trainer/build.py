@@ -99,6 +99,7 @@ def build(config: Config, folder: RunFolder, engines: RunEngines, stop: StopSign
         # rollout service brings it back. (`source` looks at the weights, so it is built before.)
         if config.rollout.colocate:
             actor.offload()
+            process_groups.barrier()  # of every rank
         log.info("stage %s: starting the rollout engines, which takes some seconds", config.name)
         pool = engines.start()
         stop.listen()  # Ray has replaced the signal handlers

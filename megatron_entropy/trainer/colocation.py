@@ -14,8 +14,8 @@ from megatron_entropy.rollout.pool import EnginePool
 class Offloadable(Protocol):
     """A model that can move its memory from the GPU to the host and back, as `actor.Actor` does."""
 
-    def offload(self) -> None:
-        """Free the GPU memory."""
+    def offload(self, *, keep_weights: bool = False) -> None:
+        """Free the GPU memory, all of it or all but the weights."""
         ...
 
     def onload(self) -> None:
@@ -26,9 +26,10 @@ class Offloadable(Protocol):
 class EngineTurn:
     """A context in which colocated engines use the GPUs; outside it the memory belongs to the actor.
 
-    Inside, engines wake up in two steps, because a weight sync needs the weights of both sides and the engines' KV
-    cache fits only without the actor: `wake("weights")`, sync, `offload_actor()`, `wake("kv_cache")`, generate. Engines
-    that sleep lose their weights. Nothing happens when the engines are not colocated. Every method is a collective.
+    Inside, memory changes hands in steps, because a weight sync needs the weights of both sides and the engines' KV
+    cache fits only without the actor: `offload_actor(keep_weights=True)`, `wake("weights")`, sync, `offload_actor()`,
+    `wake("kv_cache")`, generate. Engines that sleep lose their weights. Nothing happens when the engines are not
+    colocated. Every method is a collective.
     """
 
     def __init__(self, actor: Offloadable, pool: EnginePool | None, *, is_colocated: bool) -> None:
@@ -71,10 +72,10 @@ class EngineTurn:
 
         return process_groups.run_on_rank_zero(wake_all) if self.is_colocated else ()
 
-    def offload_actor(self) -> None:
-        """Free the actor's GPU memory on all ranks."""
+    def offload_actor(self, *, keep_weights: bool = False) -> None:
+        """Free the actor's GPU memory on all ranks, all of it or all but the weights."""
         if self.is_colocated:
-            self._actor.offload()
+            self._actor.offload(keep_weights=keep_weights)
             process_groups.barrier()
 
     def return_to_actor(self) -> None:

@@ -149,6 +149,7 @@ class RolloutService:
         self._turn.return_to_actor()
         # Rank 0 must not fail once the other ranks are inside the sync: they would wait for it.
         process_groups.run_on_rank_zero(lambda: self._engines.wait_ready())
+        self._turn.offload_actor(keep_weights=True)
         lost = self._turn.wake("weights")
         if not lost:
             if process_groups.rank() != 0:

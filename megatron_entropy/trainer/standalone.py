@@ -101,7 +101,7 @@ class FolderSource:
             self._open = number, self._folder.read(meta.name, meta.shape)
         out.copy_(self._open[1][first : first + count])
 
-    def offload(self) -> None:
+    def offload(self, *, keep_weights: bool = False) -> None:
         """Nothing: the weights stay in their files."""
 
     def onload(self) -> None:

@@ -308,9 +308,13 @@ def update_around_an_offload(folder: str, layout: ParallelConfig, offload: bool)
         norms.append(metrics["train/grad_norm"].value)
         if offload:
             host = HostCopy()  # Actor.offload does nothing on a CPU
+            weights, state, gradients = memory = actor_memory(actor.chunks, actor.optimizer, ())
+            before = [weight.clone() for weight in weights]
+            host.offload(state, gradients)
+            assert all(bool((old == new).all()) for old, new in zip(before, weights, strict=True)), "for a weight sync"
+            assert sum(tensor.untyped_storage().nbytes() for tensor in (*state, *gradients)) == 0
             for _ in range(2):
-                host.offload(*actor_memory(actor.chunks, actor.optimizer, ()))
-            memory = actor_memory(actor.chunks, actor.optimizer, ())
+                host.offload([*weights, *state], gradients)
             left = sum(tensor.untyped_storage().nbytes() for tensors in memory for tensor in tensors)
             host.onload()
     return left, norms

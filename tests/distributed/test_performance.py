@@ -121,3 +121,49 @@ def test_fused_accumulation_reaches_the_linear_layers():
     layer.fuse_wgrad_accumulation = False
     fuse_grad_accumulation(torch.nn.Sequential(layer, other))
     assert layer.fuse_wgrad_accumulation and not hasattr(other, "fuse_wgrad_accumulation")
+
+
+def device_waits(folder: str, max_tokens: int) -> tuple[int, int]:
+    """Micro-batches of an update, and numbers that actor and methods read from tensors meanwhile.
+
+    On a GPU each would wait for the device. Megatron's plain rotary embedding and the kernels' checks are not counted.
+    """
+    import traceback
+
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from megatron_entropy.actor import schedules
+    from megatron_entropy.actor.actor import Actor
+    from megatron_entropy.methods.objectives import masked_mean
+    from megatron_entropy.weights.hf_folder import TensorFolder
+    from megatron_entropy.weights.source import load
+
+    class Counter(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "_local_scalar_dense" in str(function):
+                callers = [frame.filename for frame in traceback.extract_stack()[:-1]]
+                caller = next(name for name in reversed(callers) if "/torch/" not in name)
+                self.count += caller.endswith(("actor/actor.py", "actor/schedules.py", "methods/objectives.py"))
+            return function(*args, **(kwargs or {}))
+
+    process_groups.init_model_parallel(ParallelConfig(), seed=1)
+    config = ActorConfig(dtype="float32", max_tokens_per_microbatch=max_tokens)
+    actor = Actor(read_architecture(folder), config, total_updates=10)
+    load(TensorFolder(folder), actor.arch, config.parallel, actor.named_shards())
+    samples = check_layouts.make_samples(actor.arch.vocab_size)
+
+    def loss(stats, batch):
+        metrics = {f"policy/{i}": masked_mean(stats.entropy, batch.weight != 0) for i in range(5)}
+        return -batch.advantage * stats.logprob, metrics
+
+    with Counter() as counter:
+        actor.update(samples, loss, temperature=1.0)
+    return len(schedules.pack_samples(samples, config)), counter.count
+
+
+def test_metrics_wait_for_the_device_once_a_step(tmp_path):
+    check_layouts.make_checkpoint(tmp_path, experts=False)
+    few, many = (run_on_ranks(device_waits, 1, str(tmp_path), size)[0] for size in (600, 96))
+    assert few[0] == 1 and many[0] == 4 and few[1] == many[1] <= 3

@@ -24,13 +24,14 @@ class Gpu:
     """Who has memory on the GPU. Fails when the actor and the engine's KV cache are there together."""
 
     def __init__(self) -> None:
-        self.has_actor = True
+        self.has_actor = self.has_state = True
         self.engine_tags = {"weights", "kv_cache"}
         self.log: list[str] = []
 
     def note(self, event: str) -> None:
         self.log.append(event)
         assert not (self.has_actor and "kv_cache" in self.engine_tags), f"{event}: both are on the GPU after {self.log}"
+        assert not (self.has_state and self.engine_tags), f"{event}: the actor has more than weights after {self.log}"
 
 
 class World:
@@ -47,11 +48,12 @@ class World:
 
     # The actor.
 
-    def offload(self) -> None:
-        self.gpu.has_actor = False
+    def offload(self, *, keep_weights: bool = False) -> None:
+        self.gpu.has_state = False
+        self.gpu.has_actor = self.gpu.has_actor and keep_weights
 
     def onload(self) -> None:
-        self.gpu.has_actor = True
+        self.gpu.has_actor = self.gpu.has_state = True
         self.gpu.note("onload")
 
     # The engine.
@@ -157,7 +159,7 @@ def test_recorded_completions_are_replayed_without_engines(tmp_path, world):
     service = RolloutService(
         RolloutConfig(record=str(tmp_path)), actor=world, weight_sync=world, pool=world, timer=StepTimer()
     )
-    world.gpu.has_actor, world.gpu.engine_tags = True, {"weights"}
+    world.gpu.has_state, world.gpu.engine_tags = False, {"weights"}
     recorded = service.generate(REQUESTS, description="test", file=Path("rl/000001_00_rl.npz"))
     replay = RolloutService(
         RolloutConfig(replay=str(tmp_path)), actor=world, weight_sync=None, pool=None, timer=StepTimer()
