@@ -58,6 +58,10 @@ class ChecksumError(Fault):
     """A tensor arrived with other bytes than the sender sent; the message names it."""
 
 
+class EngineDied(Fault):
+    """The core of a rollout engine is dead, and the engine with it; the message is the cause."""
+
+
 class EngineLost(Fault):
     """Rollout engines died or hung; `indices` names those to restart."""
 

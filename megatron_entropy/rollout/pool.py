@@ -34,7 +34,7 @@ from ray.actor import ActorProxy
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from megatron_entropy.config.schema import RolloutConfig
-from megatron_entropy.errors import ConfigError, EngineFault, EngineLost, Fault, UserError
+from megatron_entropy.errors import ConfigError, EngineDied, EngineFault, EngineLost, Fault, UserError
 from megatron_entropy.monitor.progress import GenerationProgress
 from megatron_entropy.rollout.engine import Completion, EngineSpec, GenerationUpdate, Request
 from megatron_entropy.rollout.ray_cluster import RayCluster, kill_processes, one_line, process_family, start_ray
@@ -110,7 +110,10 @@ class EngineClient:
         try:
             return self._ray.run(_call, getattr(self._actor, method), *arguments)
         except RayTaskError as error:
-            raise _cause(error) from error
+            cause = _cause(error)
+            if isinstance(cause, EngineDied):
+                raise EngineLost([self.index], str(cause)) from error
+            raise cause from error
         except RayError as error:
             raise EngineLost([self.index], one_line(error)) from error
 

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 
 from megatron_entropy.config.schema import RolloutConfig
-from megatron_entropy.errors import MissingPackageError
+from megatron_entropy.errors import EngineDied, MissingPackageError
 from megatron_entropy.records import Alternatives
 from megatron_entropy.rollout.engine import Completion, EngineSpec, GenerationUpdate, Request
 from megatron_entropy.rollout.entropy import ROW, EntropyTable, uncut_logprobs
+from megatron_entropy.rollout.vllm_core import CoreCalls, EngineLog
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
@@ -39,6 +40,7 @@ class VllmEngine:
         threads: OpenMP threads on a CPU.
     Raises:
         MissingPackageError: when vLLM is not installed.
+        EngineDied: when vLLM's core cannot start, with the cause.
     """
 
     def __init__(self, spec: EngineSpec, config: RolloutConfig, threads: int = 1) -> None:
@@ -58,7 +60,12 @@ class VllmEngine:
         from megatron_entropy.rollout import vllm_receiver
 
         vllm_receiver.register()
-        self._engine = LLMEngine.from_engine_args(_engine_args(spec, config))
+        log = EngineLog()
+        try:
+            self._engine = LLMEngine.from_engine_args(_engine_args(spec, config))
+        except RuntimeError as error:
+            raise EngineDied(log.explain(error)) from error
+        self._core = CoreCalls(self._engine, log)
         if executor := getattr(self._engine, "model_executor", None):
             executor.register_failure_callback(lambda: os._exit(1))  # also while a call waits for the dead worker
 
@@ -147,17 +154,15 @@ class VllmEngine:
         """Call a method on every worker.
 
         Raises:
+            EngineDied: when vLLM's core is dead, with the cause.
             Fault: the first one of a worker; one that says more than a broken connection, if there is any.
         """
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         from megatron_entropy.errors import TransportError
 
         try:
-            answers = self._engine.collective_rpc("attempt", args=(method, arguments))
-        except Exception as error:
-            executor = getattr(self._engine, "model_executor", None)
-            if isinstance(error, EngineDeadError) or getattr(executor, "is_failed", False):
+            answers = self._core.run(self._engine.collective_rpc, "attempt", args=(method, arguments))
+        except Exception:
+            if getattr(getattr(self._engine, "model_executor", None), "is_failed", False):
                 os._exit(1)  # without one of its workers the engine is dead, and the pool must notice
             raise
         faults = [fault for _, fault in answers if fault is not None]
@@ -166,7 +171,8 @@ class VllmEngine:
         return [answer for answer, _ in answers]
 
     def _step(self) -> list[RequestOutput]:
-        return cast("list[RequestOutput]", self._engine.step())  # a pooling model's outputs are of another type
+        outputs = self._core.run(self._engine.step)
+        return cast("list[RequestOutput]", outputs)  # a pooling model's outputs are of another type
 
     def _sampling(self, request: Request, row: int) -> SamplingParams:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -198,7 +204,7 @@ def _prepare_environment(spec: EngineSpec, threads: int) -> None:
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # errors as objects, between the engine's own processes
     if spec.device == "cpu":
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ["OMP_NUM_THREADS"] = str(threads)
         # Threads that spin while they wait make an engine many times slower when other processes use the cores.
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"

@@ -41,7 +41,8 @@ NEIGHBOURS_ALLOWED = {
 
 ENGINES = {"megatron", "ray", "torch", "vllm"}
 VLLM_ADAPTERS = {
-    f"megatron_entropy.rollout.{name}" for name in ("vllm_engine", "vllm_entropy", "vllm_entropy_v2", "vllm_receiver")
+    f"megatron_entropy.rollout.{name}"
+    for name in ("vllm_core", "vllm_engine", "vllm_entropy", "vllm_entropy_v2", "vllm_receiver")
 }
 MAX_FILE_LINES = 450
 MAX_METHODS = 19

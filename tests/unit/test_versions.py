@@ -47,8 +47,7 @@ CALLS = {
             "LLMEngine.from_engine_args": "LLMEngine.from_engine_args",
             **{
                 f"self._engine.{name}": f"LLMEngine.{name}"
-                for name in ("add_request", "collective_rpc", "has_unfinished_requests")
-                + ("reset_prefix_cache", "sleep", "step", "wake_up")
+                for name in ("add_request", "has_unfinished_requests", "reset_prefix_cache", "sleep", "wake_up")
             },
         },
     },
@@ -159,6 +158,12 @@ def test_every_call_binds_to_the_recorded_parameters(package, version):
                     signature(package, version, name).bind(*positional, **keywords)
                 except TypeError as error:
                     raise AssertionError(f"{package} {version}, {file}: {written}: {error}") from None
+
+
+@pytest.mark.parametrize("version", VLLM)
+def test_calls_that_the_core_is_watched_in_bind(version):
+    signature("vllm", version, "LLMEngine.step").bind()
+    signature("vllm", version, "LLMEngine.collective_rpc").bind("attempt", args=())
 
 
 def test_a_wrong_call_is_found():
