@@ -1,4 +1,4 @@
-# make setup | demo | demo-real | compare | test | test-fast | test-modern | docs | lint | clean
+# make setup | demo | demo-real | compare | test | test-fast | test-modern | test-gpu | docs | lint | clean
 # Variables: SEED=1 RUN=runs/quickstart PYTHON=python3.11
 
 SEED ?= 1
@@ -17,7 +17,7 @@ find_python = for candidate in python$(1) "$${PYENV_ROOT:-$$HOME/.pyenv}"/versio
 	"$$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != ($(subst .,$(comma),$(1))))' >/dev/null 2>&1 \
 	&& echo "$$candidate" && break; done
 
-.PHONY: setup demo demo-real compare test test-fast test-modern docs lint clean
+.PHONY: setup demo demo-real compare test test-fast test-modern test-gpu docs lint clean
 
 setup: $(VENV)/.setup
 
@@ -88,6 +88,12 @@ $(MODERN)/.setup: requirements/modern.txt setup.py
 	@$(MODERN)/bin/python $(PIP_INSTALL) -r requirements/modern.txt
 	@$(MODERN)/bin/python $(PIP_INSTALL) --no-build-isolation --editable .
 	@touch $@
+
+# On a GPU machine: what is installed there, for instance from tools/gpu_bundle.sh. PYTHON=python3 unless .venv is here.
+test-gpu:
+	@python="$(PYTHON)"; [ -n "$$python" ] || python="$(VENV)/bin/python"; [ -x "$$python" ] || python="$$(command -v "$$python" || echo python3)"; \
+	GPU_RESULTS=build/gpu timeout --foreground 1500 "$$python" -m pytest -q -rs -p no:cacheprovider tests/gpu; \
+	code=$$?; echo "results: build/gpu/results.md"; exit $$code
 
 lint: $(VENV)/.setup-dev
 	$(VENV)/bin/ruff format --check .
