@@ -1,4 +1,5 @@
-# make setup | demo | demo-real | compare | test | test-fast | test-modern | test-gpu | docs | lint | clean
+# make setup | demo | demo-real | compare | test | test-fast | test-modern | test-gpu | test-cluster | docs | lint | clean
+# test-cluster: several nodes from namespaces, needs root or user namespaces, minutes
 # Variables: SEED=1 RUN=runs/quickstart PYTHON=python3.11
 
 SEED ?= 1
@@ -17,7 +18,7 @@ find_python = for candidate in python$(1) "$${PYENV_ROOT:-$$HOME/.pyenv}"/versio
 	"$$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != ($(subst .,$(comma),$(1))))' >/dev/null 2>&1 \
 	&& echo "$$candidate" && break; done
 
-.PHONY: setup demo demo-real compare test test-fast test-modern test-gpu docs lint clean
+.PHONY: setup demo demo-real compare test test-fast test-modern test-gpu test-cluster docs lint clean
 
 setup: $(VENV)/.setup
 
@@ -61,6 +62,9 @@ compare: setup
 test: $(VENV)/.setup-dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile tests/unit tests/kernels tests/fuzz tests/distributed
 	$(VENV)/bin/python -m pytest -q tests/engines
+
+test-cluster: $(VENV)/.setup-dev
+	$(VENV)/bin/python -m pytest -q --durations=0 tests/cluster
 
 test-fast: $(VENV)/.setup-dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile tests/unit tests/kernels -m "not exhaustive and not slow" --ignore=tests/kernels/test_triton.py

@@ -127,6 +127,7 @@ def _run_agent(arguments: list[str], world_size: int) -> list[RankFailure]:
     with scratch_folder() as folder:
         options = ["--nnodes=1", f"--nproc-per-node={world_size}", "--max-restarts=0", f"--log-dir={folder}"]
         options += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", f"--rdzv-id={uuid.uuid4()}"]
+        options += ["--local-addr=127.0.0.1"]  # otherwise ranks look for the store at the host name's address
         options += ["--signals-to-handle=SIGQUIT", "--module", RANK_MODULE]
         parsed = torchrun.parse_args(options)
         parsed.training_script_args = arguments  # torchrun's parser would take `--run` for an option of its own

@@ -41,7 +41,8 @@ mount --make-rprivate /
 mount -t tmpfs -o size={shm} tmpfs /dev/shm
 number=0
 for path in {visible}; do
-    case $path in /tmp/*) number=$((number + 1)); mkdir /dev/shm/.aside$number; mount --rbind $path /dev/shm/.aside$number;;
+    case $path in /tmp/*) number=$((number + 1)); mkdir /dev/shm/.aside$number
+        mount --rbind $path /dev/shm/.aside$number;;
     esac
 done
 mount -t tmpfs -o size={tmp},mode=1777 tmpfs /tmp
@@ -138,7 +139,7 @@ class Bed:
         assert self._hub is not None
         default = "".join(f"{NETWORK}.{i} {other}\n" for i, other in enumerate(self._names, 1))
         hosts, ready = self._own / f"hosts.{name}", self._own / f"ready.{name}"
-        hosts.write_text("127.0.0.1 localhost\n" + self._hosts.get(name, default))
+        hosts.write_text("127.0.0.1 localhost\n::1 localhost\n" + self._hosts.get(name, default))
         ready.unlink(missing_ok=True)
         sizes = {"shm": "4g", "tmp": "4g", "disk": "1g"} | dict(self._sizes.get(name, {}))
         visible = {str(path) for path in (ROOT, self.folder, Path(sys.prefix), Path(sys.base_prefix))}
