@@ -22,7 +22,13 @@ from torch import Tensor
 from entropy_kernels import TokenStats
 from megatron_entropy.actor import fp8, lora, schedules
 from megatron_entropy.actor.divergence import ReferenceStates, compute_divergence, compute_states
-from megatron_entropy.actor.model import build_chunks, fuse_grad_accumulation, global_parameters, head_weight
+from megatron_entropy.actor.model import (
+    build_chunks,
+    fuse_grad_accumulation,
+    global_parameters,
+    head_weight,
+    set_router_losses,
+)
 from megatron_entropy.actor.offload import HostCopy, actor_memory
 from megatron_entropy.actor.optimizer import build_optimizer, build_schedule
 from megatron_entropy.actor.reference import Reference, ReferenceKind, build_reference
@@ -214,6 +220,7 @@ class Actor:
             total = weighted.sum()
             return total, {"loss": total.detach(), "weighted": weighted.detach(), "metrics": metrics}
 
+        set_router_losses(self.chunks[0].config, self.config, sum(len(sample.tokens) - 1 for sample in samples))
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()

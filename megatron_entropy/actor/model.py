@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import megatron.core
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
@@ -141,15 +142,16 @@ def transformer_config(arch: ModelArchitecture, config: ActorConfig) -> Transfor
         # With two stages a chunk's previous and next rank are the same; only overlapped communication separates them.
         overlap_p2p_comm=layout.vpp > 1,
         batch_p2p_comm=layout.vpp == 1,
-        **_expert_settings(arch, layout, fused),
+        **_expert_settings(arch, config, fused),
         **fp8.model_settings(config.fp8),
         **recompute,
     )
 
 
-def _expert_settings(arch: ModelArchitecture, layout: ParallelConfig, fused: bool) -> dict[str, Any]:
+def _expert_settings(arch: ModelArchitecture, config: ActorConfig, fused: bool) -> dict[str, Any]:
     if arch.moe is None:
         return {}
+    layout, losses = config.parallel, config.moe
     return {
         "num_moe_experts": arch.moe.num_experts,
         "moe_router_topk": arch.moe.experts_per_token,
@@ -157,7 +159,7 @@ def _expert_settings(arch: ModelArchitecture, layout: ParallelConfig, fused: boo
         # Weights of the chosen experts that sum to 1 are the softmax over the chosen logits.
         "moe_router_pre_softmax": not arch.moe.normalise,
         "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": "none",  # an auxiliary loss would change the objective
+        "moe_router_load_balancing_type": "aux_loss" if losses.aux_loss_coeff else "none",
         "moe_grouped_gemm": fused,
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.etp,
@@ -173,6 +175,24 @@ def _uneven_stages(arch: ModelArchitecture, layout: ParallelConfig) -> list[list
     described[0].insert(0, "embedding")
     described[-1].append("loss")
     return described
+
+
+def set_router_losses(settings: TransformerConfig, config: ActorConfig, num_tokens: int) -> None:
+    """Set the coefficients of the routers' losses for a step.
+
+    Megatron multiplies the loss of a micro-batch by its number of tokens (before 0.19, by a rank's part of them) and
+    expects a division by all tokens at the end of the step, which our gradients do not need otherwise.
+
+    Args:
+        num_tokens: of the step, over all data parallel ranks.
+    """
+    losses = config.moe
+    counts_all = tuple(int(part) for part in megatron.core.__version__.split(".")[:2]) >= (0, 19)
+    share = (1 if counts_all else config.parallel.tp) / max(num_tokens, 1)
+    if losses.aux_loss_coeff:
+        settings.moe_aux_loss_coeff = losses.aux_loss_coeff * share
+    if losses.z_loss_coeff:
+        settings.moe_z_loss_coeff = losses.z_loss_coeff * share
 
 
 def build_chunks(arch: ModelArchitecture, config: ActorConfig) -> list[GPTModel]:

@@ -33,6 +33,9 @@ def check(config: Config, arch: ModelArchitecture, world_size: int | None = None
             f"{arch.num_layers} layers; lower one of them"
         )
     _check_experts(layout, arch)
+    for key, value in config.actor.moe:
+        if value and arch.moe is None:
+            raise ConfigError(f"actor.moe.{key}={value} has no effect: the model has no experts; leave it out")
     if layout.vpp > 1 and layout.pp == 1:
         raise ConfigError(f"actor.parallel.vpp={layout.vpp} needs actor.parallel.pp of at least 2")
     if layout.cp > 1:

@@ -184,6 +184,17 @@ class LoraConfig(Section):
         return self.alpha / self.rank
 
 
+class MoeConfig(Section):
+    """Losses of the routers of a mixture-of-experts model, added to the method's: they change the objective."""
+
+    aux_loss_coeff: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """Coefficient of the load-balancing loss (Switch Transformers, arXiv 2101.03961) of a micro-batch, averaged over
+    the tokens of a step. 0: none."""
+    z_loss_coeff: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """Coefficient of the squared logsumexp of the router's logits (ST-MoE, arXiv 2202.08906), averaged over the tokens
+    of a step. 0: none."""
+
+
 class ActorConfig(Section):
     """The trained Megatron-Core model."""
 
@@ -192,6 +203,7 @@ class ActorConfig(Section):
     lora: LoraConfig = LoraConfig()
     fp8: Fp8Config = Fp8Config()
     performance: PerformanceConfig = PerformanceConfig()
+    moe: MoeConfig = MoeConfig()
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the weights in forward and backward. `auto`: bfloat16 on a GPU, float32 on a CPU."""
     max_tokens_per_microbatch: PositiveInt = 8192

@@ -4,6 +4,7 @@ Overlapped communication runs for real on CPU ranks over gloo, with buckets smal
 gradient accumulation needs a GPU: here only which layers are told to do it is looked at. Not run on a GPU.
 """
 
+import dataclasses
 import functools
 
 import check_layouts
@@ -14,7 +15,7 @@ from local_ranks import run_on_ranks
 
 from megatron_entropy.config.architecture import read_architecture
 from megatron_entropy.config.performance import PerformanceConfig
-from megatron_entropy.config.schema import ActorConfig, LoraConfig, OptimizerConfig, ParallelConfig
+from megatron_entropy.config.schema import ActorConfig, LoraConfig, MoeConfig, OptimizerConfig, ParallelConfig
 from megatron_entropy.config.speedups import Software, choices
 from megatron_entropy.distributed import process_groups
 
@@ -167,3 +168,35 @@ def test_metrics_wait_for_the_device_once_a_step(tmp_path):
     check_layouts.make_checkpoint(tmp_path, experts=False)
     few, many = (run_on_ranks(device_waits, 1, str(tmp_path), size)[0] for size in (600, 96))
     assert few[0] == 1 and many[0] == 4 and few[1] == many[1] <= 3
+
+
+def router_gradient_norms(folder: str, layout: ParallelConfig, size: int, losses: MoeConfig) -> float:
+    """Gradient norm of the routers' losses alone: the tokens have no weight."""
+    from megatron_entropy.actor.actor import Actor
+    from megatron_entropy.weights.hf_folder import TensorFolder
+    from megatron_entropy.weights.source import load
+
+    process_groups.init_model_parallel(layout, seed=1)
+    config = ActorConfig(parallel=layout, dtype="float32", max_tokens_per_microbatch=size, moe=losses)
+    actor = Actor(read_architecture(folder), config, total_updates=10)
+    load(TensorFolder(folder), actor.arch, layout, actor.named_shards())
+    actor.after_load()
+    sample = check_layouts.make_samples(actor.arch.vocab_size)[0]
+    samples = [dataclasses.replace(sample, weight=sample.constant(0.0))] * 4  # packs use the experts alike
+    metrics = actor.update(samples, lambda s, b: (-s.logprob, {}), temperature=1.0)
+    return metrics["train/grad_norm"].value
+
+
+@pytest.mark.parametrize("losses", [MoeConfig(aux_loss_coeff=0.5), MoeConfig(z_loss_coeff=0.5)], ids=str)
+def test_losses_of_the_routers_are_equal_under_every_layout(tmp_path, losses):
+    check_layouts.make_checkpoint(tmp_path, experts=True)
+    folder = str(tmp_path)
+    assert run_on_ranks(router_gradient_norms, 1, folder, ParallelConfig(), 1024, MoeConfig()) == [0.0]
+    expected = run_on_ranks(router_gradient_norms, 1, folder, ParallelConfig(), 1024, losses)[0]
+    assert expected > 0.1
+    for layout, size in (
+        (ParallelConfig(dp=2, ep=2), 100),
+        (ParallelConfig(tp=2, sequence_parallel=True), 1024),
+    ):
+        found = run_on_ranks(router_gradient_norms, layout.world_size, folder, layout, size, losses)[0]
+        assert found == pytest.approx(expected, rel=1e-5), str(layout)
