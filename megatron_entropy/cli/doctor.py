@@ -12,7 +12,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from megatron_entropy.cli.arguments import Subparsers
-from megatron_entropy.config.fp8 import RECIPES
+from megatron_entropy.config.fp8_recipes import RECIPES
 from megatron_entropy.errors import ConfigError
 from megatron_entropy.launch.fp8 import recipe_problem
 from megatron_entropy.packages import VLLM, installed_versions, range_problems, requirements_of, vllm_problems

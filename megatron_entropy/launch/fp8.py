@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_entropy.config.fp8 import RECIPES
+from megatron_entropy.config.fp8_recipes import RECIPES
 
 Devices = Sequence[tuple[str, tuple[int, int]]]
 """Name and compute capability of each CUDA device."""

@@ -330,6 +330,7 @@ def test_stages_that_cannot_run_in_a_row_are_refused(load_text):
             r"actor\.parallel\.pp \* actor\.parallel\.vpp = 7 pipeline stages for the model's 6 layers",
         ),
         (["--actor.parallel.pp=4", "--actor.parallel.vpp=2"], r"vpp = 8 pipeline stages for the model's 6 layers"),
+        (["--actor.moe.z_loss_coeff=0.1"], r"actor\.moe\.z_loss_coeff=0\.1 has no effect: the model has no experts"),
         (["--actor.parallel.ep=2"], r"actor\.parallel\.ep=2, etp=1: the model has no experts"),
         (["--actor.parallel.vpp=2"], r"actor\.parallel\.vpp=2 needs actor\.parallel\.pp of at least 2"),
         (["--actor.parallel.sequence_parallel=true"], r"sequence_parallel=true needs actor\.parallel\.tp of at least"),
