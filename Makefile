@@ -1,4 +1,4 @@
-# make setup | demo | demo-real | compare | test | test-fast | test-modern | test-gpu | test-cluster | docs | lint | clean
+# make setup | demo | demo-real | compare | test | test-fast | test-modern | test-te | test-gpu | test-cluster | docs | lint | clean
 # test-cluster: several nodes from namespaces, needs root or user namespaces, minutes
 # Variables: SEED=1 RUN=runs/quickstart PYTHON=python3.11
 
@@ -6,6 +6,12 @@ SEED ?= 1
 RUN ?= runs/quickstart
 VENV := .venv
 MODERN := .venv-modern
+TE := .venv-te
+MODERN_SITE := $(CURDIR)/$(MODERN)/lib/python3.12/site-packages
+TE_SITE := $(CURDIR)/$(TE)/lib/python3.12/site-packages
+# Transformer Engine looks for CUDA's libraries beside itself or where these variables say.
+CUDA_WHEELS := CUDA_HOME=$(MODERN_SITE)/nvidia/cu13 CUDNN_HOME=$(MODERN_SITE)/nvidia/cudnn \
+	LD_LIBRARY_PATH=$(MODERN_SITE)/nvidia/cudnn/lib:$(MODERN_SITE)/nvidia/cu13/lib:$(MODERN_SITE)/nvidia/nccl/lib
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check --no-deps --no-compile
 # Importing what ranks and engines import checks the packages and compiles only the modules in use: in half the time that
 # pip needs for all modules. An engine then starts in half the time where Python may not write bytecode itself.
@@ -18,7 +24,7 @@ find_python = for candidate in python$(1) "$${PYENV_ROOT:-$$HOME/.pyenv}"/versio
 	"$$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != ($(subst .,$(comma),$(1))))' >/dev/null 2>&1 \
 	&& echo "$$candidate" && break; done
 
-.PHONY: setup demo demo-real compare test test-fast test-modern test-gpu test-cluster docs lint clean
+.PHONY: setup demo demo-real compare test test-fast test-modern test-te test-gpu test-cluster docs lint clean
 
 setup: $(VENV)/.setup
 
@@ -99,10 +105,24 @@ test-gpu:
 	GPU_RESULTS=build/gpu timeout --foreground 1500 "$$python" -m pytest -q -rs -p no:cacheprovider tests/gpu; \
 	code=$$?; echo "results: build/gpu/results.md"; exit $$code
 
+test-te: $(TE)/.setup
+	$(CUDA_WHEELS) $(TE)/bin/python -m pytest -q tests/te
+
+$(TE)/.setup: $(MODERN)/.setup requirements/te.txt
+	@echo "setting up $(TE) (Transformer Engine is compiled once, for minutes) ..."
+	@$(MODERN)/bin/python -m venv $(TE)
+	@echo "import site; site.addsitedir('$(MODERN_SITE)')" > $(TE_SITE)/modern.pth
+	@grep -v transformer-engine-torch requirements/te.txt > $(TE)/wheels.txt
+	@$(TE)/bin/python $(PIP_INSTALL) -r $(TE)/wheels.txt
+	@NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_WITH_NCCL_EP=0 \
+		CPLUS_INCLUDE_PATH="$$(printf '%s:' $(TE_SITE)/nvidia/*/include $(MODERN_SITE)/nvidia/*/include)" \
+		$(TE)/bin/python $(PIP_INSTALL) --no-build-isolation "$$(grep transformer-engine-torch== requirements/te.txt)"
+	@touch $@
+
 lint: $(VENV)/.setup-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 clean:
-	rm -rf $(VENV) $(MODERN) build dist *.egg-info kernels/build kernels/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(MODERN) $(TE) build dist *.egg-info kernels/build kernels/*.egg-info .pytest_cache .ruff_cache .hypothesis

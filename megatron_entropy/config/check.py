@@ -91,6 +91,7 @@ ENGINE_KEYS = (
     "num_engines",
     "tensor_parallel",
     "dtype",
+    "quantization",
     "max_num_seqs",
     "kv_cache_gib",
     "gpu_memory_utilization",

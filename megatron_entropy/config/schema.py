@@ -229,6 +229,9 @@ class RolloutConfig(Section):
     """Longest response in tokens, end token included; for supervised methods the longest target."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the engines' weights. `auto`: bfloat16 on a GPU, float32 on a CPU."""
+    quantization: Literal["", "fp8_per_tensor", "fp8_per_block", "mxfp8"] = ""
+    """vLLM's quantization of the linear layers while weights arrive: the trainer sends them as always, and every sync
+    quantizes them again. Sampled log-probs then differ more from the trainer's: see `tis_cap`. Empty: none."""
     max_num_seqs: PositiveInt = 256
     """Largest number of sequences that an engine decodes at once."""
     kv_cache_gib: PositiveInt = 1

@@ -12,6 +12,7 @@ from collections.abc import Container, Sequence
 from megatron_entropy import packages, procedural
 from megatron_entropy.config.architecture import ModelArchitecture
 from megatron_entropy.config.performance import PerformanceConfig
+from megatron_entropy.config.fp8 import RECIPES
 from megatron_entropy.config.schema import Config
 from megatron_entropy.config.speedups import resolve
 from megatron_entropy.errors import ConfigError, DataError, MissingPackageError
@@ -114,6 +115,8 @@ def check_packages(config: Config) -> None:
         resolve(actor)
     if rollout.weight_transfer == "nccl" and not count_gpus():
         raise ConfigError("rollout.weight_transfer=nccl needs a GPU, and this machine has none; change the setting")
+    if rollout.quantization and not rollout.replay:
+        _check_quantization(rollout.quantization)
     if not rollout.replay and not os.environ.get("RAY_ADDRESS") and _samples(config):
         _check_vllm()
     if rollout.replay and not os.path.isdir(rollout.replay):
@@ -126,11 +129,30 @@ def _check_fp8(recipe: str) -> None:
     from megatron_entropy.launch.fp8 import recipe_problem
 
     engine = packages.installed_versions(["transformer-engine"]).get("transformer-engine")
-    devices = [
+    if problem := recipe_problem(recipe, _devices(), torch.version.cuda, engine):
+        raise ConfigError(problem)
+
+
+def _check_quantization(name: str) -> None:
+    """See that the GPUs of this machine have FP8 units; engines of a Ray cluster may run on others."""
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    needed = RECIPES["mxfp8" if name == "mxfp8" else "current"].first_capability
+    lacking = [capability for _, capability in _devices() if capability < needed]
+    if lacking or not count_gpus():
+        found = f"found {'.'.join(map(str, lacking[0]))}" if lacking else "and this machine has none"
+        raise ConfigError(
+            f"rollout.quantization={name} needs a GPU of compute capability {'.'.join(map(str, needed))} or higher, "
+            f"{found}; leave it out"
+        )
+
+
+def _devices() -> list[tuple[str, tuple[int, int]]]:
+    import torch
+
+    return [
         (torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)) for index in range(count_gpus())
     ]
-    if problem := recipe_problem(recipe, devices, torch.version.cuda, engine):
-        raise ConfigError(problem)
 
 
 def _samples(config: Config) -> bool:

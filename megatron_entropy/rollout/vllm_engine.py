@@ -243,6 +243,7 @@ def _engine_args(spec: EngineSpec, config: RolloutConfig) -> EngineArgs:
     if spec.device == "cuda":
         return EngineArgs(
             **common,
+            quantization=config.quantization or None,
             gpu_memory_utilization=config.gpu_memory_utilization,
             enable_sleep_mode=config.colocate,
         )

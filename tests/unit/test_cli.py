@@ -187,6 +187,10 @@ TEMPLATES = ["{{ x.y.z }}", "{% for %}", "{{ 1 + 'a' }}", "{{ messages[99].conte
         (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
         (["--rollout.replay=/no/where"], "stage warm: rollout.replay: no such folder: /no/where"),
         (["--rollout.weight_transfer=nccl"], "stage warm: rollout.weight_transfer=nccl needs a GPU"),
+        (
+            ["--rollout.quantization=mxfp8"],
+            "rollout.quantization=mxfp8 needs a GPU of compute capability 10.0 or higher, and this machine has none",
+        ),
         (["--log.wandb_project=p"], "stage warm: log.wandb_project=p needs the package wandb"),
         (["--actor.fp8.recipe=current"], "stage warm: actor.fp8.recipe=current needs the package transformer-engine"),
         (

@@ -206,12 +206,12 @@ def test_the_receiver_is_a_complete_transfer_engine_of_every_vllm(version, monke
             "WeightTransferUpdateInfo": object,
         },
         "distributed.weight_transfer.factory": {"WeightTransferEngineFactory": object},
-        "model_executor.layers.fused_moe.fused_moe_method_base": {"FusedMoEMethodBase": object},
+        "model_executor.layers.fused_moe.fused_moe_method_base": {"FusedMoEMethodBase": type("FusedMoEMethodBase", (), {})},
         "model_executor.layers.linear": {"LinearBase": object},
         "model_executor.layers.vocab_parallel_embedding": {"ParallelLMHead": object},
         "model_executor.model_loader.reload": {
             "finalize_layerwise_reload": lambda *_: None,
-            "initialize_layerwise_reload": lambda *_: None,
+            "initialize_layerwise_reload": lambda model: delattr(model, "scale"),  # to the loadable form
         },
     }
     for path, names in modules.items():
@@ -225,7 +225,10 @@ def test_the_receiver_is_a_complete_transfer_engine_of_every_vllm(version, monke
     monkeypatch.setitem(sys.modules, "receiver", receiver)  # dataclasses look their module up
     spec.loader.exec_module(receiver)
     model = torch.nn.Linear(1, 1)
-    assert receiver.BucketTransferEngine(object(), object(), torch.device("cpu"), model).model is model
+    model.scale = torch.nn.Parameter(torch.ones(1))  # of a quantized layer
+    engine = receiver.BucketTransferEngine(object(), object(), torch.device("cpu"), model)
+    engine.start_weight_update()
+    assert engine._expected == {"weight", "bias"}, "only what the trainer sends, not what vLLM computes from it"
     del receiver.BucketTransferEngine.receive_weights
     receiver.BucketTransferEngine.__abstractmethods__ = frozenset({"receive_weights"})
     with pytest.raises(TypeError, match="abstract"):
