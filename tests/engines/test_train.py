@@ -1,9 +1,9 @@
 """Whole runs of the real program: Megatron ranks under torchrun, a vLLM engine under Ray, checkpoints, export.
 
 Each run is a few steps of a tiny model. Proves: log-probabilities of engine and actor agree after a weight sync at a
-temperature other than 1, under TP2 and PP2; a run repeats bit for bit; a run that is stopped or killed resumes without
-a lost, repeated or changed step; a killed engine is replaced without a lost or changed sample; the second stage starts
-from the model of the first; the result loads in transformers. Does not prove that anything is learned (`make demo`
+temperature other than 1, under TP2 and PP2; a run repeats bit for bit, also when its engine is killed and replaced, and
+when it is stopped and resumed (killed: tests/engines/test_kill.py); the second stage starts from the model of the
+first; the result loads in transformers. Does not prove that anything is learned (`make demo`
 shows that).
 """
 
@@ -185,29 +185,7 @@ def test_engine_and_actor_agree_under_pipeline_parallelism(inputs, tmp_path, fin
     assert first_pp["train/loss"] == pytest.approx(first_tp["train/loss"], abs=1e-5)
 
 
-def test_a_stopped_and_killed_run_resumes_where_it_was(inputs, tmp_path, finished):
-    import psutil
-
-    run = tmp_path / "run"
-    process = start(inputs, run)
-    wait_for(process, run, step=1)
-    process.send_signal(signal.SIGTERM)
-    assert "Traceback" not in finish(process, code=128 + signal.SIGTERM)
-    assert not (run / "hf").exists()
-    assert "already" in finish(start(inputs, run), code=2)
-
-    process = start(inputs, run, "--resume")
-    wait_for(process, run, step=3)
-    for child in psutil.Process(process.pid).children(recursive=True):  # as when a machine goes down
-        child.kill()
-    process.kill()
-    process.communicate()
-
-    finish(start(inputs, run, "--resume"))
-    assert rows(run) == rows(finished)
-
-
-def test_a_run_repeats_bit_for_bit_even_if_its_engine_is_killed(inputs, tmp_path, finished):
+def test_a_run_whose_engine_is_killed_and_that_is_stopped_ends_bit_for_bit_the_same(inputs, tmp_path, finished):
     import psutil
 
     run = tmp_path / "run"
@@ -216,7 +194,13 @@ def test_a_run_repeats_bit_for_bit_even_if_its_engine_is_killed(inputs, tmp_path
     engines = [c for c in psutil.Process(process.pid).children(recursive=True) if "VllmEngine" in " ".join(c.cmdline())]
     assert len(engines) == 1
     engines[0].kill()
-    assert "engine 0 is restarted" in finish(process)
+    wait_for(process, run, step=2)
+    process.send_signal(signal.SIGTERM)
+    output = finish(process, code=128 + signal.SIGTERM)
+    assert "engine 0 is restarted" in output and "Traceback" not in output
+    assert not (run / "hf").exists()
+    assert "already" in finish(start(inputs, run), code=2)
+    finish(start(inputs, run, "--resume", "--rollout.colocate=true"))
     assert rows(run) == rows(finished)
 
 
