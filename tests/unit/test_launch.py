@@ -299,3 +299,18 @@ def test_plain_torchrun_gets_one_line_and_the_error_file(tmp_path, monkeypatch, 
     assert capsys.readouterr().err == printed
     record = json.loads((tmp_path / "error.json").read_text())
     assert record["message"]["message"] and re.fullmatch(r"\d+", record["message"]["extraInfo"]["timestamp"])
+
+
+@pytest.mark.parametrize("failed, has_gpu, destroyed", [(True, True, 0), (True, False, 1), (False, True, 1)])
+def test_a_rank_that_failed_on_a_gpu_leaves_without_waiting_for_nccl(monkeypatch, failed, has_gpu, destroyed):
+    import torch
+    import torch.distributed as dist
+
+    from megatron_entropy.distributed import process_groups
+
+    calls = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append(1))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    process_groups.destroy_process_group(failed=failed)
+    assert len(calls) == destroyed
