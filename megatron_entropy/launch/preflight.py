@@ -11,11 +11,12 @@ from collections.abc import Container, Sequence
 
 from megatron_entropy import packages, procedural
 from megatron_entropy.config.architecture import ModelArchitecture
-from megatron_entropy.config.performance import PerformanceConfig
 from megatron_entropy.config.fp8 import RECIPES
+from megatron_entropy.config.performance import PerformanceConfig
 from megatron_entropy.config.schema import Config
 from megatron_entropy.config.speedups import resolve
 from megatron_entropy.errors import ConfigError, DataError, MissingPackageError
+from megatron_entropy.launch.gpu_memory import GIGABYTE, check_gpu_memory
 from megatron_entropy.methods import build_method
 from megatron_entropy.methods.base import Method
 from megatron_entropy.records import Prompt
@@ -90,6 +91,20 @@ def _can_select(method: Method, prompt: Prompt) -> bool:
     except ConfigError:  # about the number of prompts
         return True
     return True
+
+
+def check_memory(config: Config, arch: ModelArchitecture) -> None:
+    """See that the weights fit on this machine's GPUs, if it has any and starts engines.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    has_driver = os.path.exists("/proc/driver/nvidia/version")  # or torch would be imported for nothing
+    if has_driver and not config.rollout.replay and _samples(config) and (gpus := count_gpus()):
+        import torch
+
+        smallest = min(torch.cuda.get_device_properties(index).total_memory for index in range(gpus))
+        check_gpu_memory(config, arch, smallest / GIGABYTE)
 
 
 def check_packages(config: Config) -> None:

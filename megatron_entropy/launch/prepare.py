@@ -97,6 +97,7 @@ def check_inputs(spec: RunSpec) -> None:
         model = config.model.path or model
         with _naming_stage(spec, config):
             preflight.check_packages(config)
+            preflight.check_memory(config, spec.arch)
             for _, folder in _model_folders(config):
                 preflight.check_model_folder(folder, spec.arch)
             preflight.check_data(config, model, spec.arch)

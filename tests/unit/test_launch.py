@@ -314,3 +314,33 @@ def test_a_rank_that_failed_on_a_gpu_leaves_without_waiting_for_nccl(monkeypatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     process_groups.destroy_process_group(failed=failed)
     assert len(calls) == destroyed
+
+
+@pytest.mark.parametrize(
+    "rollout, parallel, expected",
+    [
+        ({"colocate": True}, {}, None),
+        ({"gpu_memory_utilization": 0.1}, {}, "gives an engine 8.0 GB of a GPU, and its weights take 40.0 GB"),
+        ({"gpu_memory_utilization": 0.1, "tensor_parallel": 8}, {}, None),
+        (
+            {"colocate": True},
+            {"dtype": "float32"},
+            "holds 80.0 GB of the trainer's weights and 40.0 GB of the engine's",
+        ),
+        ({"colocate": True}, {"dtype": "float32", "parallel": {"tp": 2, "pp": 2}}, None),
+    ],
+)
+def test_weights_that_do_not_fit_on_a_gpu_are_one_line(rollout, parallel, expected):
+    from types import SimpleNamespace
+
+    from megatron_entropy.config.schema import ActorConfig, RolloutConfig
+    from megatron_entropy.launch.gpu_memory import check_gpu_memory
+
+    config = SimpleNamespace(actor=ActorConfig.model_validate(parallel), rollout=RolloutConfig(**rollout))
+    arch = SimpleNamespace(num_parameters=20_000_000_000)
+    if expected is None:
+        check_gpu_memory(config, arch, 80.0)
+        return
+    with pytest.raises(ConfigError, match=re.escape(expected)) as refusal:
+        check_gpu_memory(config, arch, 80.0)
+    assert "\n" not in str(refusal.value) and "; raise " in str(refusal.value)

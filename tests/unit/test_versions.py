@@ -206,7 +206,9 @@ def test_the_receiver_is_a_complete_transfer_engine_of_every_vllm(version, monke
             "WeightTransferUpdateInfo": object,
         },
         "distributed.weight_transfer.factory": {"WeightTransferEngineFactory": object},
-        "model_executor.layers.fused_moe.fused_moe_method_base": {"FusedMoEMethodBase": type("FusedMoEMethodBase", (), {})},
+        "model_executor.layers.fused_moe.fused_moe_method_base": {
+            "FusedMoEMethodBase": type("FusedMoEMethodBase", (), {})
+        },
         "model_executor.layers.linear": {"LinearBase": object},
         "model_executor.layers.vocab_parallel_embedding": {"ParallelLMHead": object},
         "model_executor.model_loader.reload": {
