@@ -37,8 +37,8 @@ pack() { # name folder: OUT/name.tar.xz, split where it is larger than LIMIT
 "$python" -m venv "$work/venv"
 pip() { "$work/venv/bin/python" -m pip --disable-pip-version-check -q "$@"; }
 pip install --no-deps -r "$here/requirements/modern.txt"
-pip install 'setuptools<81' wheel ninja pybind11
-pip install --no-deps "transformer-engine-cu13==$engine" "transformer-engine==$engine" onnxscript onnx onnx-ir ml_dtypes \
+pip install 'setuptools<81' wheel ninja pybind11 onnxscript # Transformer Engine imports onnxscript
+pip install --no-deps "transformer-engine-cu13==$engine" "transformer-engine==$engine" \
 	nvdlfw-inspect 'nvidia-cudnn-frontend>=1.29' importlib-metadata zipp
 site=$("$work/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
 export NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE MAX_JOBS=2
