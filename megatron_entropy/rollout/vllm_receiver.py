@@ -87,9 +87,10 @@ class BucketTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def start_weight_update(self) -> None:
         """Restore the loadable form of the layers: on a CPU vLLM repacks linear weights and experts after loading."""
+        names = {name for name, _ in self.model.named_parameters()}  # a tied head has none of its own
         initialize_layerwise_reload(self.model)
-        # Now without the scales of quantized layers, which vLLM computes itself from the loaded weights.
-        self._expected = {name for name, _ in self.model.named_parameters()}
+        # Those that are left: vLLM computes the scales of quantized layers itself from the loaded weights.
+        self._expected = names & {name for name, _ in self.model.named_parameters()}
         if self.device.type == "cpu":
             # vLLM pads and packs experts only when it also creates their kernel. With the kernel of an earlier sync it
             # would treat the received tensors as packed ones.
