@@ -6,8 +6,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from megatron_entropy.cli.arguments import Subparsers
-from megatron_entropy.errors import ConfigError
+from megatron_entropy.cli.arguments import Subparsers, positive_float, positive_int
+from megatron_entropy.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from megatron_entropy.launch.prepare import RunSpec
@@ -21,13 +21,21 @@ def add_parser(subparsers: Subparsers) -> None:
         description="Train as a TOML file describes, on as many ranks of this machine as its layout needs. The keys of "
         "a second file win over those of the first. Every key can be overridden: --actor.parallel.tp=2 for all stages, "
         "--stages.NAME.steps=10 for one, --data.train=a.jsonl,b.jsonl for a list.",
-        usage="megatron-entropy train CONFIG [CONFIG ...] [--resume | --overwrite] [--dry-run] [--KEY.PATH=VALUE ...]",
+        usage="megatron-entropy train CONFIG [CONFIG ...] [--resume | --overwrite] [--dry-run] "
+        "[--nnodes=N --rdzv-endpoint=HOST:PORT [--rdzv-id=ID]] [--KEY.PATH=VALUE ...]",
         allow_abbrev=False,
     )
     parser.add_argument("configs", metavar="CONFIG", nargs="+", help="TOML file")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint, if there is one")
     parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in the run folder")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print settings and plan, then exit")
+    several = parser.add_argument_group("several machines", "The same command on every node, see docs/multi_node.md.")
+    several.add_argument("--nnodes", metavar="N", type=positive_int, default=1, help="number of nodes")
+    several.add_argument("--rdzv-endpoint", metavar="HOST:PORT", default="", help="of the first node; port 29400")
+    several.add_argument("--rdzv-id", metavar="ID", default="", help="keeps nodes of different runs apart")
+    several.add_argument(
+        "--join-timeout", metavar="SECONDS", type=positive_float, default=600.0, help="to wait for the last node; 600"
+    )
     parser.set_defaults(run=run)
 
 
@@ -40,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
     configs, overrides = _split(args)
     if rank.is_rank():
         return rank.run_rank(configs, overrides, **flags, dry_run=args.dry_run)
+    if args.nnodes > 1:
+        return _run_on_nodes(args, configs, overrides)
     spec = prepare.resolve(configs, overrides)
     for line in check.ignored_settings(spec.configs):
         print(f"warning: {line}", file=sys.stderr)
@@ -51,8 +61,37 @@ def run(args: argparse.Namespace) -> int:
         return 0
     ranks = "1 rank" if spec.world_size == 1 else f"{spec.world_size} ranks"
     print(f"starting {ranks}: importing torch takes some seconds", file=sys.stderr, flush=True)
-    given = [f"--{name}" for name, value in flags.items() if value]
-    return torchrun.launch(["train", *configs, *given, *overrides], world_size=spec.world_size)
+    return torchrun.launch(_rank_arguments(args, configs, overrides), ranks=spec.world_size)
+
+
+def _run_on_nodes(args: argparse.Namespace, configs: list[str], overrides: list[str]) -> int:
+    """Meet the other nodes and start this node's ranks; the ranks check the inputs and compare the machines."""
+    from megatron_entropy.launch import nodes, prepare, torchrun
+
+    if args.dry_run:
+        raise ConfigError("--dry-run starts no ranks; leave --nnodes out")
+    if not args.rdzv_endpoint:
+        raise ConfigError("--nnodes above 1 needs --rdzv-endpoint=HOST:PORT of the first node, the same on every node")
+    ranks, error = 0, ""
+    try:
+        world_size = prepare.resolve(configs, overrides).world_size
+        ranks = world_size // args.nnodes
+        if ranks * args.nnodes != world_size:
+            raise ConfigError(f"actor.parallel has {world_size} ranks, which --nnodes={args.nnodes} does not divide")
+    except UserError as mistake:
+        error = str(mistake)
+    spec = nodes.NodesSpec(args.nnodes, args.rdzv_endpoint, args.rdzv_id, args.join_timeout)
+    print(f"waiting for {spec.count} nodes at {spec.host}:{spec.port}", file=sys.stderr, flush=True)
+    try:
+        place = nodes.meet(spec, ranks=ranks, error=error)
+    except nodes.EndedElsewhere:
+        return 2
+    return torchrun.launch(_rank_arguments(args, configs, overrides), ranks=ranks, place=place)
+
+
+def _rank_arguments(args: argparse.Namespace, configs: list[str], overrides: list[str]) -> list[str]:
+    given = [f"--{name}" for name in ("resume", "overwrite") if getattr(args, name)]
+    return ["train", *configs, *given, *overrides]
 
 
 def _split(args: argparse.Namespace) -> tuple[list[str], list[str]]:

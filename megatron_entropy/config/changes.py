@@ -12,6 +12,7 @@ MAY_CHANGE = (
     "output",
     "steps",
     "checkpoint",
+    "cluster",
     "log",
     "eval",
     "data.eval",

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from megatron_entropy.config.cluster import ClusterConfig
 from megatron_entropy.config.fp8 import Fp8Config
 from megatron_entropy.config.performance import PerformanceConfig
 from megatron_entropy.config.types import (
@@ -352,6 +353,7 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
     @property
     def max_sequence_tokens(self) -> int:
@@ -360,7 +362,7 @@ class Config(Section):
 
     def fingerprint(self) -> str:
         """Hash every setting that changes the numbers of a run; a resume compares the result."""
-        settings = self.model_dump(mode="json", exclude={"output", "steps", "checkpoint", "log", "eval"})
+        settings = self.model_dump(mode="json", exclude={"output", "steps", "checkpoint", "log", "eval", "cluster"})
         settings["actor"].pop("parallel")
         settings["reward"].pop("url")
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

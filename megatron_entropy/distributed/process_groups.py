@@ -12,17 +12,23 @@ import torch
 import torch.distributed as dist
 
 from megatron_entropy.config.schema import ParallelConfig
-from megatron_entropy.distributed import cpu, loopback
+from megatron_entropy.distributed import cpu, loopback, network
 from megatron_entropy.distributed.seeds import seed_generators
 from megatron_entropy.errors import Fault, UserError
 
 T = TypeVar("T")
 
 
-def init_process_group(timeout_minutes: float = 60.0) -> None:
+def init_process_group(timeout: float = 3600.0, *, store: dist.Store | None = None) -> None:
     """Connect the ranks that torchrun started: NCCL and gloo on GPUs, gloo alone otherwise.
 
     Outside torchrun the process becomes the only rank.
+
+    Args:
+        timeout: seconds that a collective may take.
+        store: where the ranks meet; by default torchrun's.
+    Raises:
+        Fault: the ranks cannot connect to one another.
     """
     loopback.activate()
     if not torch.cuda.is_available():
@@ -32,7 +38,21 @@ def init_process_group(timeout_minutes: float = 60.0) -> None:
         backend = "cpu:gloo,cuda:nccl"
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
+    limit = datetime.timedelta(seconds=timeout)
+    if store is None:
+        dist.init_process_group(backend, timeout=limit)
+        return
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    own = dist.PrefixStore("default", store)
+    try:
+        dist.init_process_group(backend, timeout=limit, store=own, rank=rank, world_size=world_size)
+    except (RuntimeError, dist.DistError) as error:
+        reason = " ".join(str(error).split())
+        interface = os.environ.get(network.GLOO, "chosen by its host name")
+        raise Fault(
+            f"the ranks cannot connect to one another over {network.host_name()}'s interface {interface} ({reason}); "
+            f"name another one with {network.GLOO} and {network.NCCL}, or open the ports between the nodes"
+        ) from None
 
 
 def init_model_parallel(layout: ParallelConfig, seed: int) -> None:
@@ -95,6 +115,14 @@ def largest(value: float) -> float:
     number = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(number, dist.ReduceOp.MAX)
     return float(number)
+
+
+def gather_objects(value: T) -> list[T]:
+    """Gather an object of every rank, in the order of the ranks; a collective."""
+    values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def barrier() -> None:

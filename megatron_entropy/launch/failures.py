@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -12,15 +14,27 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from megatron_entropy.errors import Fault, UserError
+
+if TYPE_CHECKING:
+    from megatron_entropy.distributed.peers import Peers
 
 LAUNCHER_VARIABLE = "MEGATRON_ENTROPY_LAUNCHER"
 """Environment variable of ranks that our launcher started: its pid. It prints their failures."""
 
+OBEYED = 128 + signal.SIGTERM
+"""Exit code of a rank that has obeyed a stop signal: its step is done and saved."""
+
 STOPPED = (-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT)
 """Exit codes of a rank that ended on a stop signal."""
+
+CAUSE_TIMEOUT = 5.0
+"""Seconds that a rank waits for the reason why another one ended."""
+
+CONNECTION_ERROR = re.compile(r"gloo/|NCCL (communicator|error)|nccl(Remote|System)Error|store->|TCPStore")
+"""What messages of torch's process groups and store contain when another rank does not answer."""
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 """OS errors that are faults, not bugs: disk full, quota reached, read-only disk, limit on a file's size."""
@@ -30,43 +44,79 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 class RankFailure:
     """Why a rank ended.
 
-    `kind`: `user` (a `UserError`), `fault` (a `Fault`), `bug` (any other exception) or `death` (a signal, or an exit
-    without a report). `time`: seconds since the epoch. `details`: the traceback of a bug.
+    `kind`: `user` (a `UserError`), `fault` (a `Fault`), `bug` (any other exception), `death` (a signal, or an exit
+    without a report) or `lost` (the connection to another rank broke, most often because that one had ended). `time`:
+    seconds since the epoch. `details`: the traceback of a bug. `quiet`: other ranks print it.
     """
 
     rank: int
-    kind: Literal["user", "fault", "bug", "death"]
+    kind: Literal["user", "fault", "bug", "death", "lost"]
     message: str
     exit_code: int
     time: float
     details: str = ""
+    quiet: bool = False
 
 
-def describe(error: BaseException, *, rank: int) -> RankFailure:
-    """Turn an exception of a rank into a failure with a one-line message."""
+def describe(error: BaseException, *, rank: int, node: str = "") -> RankFailure:
+    """Turn an exception of a rank into a failure with a one-line message.
+
+    Args:
+        node: name of the rank's machine, where a run has several.
+    """
     message = " ".join(str(error).split())
     if isinstance(error, UserError):
         return RankFailure(rank, "user", message, 2, time.time())
+    where = f"rank {rank} on {node}" if node else f"rank {rank}"
+    if CONNECTION_ERROR.search(message) and not isinstance(error, UserError | Fault):
+        message = f"{where}: the connection to another rank broke: {_reason(message)}"
+        return RankFailure(rank, "lost", message, 1, time.time())
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         message += "; make room (checkpoint.keep, log.rollouts_every) or repair the disk, then continue with --resume"
-        return RankFailure(rank, "fault", f"rank {rank}: {message}", 1, time.time())
+        return RankFailure(rank, "fault", f"{where}: {message}", 1, time.time())
     if isinstance(error, Fault):
-        return RankFailure(rank, "fault", f"rank {rank}: {message}", 1, time.time())
+        return RankFailure(rank, "fault", f"{where}: {message}", 1, time.time())
     details = "".join(traceback.format_exception(error))
-    return RankFailure(rank, "bug", f"rank {rank}: {type(error).__name__}: {message}", 1, time.time(), details)
+    return RankFailure(rank, "bug", f"{where}: {type(error).__name__}: {message}", 1, time.time(), details)
 
 
-def report_failure(error: BaseException, *, rank: int) -> int:
+def _reason(message: str) -> str:
+    """An error message of gloo or NCCL without source positions and guesses of the cause."""
+    return re.sub(r"\[[^\]\s]*\.(cc|cpp|h):\d+\] ", "", message).split(". This is typically")[0][:300]
+
+
+def report_failure(error: BaseException, *, rank: int, peers: Peers | None = None) -> int:
     """Report why this rank ends: to our launcher, or under plain torchrun on standard error.
 
-    Under plain torchrun only rank 0 prints a user's mistake, because every rank finds it; any other failure is printed
-    by the rank it happened on. Both are also written to torchrun's error file, from which torchrun shows the first
-    failure with its traceback.
+    A rank that only lost the connection to another one reports that one's failure, if it can be found out. The rank it
+    happened on prints a failure, and so does rank 0; a user's mistake, which every rank finds, rank 0 alone. All is
+    also written to torchrun's error file, from which torchrun shows the first failure with its traceback.
+
+    Args:
+        peers: of this rank, once it has met the others.
 
     Returns:
         The exit code of the rank: 2 for a user's mistake, else 1.
     """
-    failure = describe(error, rank=rank)
+    several = peers is not None and len(set(peers.nodes)) > 1
+    failure = describe(error, rank=rank, node=peers.node if peers is not None and several else "")
+    failure = _agree_with_peers(failure, peers)
+    return write_report(failure, rank=rank)
+
+
+def _agree_with_peers(failure: RankFailure, peers: Peers | None) -> RankFailure:
+    """Return the failure that the others know already, or let them know this one."""
+    if peers is None:
+        return failure
+    if failure.kind == "lost" and (found := peers.failure(CAUSE_TIMEOUT)):
+        return dataclasses.replace(RankFailure(**found), details="", quiet=peers.rank != 0)
+    if failure.kind != "user":
+        peers.post_failure(asdict(failure))
+    return failure
+
+
+def write_report(failure: RankFailure, *, rank: int) -> int:
+    """Write a failure to torchrun's error file, and print it unless our launcher does; returns the exit code."""
     if target := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         extra = {"py_callstack": failure.details, "timestamp": str(int(failure.time))}
         message = {"message": failure.details or failure.message, "extraInfo": extra}
@@ -75,7 +125,7 @@ def report_failure(error: BaseException, *, rank: int) -> int:
     else:
         by_launcher = False
         print(failure.details, end="", file=sys.stderr)
-    if not by_launcher and (rank == 0 or failure.kind != "user"):
+    if not by_launcher and (rank == 0 or not (failure.kind == "user" or failure.quiet)):
         print(f"error: {failure.message}", file=sys.stderr, flush=True)
     return failure.exit_code
 
@@ -83,15 +133,14 @@ def report_failure(error: BaseException, *, rank: int) -> int:
 def first_failure(failures: Sequence[RankFailure]) -> RankFailure:
     """Return the failure that caused the others.
 
-    Our own error classes come first, because a rank that loses another rank reports a broken connection instead. Then
-    the earliest one wins; a death counts one second earlier than the agent noticed it. Ranks that the agent stopped
-    because of another failure come last.
+    Our own error classes come first, then the earliest one wins; a death counts one second earlier than the agent
+    noticed it. Ranks that lost another one come late, and last those that the agent stopped because of another failure.
     """
 
     def order(failure: RankFailure) -> tuple[int, float]:
         death = failure.kind == "death"
         if death and failure.exit_code in STOPPED:
-            return 3, failure.time
-        return {"user": 0, "fault": 1}.get(failure.kind, 2), failure.time - death
+            return 4, failure.time
+        return {"user": 0, "fault": 1, "lost": 3}.get(failure.kind, 2), failure.time - death
 
     return min(failures, key=order)

@@ -6,12 +6,20 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
-from megatron_entropy.errors import ConfigError
-from megatron_entropy.launch.failures import LAUNCHER_VARIABLE, report_failure
-from megatron_entropy.launch.prepare import check_inputs, prepare_run_folder, resolve
+from megatron_entropy.errors import ConfigError, Fault, UserError
+from megatron_entropy.launch.failures import LAUNCHER_VARIABLE, RankFailure, describe, report_failure, write_report
+from megatron_entropy.launch.prepare import RunSpec, check_inputs, prepare_run_folder, resolve
 
+if TYPE_CHECKING:
+    from megatron_entropy.distributed.peers import Peers
+
+EXIT_TIMEOUT = 30.0
+"""Seconds that a failed rank may take to close what it uses."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -41,23 +49,84 @@ def run_rank(
         Exit code: 0, 2 after a user's mistake, 1 after a fault, 143 after a stop signal was obeyed.
     """
     from megatron_entropy.distributed import process_groups
+    from megatron_entropy.distributed.peers import Peers
     from megatron_entropy.monitor.console import setup_logging
 
     end_with_launcher()
     rank = int(os.environ["RANK"])
     setup_logging(rank)
+    peers = None
     failed = True
     try:
-        process_groups.init_process_group()
         if dry_run:
             raise ConfigError("--dry-run starts no ranks; run megatron-entropy train without torchrun")
-        code = _train(configs, overrides, resume=resume, overwrite=overwrite)
+        peers = Peers()
+        spec = _meet(peers, configs, overrides)
+        process_groups.init_process_group(spec.configs[0].cluster.timeout, store=peers.store)
+        if not peers.is_single_machine:
+            _watch(peers, spec.configs[0].cluster.lost_after)
+        code = _train(spec, resume=resume, overwrite=overwrite, several=not peers.is_single_machine)
         failed = False
         return code
     except Exception as error:  # every failure ends in one line, printed by the launcher or here
-        return report_failure(error, rank=rank)
+        code = report_failure(error, rank=rank, peers=peers)
+        _leave_within(EXIT_TIMEOUT, code)
+        return code
     finally:
         process_groups.destroy_process_group(failed=failed)
+
+
+def _meet(peers: Peers, configs: Sequence[str], overrides: Sequence[str]) -> RunSpec:
+    """Read and check the settings, and compare them and the machine with the other ranks'; a collective.
+
+    A user's mistake that one rank finds ends all of them.
+    """
+    from megatron_entropy.launch import agreement
+
+    spec: RunSpec | None = None
+    facts: dict[str, Any] = {"error": None}
+    try:
+        spec = resolve(configs, overrides, world_size=peers.world_size)
+        if not _launcher_checks() and os.environ.get("LOCAL_RANK") == "0":
+            check_inputs(spec)
+        facts |= agreement.describe_machine() | agreement.describe_run(spec)
+    except UserError as error:
+        facts["error"] = str(error)
+    except OSError as error:
+        facts["error"] = f"{error.filename}: {error.strerror}"
+    peers.meet(facts, agreement.compare)
+    assert spec is not None, "a rank with an error has raised it"
+    return spec
+
+
+def _launcher_checks() -> bool:
+    """Whether our launcher checks the inputs before the ranks start: on one machine."""
+    return LAUNCHER_VARIABLE in os.environ and os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
+
+
+def _watch(peers: Peers, lost_after: float) -> None:
+    """End this rank when another machine is lost; it may wait for it in a collective and cannot end by itself."""
+    from megatron_entropy.distributed.liveness import Liveness
+
+    def end(reason: str, code: int) -> None:
+        found = peers.failure(0.1)
+        failure = RankFailure(**found) if found else None
+        if failure is None:
+            failure = describe(Fault(reason), rank=peers.rank, node=peers.node)
+            peers.post_failure(asdict(failure))
+        else:
+            failure = replace(failure, details="", quiet=peers.rank != 0)
+        write_report(replace(failure, exit_code=code), rank=peers.rank)
+        os._exit(code)
+
+    Liveness(peers, lost_after=lost_after, end=end).start()
+
+
+def _leave_within(seconds: float, code: int) -> None:
+    """End this process even if something that it closes at exit waits for a lost machine."""
+    timer = threading.Timer(seconds, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
 
 
 def end_with_launcher() -> None:
@@ -73,22 +142,16 @@ def end_with_launcher() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _train(configs: Sequence[str], overrides: Sequence[str], *, resume: bool, overwrite: bool) -> int:
-    import torch.distributed as dist
-
+def _train(spec: RunSpec, *, resume: bool, overwrite: bool, several: bool) -> int:
     from megatron_entropy.distributed import process_groups
+    from megatron_entropy.launch import agreement
     from megatron_entropy.monitor.report import print_table
     from megatron_entropy.trainer.loop import log, train
     from megatron_entropy.trainer.stop_signal import Stopped
 
-    spec = resolve(configs, overrides, world_size=dist.get_world_size())
-
-    def prepare() -> None:
-        if LAUNCHER_VARIABLE not in os.environ:  # the launcher has done it before the ranks started
-            check_inputs(spec)
-        prepare_run_folder(spec, resume=resume, overwrite=overwrite)
-
-    process_groups.run_on_rank_zero(prepare)
+    process_groups.run_on_rank_zero(lambda: prepare_run_folder(spec, resume=resume, overwrite=overwrite))
+    if several:
+        agreement.check_shared(spec.folder.root)
     try:
         train(spec.configs, resume=resume)
     except Stopped as stop:

@@ -1,4 +1,4 @@
-"""Start the ranks of one machine through torchrun, forward stop signals to them, and report the first failure.
+"""Start the ranks of this machine through torchrun, forward stop signals to them, and report the first failure.
 
 torchrun's agent runs in this process, so Ctrl-C and `kill` reach the ranks as a request to stop after the step
 (torchrun alone kills them after 30 seconds), and a failure ends in the one line of the rank that failed first.
@@ -11,61 +11,73 @@ import logging
 import os
 import signal
 import sys
+import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import asdict
 from types import FrameType
 from typing import TYPE_CHECKING
 
 import psutil
 
-from megatron_entropy.distributed import loopback
+from megatron_entropy.distributed import loopback, network
 from megatron_entropy.distributed.scratch import scratch_folder
-from megatron_entropy.launch.failures import LAUNCHER_VARIABLE, STOPPED, RankFailure, first_failure
+from megatron_entropy.launch.failures import LAUNCHER_VARIABLE, OBEYED, STOPPED, RankFailure, first_failure
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    from megatron_entropy.launch.nodes import Place
 
 RANK_MODULE = "megatron_entropy"
 """Module that every rank runs (`python -m`)."""
 
 
-def launch(arguments: Sequence[str], *, world_size: int) -> int:
-    """Run `world_size` ranks of `RANK_MODULE` on this machine and wait for them.
+def launch(arguments: Sequence[str], *, ranks: int, place: Place | None = None) -> int:
+    """Run the ranks of this machine, which are `RANK_MODULE`, and wait for them.
 
     SIGINT, SIGTERM and SIGHUP make the ranks finish their step, save and end (by SIGTERM); a second signal kills them.
 
     Args:
         arguments: command line of each rank: `train`, the configuration file, flags and overrides.
-        world_size: number of ranks.
+        ranks: number of ranks on this machine.
+        place: of this machine among several; None: all ranks of the run are here.
 
     Returns:
-        0; 128 + the signal's number after a stop; otherwise the exit code of the rank that failed first, after its
-        message has been printed.
+        0; 128 + the signal's number after a stop (SIGTERM's where another node received it); otherwise the exit code of
+        the rank that failed first, after its message has been printed here or on the nodes that it concerns.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // world_size)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of reverse lookups and retries help nobody
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: new buffers of host memory fill 3 times faster
     # What a killed rank leaves behind is deleted; Python would report it behind the error.
     filters = [os.environ.get("PYTHONWARNINGS", ""), "ignore:resource_tracker:UserWarning"]
     os.environ["PYTHONWARNINGS"] = ",".join(filter(None, filters))
     os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
-    if not os.environ.get("RAY_ADDRESS"):  # engines of a joined cluster may be on other machines
+    if place is None and not os.environ.get("RAY_ADDRESS"):  # engines of a joined cluster may be on other machines
         loopback.request()
-    ranks = _Ranks(world_size)
-    previous = {number: signal.signal(number, ranks.stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    group = _Ranks(ranks)
+    previous = {number: signal.signal(number, group.stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        failures = _run_agent(list(arguments), world_size)
+        failures = _run_agent(list(arguments), ranks, place)
     except _StoppedEarly:
         failures = []
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if ranks.stop_signal is not None and (ranks.killed or all(f.exit_code in STOPPED for f in failures)):
-        return 128 + ranks.stop_signal
-    if not failures:
+    if not failures and group.stop_signal is None:
         return 0
+    stopped = all(failure.exit_code in STOPPED for failure in failures)
+    if group.killed or (stopped and all(failure.kind == "death" for failure in failures)):
+        is_known = group.stop_signal is not None or all(failure.exit_code == OBEYED for failure in failures)
+        if is_known:
+            return 128 + (group.stop_signal or signal.SIGTERM)
     first = first_failure(failures)
-    print(first.details, end="", file=sys.stderr)
-    print(f"error: {first.message}", file=sys.stderr, flush=True)
+    if place is not None and first.kind == "death":
+        place.post_failure(asdict(first))
+    if not all(failure.quiet for failure in failures if failure.message == first.message):
+        print(first.details, end="", file=sys.stderr)
+        print(f"error: {first.message}", file=sys.stderr, flush=True)
     return first.exit_code if first.exit_code > 0 else 1
 
 
@@ -116,7 +128,8 @@ def _print_from_handler(text: str) -> None:
     os.write(sys.stderr.fileno(), f"{text}\n".encode())  # unbuffered, allowed in a signal handler
 
 
-def _run_agent(arguments: list[str], world_size: int) -> list[RankFailure]:
+def _run_agent(arguments: list[str], ranks: int, place: Place | None) -> list[RankFailure]:
+    import torch.distributed as dist
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
@@ -125,9 +138,7 @@ def _run_agent(arguments: list[str], world_size: int) -> list[RankFailure]:
 
     logging.disable(logging.CRITICAL)  # of this process: torchrun would log every failure as well
     with scratch_folder() as folder:
-        options = ["--nnodes=1", f"--nproc-per-node={world_size}", "--max-restarts=0", f"--log-dir={folder}"]
-        options += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", f"--rdzv-id={uuid.uuid4()}"]
-        options += ["--local-addr=127.0.0.1"]  # otherwise ranks look for the store at the host name's address
+        options = [f"--nproc-per-node={ranks}", "--max-restarts=0", f"--log-dir={folder}", *_meeting(place)]
         options += ["--signals-to-handle=SIGQUIT", "--module", RANK_MODULE]
         parsed = torchrun.parse_args(options)
         parsed.training_script_args = arguments  # torchrun's parser would take `--run` for an option of its own
@@ -135,20 +146,39 @@ def _run_agent(arguments: list[str], world_size: int) -> list[RankFailure]:
         try:
             elastic_launch(config, command)(*command_arguments)
         except ChildFailedError as error:
-            return [_to_rank_failure(rank, failure) for rank, failure in error.failures.items()]
+            node = network.host_name() if place is not None else ""
+            return [_to_rank_failure(rank, failure, node) for rank, failure in error.failures.items()]
+        except dist.DistError as error:
+            if place is None:
+                raise
+            reason = " ".join(str(error).split())[:200]
+            message = f"{network.host_name()}: the connection to the first node broke: {reason}"
+            return [RankFailure(-1, "lost", message, 1, time.time())]
         finally:
             logging.disable(logging.NOTSET)
     return []
 
 
-def _to_rank_failure(rank: int, failure: ProcessFailure) -> RankFailure:
+def _meeting(place: Place | None) -> list[str]:
+    """Options of torchrun that say where its agents meet."""
+    if place is None:
+        # Without the address, ranks look for the store where the host name leads.
+        options = ["--nnodes=1", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--local-addr=127.0.0.1"]
+        return [*options, f"--rdzv-id={uuid.uuid4()}"]
+    spec = place.spec
+    options = [f"--nnodes={spec.count}", f"--node-rank={place.number}", "--rdzv-backend=static"]
+    return [*options, f"--rdzv-endpoint={place.address}:{spec.port}", f"--rdzv-id={spec.run_id or 'run'}"]
+
+
+def _to_rank_failure(rank: int, failure: ProcessFailure, node: str) -> RankFailure:
+    where = f"rank {rank} on {node}" if node else f"rank {rank}"
     record = failure.error_file_data
     if isinstance(record, dict) and "megatron_entropy" in record:
         return RankFailure(**record["megatron_entropy"])
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
         hint = "; most often the machine ran out of memory" if name == "SIGKILL" else ""
-        message = f"rank {rank} was killed by {name}{hint}"
+        message = f"{where} was killed by {name}{hint}"
     else:
-        message = f"rank {rank} ended with exit code {failure.exitcode}"
+        message = f"{where} ended with exit code {failure.exitcode}"
     return RankFailure(rank, "death", message, failure.exitcode, float(failure.timestamp))

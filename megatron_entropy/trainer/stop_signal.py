@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from types import FrameType
 
@@ -28,10 +29,10 @@ class StopSignal:
             signal.signal(number, self._receive)
 
     def is_received(self) -> bool:
-        """Whether rank 0 has received a stop signal; a collective."""
-        return process_groups.broadcast_object(self._is_received)
+        """Whether any rank has received a stop signal; a collective."""
+        return bool(process_groups.largest(self._is_received))
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._is_received = True
-        if process_groups.rank() == 0:
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             log.warning("%s received: stopping after this step", signal.Signals(number).name)

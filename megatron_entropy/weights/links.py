@@ -15,7 +15,6 @@ import datetime
 import mmap
 import os
 import re
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from megatron_entropy.distributed.network import address_towards
 from megatron_entropy.errors import TransportError
 
 SHARED_MEMORY = "shared_memory"
@@ -257,7 +257,7 @@ class _Group:
 def _gloo_group(store: dist.Store, rank: int, info: LinkInfo) -> Any:
     gloo: Any = dist.ProcessGroupGloo  # torch's type stubs lack most of it
     options = gloo._Options()
-    options._devices = [gloo.create_device(hostname=_interface_towards(info.address))]
+    options._devices = [gloo.create_device(hostname=address_towards(info.address))]
     options._timeout = datetime.timedelta(seconds=info.timeout)
     return gloo(store, rank, info.world_size, options)
 
@@ -275,13 +275,6 @@ def _nccl_group(store: dist.Store, rank: int, info: LinkInfo) -> Any:
         return nccl(store, rank, info.world_size, options)
     finally:
         os.environ.pop(setting) if before is None else os.environ.update({setting: before})
-
-
-def _interface_towards(address: str) -> str:
-    """Find this machine's address on its route to `address`; gloo by default uses the one of its host name."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((address, 9))  # a datagram socket only chooses a route and sends nothing
-        return probe.getsockname()[0]
 
 
 def reason_of(error: BaseException) -> str:

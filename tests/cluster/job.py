@@ -96,12 +96,27 @@ class Job:
         file = self.folder / f"{node.name}.log"
         return file.read_text() if file.exists() else ""
 
-    def train(self, nodes: Sequence[Node], *arguments: str, environment: Mapping[str, str] | None = None) -> None:
-        """Start the run on these nodes; Ray's cluster, if there is one, is joined."""
+    def train(
+        self,
+        nodes: Sequence[Node],
+        *arguments: str,
+        endpoint: str = "",
+        torchrun: bool = False,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """Start the run on these nodes; Ray's cluster, if there is one, is joined.
+
+        Args:
+            endpoint: host of the first node, where it is not its address.
+            torchrun: start it by plain torchrun.
+        """
         for node in nodes:
-            command = ["torchrun", f"--nnodes={len(nodes)}", "--nproc-per-node=1", "--rdzv-backend=c10d"]
-            command += [f"--rdzv-id={self.folder.name}", f"--rdzv-endpoint={nodes[0].address}:{PORT}"]
-            command += ["-m", "megatron_entropy", "train", str(self.config), *self.overrides, *arguments]
+            options = [f"--nnodes={len(nodes)}", f"--rdzv-id={self.folder.name}"]
+            options += [f"--rdzv-endpoint={endpoint or nodes[0].address}:{PORT}"]
+            command = ["megatron-entropy", "train", str(self.config), *options, *self.overrides, *arguments]
+            if torchrun:
+                command = ["torchrun", "--nproc-per-node=1", "--rdzv-backend=c10d", *options]
+                command += ["-m", "megatron_entropy", "train", str(self.config), *self.overrides, *arguments]
             joined = {"RAY_ADDRESS": f"{nodes[0].address}:6379"} if self.ray else {}
             self.processes[node.name] = node.start(
                 command, log=self.folder / f"{node.name}.log", environment=joined | dict(environment or {})
@@ -159,7 +174,7 @@ class Job:
     def metrics(self) -> list[dict[str, Any]]:
         """Return the rows of `metrics.jsonl` without times."""
         rows = [json.loads(line) for line in (self.output / "metrics.jsonl").read_text().splitlines()]
-        return [{key: value for key, value in row.items() if "time" not in key and "second" not in key} for row in rows]
+        return [{key: value for key, value in row.items() if not key.startswith("timing/")} for row in rows]
 
 
 def wait_for(condition: Any, timeout: float, what: str, details: Any = lambda: "") -> None:

@@ -188,7 +188,7 @@ def start_launcher(folder, mode):
     (folder / "fake_rank.py").write_text(RANK)
     code = (
         "import sys; from megatron_entropy.launch import torchrun; torchrun.RANK_MODULE = 'fake_rank'\n"
-        "sys.exit(torchrun.launch(sys.argv[1:], world_size=2))"
+        "sys.exit(torchrun.launch(sys.argv[1:], ranks=2))"
     )
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(folder), os.environ.get("PYTHONPATH", "")])
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"} | {"PYTHONPATH": path}
