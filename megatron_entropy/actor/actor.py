@@ -20,7 +20,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from entropy_kernels import TokenStats
-from megatron_entropy.actor import fp8, lora, schedules
+from megatron_entropy.actor import lora, schedules
 from megatron_entropy.actor.divergence import ReferenceStates, compute_divergence, compute_states
 from megatron_entropy.actor.model import (
     build_chunks,
@@ -73,7 +73,6 @@ class Actor:
             use_distributed_optimizer=config.parallel.distributed_optimizer,
             overlap_grad_reduce=used["overlap_grad_reduce"].is_active,
             overlap_param_gather=self._gathers_late,
-            **fp8.gather_settings(config.fp8),
         )
         self.chunks = [
             DistributedDataParallel(settings, ddp, chunk, disable_bucketing=index > 0)

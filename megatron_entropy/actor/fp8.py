@@ -1,4 +1,4 @@
-"""The table `actor.fp8` in megatron-core's names: settings of the model, of data parallelism and of the optimizer.
+"""The table `actor.fp8` in megatron-core's names.
 
 megatron-core 0.16 to 0.19 have the same names. Not run on a GPU.
 """
@@ -29,18 +29,7 @@ def model_settings(fp8: Fp8Config) -> dict[str, Any]:
         return {"fp4": "e2m1", "fp4_recipe": recipe.megatron, **settings}
     settings["fp8"] = recipe.format if fp8.format == "auto" else fp8.format
     settings["fp8_recipe"] = recipe.megatron
-    settings["fp8_param"] = fp8.params
     if fp8.recipe == "delayed":
         settings["fp8_amax_history_len"] = AMAX_HISTORY
         settings["fp8_amax_compute_algo"] = "max"
     return settings
-
-
-def gather_settings(fp8: Fp8Config) -> dict[str, Any]:
-    """Return the FP8 settings of `DistributedDataParallelConfig`."""
-    return {"fp8_param_gather": True} if fp8.params and is_active(fp8) else {}
-
-
-def optimizer_settings(fp8: Fp8Config) -> dict[str, Any]:
-    """Return the FP8 settings of Megatron's `OptimizerConfig`: it updates FP8 weights by the recipe's name."""
-    return {"fp8_recipe": RECIPES[fp8.recipe].megatron} if fp8.params and is_active(fp8) else {}

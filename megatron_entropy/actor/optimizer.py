@@ -7,7 +7,6 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_entropy.actor import fp8
 from megatron_entropy.actor.model import resolve_dtype
 from megatron_entropy.config import speedups
 from megatron_entropy.config.schema import ActorConfig, OptimizerConfig
@@ -29,7 +28,6 @@ def build_optimizer(config: ActorConfig, chunks: list[DistributedDataParallel]) 
         bf16=str(dtype) == "torch.bfloat16",
         use_distributed_optimizer=config.parallel.distributed_optimizer,
         overlap_param_gather=speedups.resolve(config)["overlap_param_gather"].is_active,
-        **fp8.optimizer_settings(config.fp8),
     )
     return get_megatron_optimizer(megatron_config, chunks)  # type: ignore[arg-type]
 

@@ -11,7 +11,7 @@ __all__ = ["AMAX_HISTORY", "RECIPES", "Fp8Config", "token_multiple"]
 
 
 class Fp8Config(Section):
-    """FP8 matrix products in the linear layers (Transformer Engine). Optimizer and gradients keep their precision."""
+    """FP8 matrix products in the linear layers (Transformer Engine). Weights are stored as always."""
 
     recipe: Literal["", "current", "delayed", "blockwise", "mxfp8", "nvfp4"] = ""
     """How tensors are scaled into FP8's range. `current`: one scale a tensor, from its largest value now. `delayed`:
@@ -27,9 +27,6 @@ class Fp8Config(Section):
     head: Literal["bfloat16", "fp8"] = "bfloat16"
     """Precision of the head, which turns hidden states into log-probabilities and entropies. `fp8` exists only
     emulated: the kernels of the head compute in bfloat16."""
-    params: bool = False
-    """Keep the weights themselves in FP8 and gather them in FP8 between data parallel ranks, which saves memory and
-    communication; needs `actor.parallel.distributed_optimizer`."""
     emulate: bool = False
     """Round to FP8 and back in plain PyTorch, on any device without Transformer Engine: shows what a recipe does to the
     numbers, saves nothing."""

@@ -162,7 +162,7 @@ def test_every_package_is_on_the_architecture_page():
 
 
 def test_pages_are_in_the_navigation():
-    listed = re.findall(r": ([a-z_/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    listed = re.findall(r": ([a-z0-9_/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(str(page.relative_to(DOCS)) for page in PAGES)
 
 

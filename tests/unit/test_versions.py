@@ -21,7 +21,7 @@ import torch
 from packaging.requirements import Requirement
 
 from megatron_entropy import packages
-from megatron_entropy.actor.fp8 import gather_settings, model_settings, optimizer_settings
+from megatron_entropy.actor.fp8 import model_settings
 from megatron_entropy.config.fp8 import RECIPES, Fp8Config
 
 ROOT = Path(__file__).parents[2]
@@ -118,14 +118,10 @@ def calls(file, written):
 
 def dictionary_keys(tree, value):
     """The keys that a `**` argument can have: of a dictionary in a variable, or that a function returns."""
-    fp8 = {"fp8.model_settings": model_settings, "fp8.gather_settings": gather_settings}
-    fp8["fp8.optimizer_settings"] = optimizer_settings
     text = ast.unparse(value).partition("(")[0]
-    if text in fp8:
-        tables = [
-            Fp8Config.model_validate({"recipe": recipe, "params": True, "first_layers_bf16": 1}) for recipe in RECIPES
-        ]
-        return {key for table in tables for key in fp8[text](table)}
+    if text == "fp8.model_settings":
+        tables = [Fp8Config.model_validate({"recipe": recipe, "first_layers_bf16": 1}) for recipe in RECIPES]
+        return {key for table in tables for key in model_settings(table)}
     if text in ("kwargs", "options", "arguments"):
         return set()
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == text]
