@@ -143,7 +143,7 @@ def test_checkpoints_of_runs_and_converted_ones_are_alike(tmp_path, family):
     saved_tensors, saved_states = stored(tmp_path / "run" / "step_000010" / "shards")
     tensors, states = stored(tmp_path / "converted" / "shards")
     assert tensors == saved_tensors
-    assert states >= saved_states
+    assert states >= saved_states - {"common_state/shard_0_1"}  # megatron-core 0.19's; before it is the file common.pt
     conversion.to_hf(tmp_path / "run" / "step_000010", tmp_path / "back", like=source, verify=True)
     assert_same(tmp_path / "back", source)
     edit(source / "config.json", vocab_size=140)
