@@ -33,6 +33,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from megatron_entropy.actor import fp8
+from megatron_entropy.actor.dtypes import resolve_dtype
 from megatron_entropy.actor.layers import PackedAttention, RMSNorm
 from megatron_entropy.actor.rotary import rotary_frequencies
 from megatron_entropy.config.architecture import ModelArchitecture, split_layers
@@ -51,13 +52,6 @@ splits."""
 def has_transformer_engine() -> bool:
     """Whether layers run on Transformer Engine: installed, and a GPU to run on."""
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-
-
-def resolve_dtype(name: str) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU and float32 on a CPU."""
-    if name == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
 class HiddenStateHead(torch.nn.Module):
@@ -88,7 +82,7 @@ def transformer_config(arch: ModelArchitecture, config: ActorConfig) -> Transfor
     Raises:
         MissingPackageError: for FP8 or context parallelism without Transformer Engine.
     """
-    layout, dtype, fused = config.parallel, resolve_dtype(config.dtype), has_transformer_engine()
+    layout, dtype, fused = config.parallel, resolve_dtype(config.dtype, arch), has_transformer_engine()
     for key, value, is_needed in (
         ("fp8.recipe", config.fp8.recipe, fp8.is_active(config.fp8)),
         ("parallel.cp", layout.cp, layout.cp > 1),

@@ -7,14 +7,13 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_entropy.actor.model import resolve_dtype
 from megatron_entropy.config import speedups
 from megatron_entropy.config.schema import ActorConfig, OptimizerConfig
 
 
 def build_optimizer(config: ActorConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
     """Build the optimizer over this rank's model chunks, with fp32 main weights where the model is bfloat16."""
-    settings, dtype = config.optimizer, resolve_dtype(config.dtype)
+    settings, dtype = config.optimizer, chunks[0].config.params_dtype
     megatron_config = MegatronOptimizerConfig(
         optimizer="adam",
         lr=settings.lr,
@@ -25,7 +24,7 @@ def build_optimizer(config: ActorConfig, chunks: list[DistributedDataParallel]) 
         adam_eps=settings.eps,
         clip_grad=settings.clip_grad,
         params_dtype=dtype,
-        bf16=str(dtype) == "torch.bfloat16",
+        bf16=chunks[0].config.bf16,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
         overlap_param_gather=speedups.resolve(config)["overlap_param_gather"].is_active,
     )

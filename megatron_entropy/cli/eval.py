@@ -60,7 +60,7 @@ def add_parser(subparsers: Subparsers) -> None:
     add = engines.add_argument
     add("--engines", metavar="N", type=positive_int, default=1, help="default: %(default)s")
     add("--tensor-parallel", metavar="N", type=positive_int, default=1, help="GPUs of one engine; default: %(default)s")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on a GPU")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: as rollout.dtype")
     add("--max-num-seqs", metavar="N", type=positive_int, default=256, help="decoded at once; default: %(default)s")
     add("--kv-cache-gib", metavar="N", type=positive_int, default=2, help="of an engine on a CPU; default: %(default)s")
     grading = parser.add_argument_group("grading")
@@ -215,8 +215,9 @@ def _config(
     args: argparse.Namespace, model: str, preset: Preset, reward: RewardConfig, max_prompt_tokens: int
 ) -> Config:
     """The flags as the configuration of engines."""
+    from megatron_entropy.actor.dtypes import resolve_name
     from megatron_entropy.config import schema
-    from megatron_entropy.trainer.standalone import engine_dtype
+    from megatron_entropy.config.architecture import read_architecture
 
     return schema.Config(
         steps=1,
@@ -229,7 +230,7 @@ def _config(
             tensor_parallel=args.tensor_parallel,
             temperature=preset.temperature,
             max_response_tokens=preset.max_tokens,
-            dtype=engine_dtype(args.dtype),
+            dtype=resolve_name(args.dtype, read_architecture(model)),
             max_num_seqs=args.max_num_seqs,
             kv_cache_gib=args.kv_cache_gib,
             gpu_memory_utilization=0.9,

@@ -206,7 +206,8 @@ class ActorConfig(Section):
     performance: PerformanceConfig = PerformanceConfig()
     moe: MoeConfig = MoeConfig()
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the weights in forward and backward. `auto`: bfloat16 on a GPU, float32 on a CPU."""
+    """Type of the weights in forward and backward. `auto`: bfloat16 on a GPU; on a CPU for models
+    at least 512 wide where the processor multiplies it (AMX-BF16, AVX512-BF16); else float32."""
     max_tokens_per_microbatch: PositiveInt = 8192
     """Largest number of tokens in one packed micro-batch of a data parallel rank."""
     recompute: Literal["none", "full"] = "none"
@@ -229,7 +230,7 @@ class RolloutConfig(Section):
     max_response_tokens: PositiveInt = 2048
     """Longest response in tokens, end token included; for supervised methods the longest target."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the engines' weights. `auto`: bfloat16 on a GPU, float32 on a CPU."""
+    """Type of the engines' weights. `auto`: as `actor.dtype`."""
     quantization: Literal["", "fp8_per_tensor", "fp8_per_block", "mxfp8"] = ""
     """vLLM's quantization of the linear layers while weights arrive: the trainer sends them as always, and every sync
     quantizes them again. Sampled log-probs then differ more from the trainer's: see `tis_cap`. Empty: none."""

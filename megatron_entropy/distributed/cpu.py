@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,6 +51,14 @@ def activate() -> bool:
 def device() -> torch.device:
     """The device of this rank: its CUDA device, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 itself (AMX-BF16 or AVX512-BF16)."""
+    try:
+        return bool({"amx_bf16", "avx512_bf16"} & set(Path("/proc/cpuinfo").read_text().split()))
+    except OSError:
+        return False
 
 
 def _redirect_devices() -> None:

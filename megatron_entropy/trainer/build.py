@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_entropy.actor.actor import Actor
-from megatron_entropy.actor.model import resolve_dtype
+from megatron_entropy.actor.dtypes import DtypeSetting, choose_dtype, resolve_dtype
 from megatron_entropy.actor.reference import needs_weights
 from megatron_entropy.checkpoint import saver as checkpoint
 from megatron_entropy.checkpoint.saver import Saver
@@ -83,6 +83,8 @@ def build(config: Config, folder: RunFolder, engines: RunEngines, stop: StopSign
     log.info(
         "stage %s: %d training and %d eval prompts; building the model", config.name, len(prompts), len(eval_prompts)
     )
+    if "auto" in (config.actor.dtype, config.rollout.dtype):
+        log.info("stage %s: dtype auto: %s, %s", config.name, *choose_dtype(arch))
     log.info("stage %s: %s", config.name, speedups.describe(config.actor))
     actor = Actor(arch, config.actor, total_updates=config.steps * config.batch.updates, seed=config.seed)
     source = _weight_source(actor, config.rollout.dtype)
@@ -142,7 +144,7 @@ def export(components: Components, *, last: bool) -> None:
             config.actor,
             actor.adapter_shards(),
             base=config.model.path,
-            dtype=resolve_dtype(config.actor.dtype),
+            dtype=resolve_dtype(config.actor.dtype, actor.arch),
         )
     process_groups.barrier()
 
@@ -201,8 +203,10 @@ def _load_prompts(
     return list(loaded.prompts)
 
 
-def _weight_source(actor: Actor, dtype: str) -> weights.ShardedSource:
-    return weights.ShardedSource(actor.arch, actor.config.parallel, actor.merged_shards(), resolve_dtype(dtype))
+def _weight_source(actor: Actor, dtype: DtypeSetting) -> weights.ShardedSource:
+    return weights.ShardedSource(
+        actor.arch, actor.config.parallel, actor.merged_shards(), resolve_dtype(dtype, actor.arch)
+    )
 
 
 def _build_weight_sync(config: Config, source: weights.ShardedSource, pool: EnginePool | None) -> WeightSync:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_entropy.actor.model import resolve_dtype
+from megatron_entropy.actor.dtypes import resolve_name
 from megatron_entropy.config.architecture import read_architecture
 from megatron_entropy.config.schema import Config
 from megatron_entropy.data.tokenizer import load_tokenizer
@@ -50,6 +50,6 @@ class RunEngines:
             model_folder=first.model.path,
             max_model_len=max(config.max_sequence_tokens for config in self._configs),
             eos_ids=tokenizer.eos_ids,
-            dtype=str(resolve_dtype(first.rollout.dtype)).removeprefix("torch."),
+            dtype=resolve_name(first.rollout.dtype, arch),
             device="cuda" if cpu.device().type == "cuda" else "cpu",
         )

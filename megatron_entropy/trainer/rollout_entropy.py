@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_entropy.actor.model import resolve_dtype
+from megatron_entropy.actor.dtypes import resolve_name
+from megatron_entropy.config.architecture import ModelArchitecture
 from megatron_entropy.config.schema import Config
 from megatron_entropy.records import Group, Metric, Sample
 
@@ -63,9 +64,9 @@ def _gaps(samples: Sequence[Sample], engine: str, actor: str) -> np.ndarray:
     return np.concatenate([np.abs(s.response(engine) - s.response(actor)) for s in samples])
 
 
-def log_differences(config: Config, step: int, metrics: dict[str, Metric]) -> None:
+def log_differences(config: Config, arch: ModelArchitecture, step: int, metrics: dict[str, Metric]) -> None:
     """Log a comparison with the number types of both sides."""
-    engine, actor = (str(resolve_dtype(d)).removeprefix("torch.") for d in (config.rollout.dtype, config.actor.dtype))
+    engine, actor = (resolve_name(dtype, arch) for dtype in (config.rollout.dtype, config.actor.dtype))
     log.info(
         "step %d: engine (%s) against trainer (%s) over %d tokens: entropy differs by %.1e nats on average and %.1e at "
         "most, log-prob by %.1e and %.1e",

@@ -238,7 +238,7 @@ class MethodRollouts:
     def _compare_entropy(self, scored: Sequence[Sample], temperature: float) -> None:
         metrics = rollout_entropy.differences(scored, temperature)
         if metrics and process_groups.rank() == 0:
-            rollout_entropy.log_differences(self._config, self._step, metrics)
+            rollout_entropy.log_differences(self._config, self._actor.arch, self._step, metrics)
         for name, metric in metrics.items():
             self._count(name, metric)
 

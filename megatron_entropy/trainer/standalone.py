@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from megatron_entropy.config.architecture import ModelArchitecture
 from megatron_entropy.config.schema import Config
@@ -21,15 +21,6 @@ if TYPE_CHECKING:
     from megatron_entropy.weights.buckets import TensorMeta
 
 
-def engine_dtype(setting: Literal["auto", "float32", "bfloat16"]) -> Literal["float32", "bfloat16"]:
-    """Return the type of the engines' weights that `rollout.dtype` stands for on this machine."""
-    import torch
-
-    if setting == "auto":
-        return "bfloat16" if torch.cuda.is_available() else "float32"
-    return setting
-
-
 @contextmanager
 def open_service(config: Config, arch: ModelArchitecture, tokenizer: Tokenizer) -> Iterator[RolloutService]:
     """Start engines whose weights come from the model folder; stop them at the end of the `with` block.
@@ -40,6 +31,7 @@ def open_service(config: Config, arch: ModelArchitecture, tokenizer: Tokenizer) 
         loopback.request()  # Ray reads it when it is imported
     import torch
 
+    from megatron_entropy.actor.dtypes import resolve_name
     from megatron_entropy.monitor.timer import StepTimer
     from megatron_entropy.rollout.pool import EnginePool
     from megatron_entropy.trainer.rollout_service import RolloutService
@@ -47,7 +39,7 @@ def open_service(config: Config, arch: ModelArchitecture, tokenizer: Tokenizer) 
 
     loopback.activate()
     on_gpu = torch.cuda.is_available()
-    dtype = engine_dtype(config.rollout.dtype)
+    dtype = resolve_name(config.rollout.dtype, arch)
     source = FolderSource(config.model.path, arch, getattr(torch, dtype))
     os.environ.setdefault("LOCAL_WORLD_SIZE", "0")  # reserve no GPU for a trainer
     spec = EngineSpec(
