@@ -53,7 +53,7 @@ def pack_samples(samples: Sequence[Sample], config: ActorConfig) -> list[Batch]:
 
 
 def run_schedule(
-    chunks: Sequence[DistributedDataParallel],
+    chunks: Sequence[DistributedDataParallel | GPTModel],
     batches: Sequence[Batch],
     function: MicrobatchFunction,
     *,
@@ -83,7 +83,7 @@ def run_schedule(
             attention_mask=None,
             packed_seq_params=describe_sequences(batch.boundaries, batch.edges, buckets=not fused),
         )
-        return hidden, partial(loss_function, batch, chunk.module)
+        return hidden, partial(loss_function, batch, getattr(chunk, "module", chunk))
 
     fused = has_transformer_engine()
     for chunk in chunks:
@@ -150,11 +150,25 @@ def fill_samples(
     """Copy per-token results of all ranks into the samples; a collective.
 
     Args:
+        samples, batches, results: see `collect_fields`; the fields are those of `Sample`.
+    Returns:
+        On every rank the samples with these fields filled.
+    """
+    fields = collect_fields(samples, batches, results)
+    return [dataclasses.replace(sample, **values) for sample, values in zip(samples, fields, strict=True)]
+
+
+def collect_fields(
+    samples: Sequence[Sample], batches: Sequence[Batch], results: Sequence[Mapping[str, Tensor]]
+) -> list[dict[str, Any]]:
+    """Collect per-token results of all ranks by sample; a collective.
+
+    Args:
         samples: the same list on every rank.
         batches: this rank's micro-batches of them.
         results: on the last pipeline stage, for each micro-batch [T] per field; all with the same fields.
     Returns:
-        On every rank the samples with these fields filled; positions that predict no response token hold 0.
+        On every rank for each sample [n] float32 per field; positions that predict no response token hold 0.
     """
     # Only the last stage knows the fields.
     names: list[list[str]] = [[] for _ in range(dist.get_world_size())]
@@ -170,9 +184,8 @@ def fill_samples(
                     table[:, starts[index] + 1 : starts[index + 1]] = columns[:, a:b]
     # Each entry comes from one rank, the others hold 0: the sum is exact.
     dist.all_reduce(table)
-    filled = []
-    for index, sample in enumerate(samples):
-        columns = table[:, starts[index] : starts[index + 1]].numpy()
-        values = {field: column.copy() for field, column in zip(fields, columns, strict=True)}
-        filled.append(dataclasses.replace(sample, **values))
-    return filled
+    collected = []
+    for first, end in zip(starts, starts[1:], strict=False):
+        columns = table[:, first:end].numpy()
+        collected.append({field: column.copy() for field, column in zip(fields, columns, strict=True)})
+    return collected
