@@ -20,7 +20,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from entropy_kernels import TokenStats
-from megatron_entropy.actor import lora, schedules
+from megatron_entropy.actor import fp8_emulation, lora, schedules
 from megatron_entropy.actor.divergence import ReferenceStates, compute_divergence, compute_states
 from megatron_entropy.actor.model import (
     build_chunks,
@@ -62,6 +62,8 @@ class Actor:
         chunks = build_chunks(arch, config)
         if config.lora.rank:
             lora.attach(chunks, arch, config, seed=seed)
+        if config.fp8.emulate:
+            fp8_emulation.attach_configured(chunks, arch.num_layers, config.fp8)
         settings = chunks[0].config
         used = speedups.resolve(config)
         self._gathers_late = used["overlap_param_gather"].is_active
@@ -242,6 +244,8 @@ class Actor:
         if not np.isfinite(norm):
             raise NonFiniteLossError(f"gradient norm is {norm} although the loss is finite")
         metrics = {"train/grad_norm": Metric(norm), "train/lr": Metric(self.optimizer.param_groups[0]["lr"])}
+        if self.config.fp8.emulate:
+            metrics["train/fp8_emulated"] = Metric(1.0)
         self.optimizer.step()
         self.schedule.step(increment=1)
         return metrics

@@ -24,6 +24,7 @@ tensor, data and context parallel ranks. Blocks need nothing while shards are wh
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,9 @@ from megatron_entropy.actor.fp8_quantizers import (
     quantize_scaled,
     quantize_tensor,
 )
+from megatron_entropy.config.fp8 import AMAX_HISTORY, Fp8Config
+
+log = logging.getLogger(__name__)
 
 INPUT, WEIGHT, GRADIENT = range(3)
 """The operands of a linear layer, the columns of its scaling state."""
@@ -89,7 +93,7 @@ class LinearEmulation(torch.nn.Module):
     history collects the present micro-batch.
     """
 
-    def __init__(self, scaling: Scaling | None, gradient: torch.dtype | None = None, *, history: int = 1024) -> None:
+    def __init__(self, scaling: Scaling | None, gradient: torch.dtype | None = None, *, history: int = AMAX_HISTORY) -> None:
         """Create the emulation of one layer.
 
         Args:
@@ -182,6 +186,32 @@ class _EmulatedProduct(torch.autograd.Function):
         return grad_x, grad_weight, None, None
 
 
+def attach_configured(chunks: Sequence[Any], num_layers: int, config: Fp8Config) -> None:
+    """Attach the emulation that `actor.fp8` describes, and log it on rank 0.
+
+    Args:
+        chunks: this rank's model chunks, of Megatron's local layers.
+        num_layers: of the whole model.
+    """
+    is_fp32 = config.block_scales == "fp32"
+    count = attach(
+        chunks,
+        f"{config.recipe}_fp32" if is_fp32 else config.recipe,
+        num_layers=num_layers,
+        gradient={"auto": None, "hybrid": E5M2, "e4m3": E4M3}[config.format],
+        first_exact=config.first_layers_bf16,
+        last_exact=config.last_layers_bf16,
+    )
+    if dist.get_rank() == 0:
+        log.info(
+            "FP8 is EMULATED (%s%s): %d linear layers of this rank round their operands to 8 bits and back; "
+            "the numbers are those of FP8, the speed is not",
+            config.recipe,
+            ", fp32 scales" * is_fp32,
+            count,
+        )
+
+
 def attach(
     chunks: Sequence[Any],
     recipe: str,
@@ -190,7 +220,7 @@ def attach(
     gradient: torch.dtype | None = None,
     first_exact: int = 0,
     last_exact: int = 0,
-    history: int = 1024,
+    history: int = AMAX_HISTORY,
 ) -> int:
     """Let the linear layers of a model compute in emulated FP8; an earlier emulation is replaced.
 

@@ -54,6 +54,11 @@ def has_transformer_engine() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
+def uses_transformer_engine(config: ActorConfig) -> bool:
+    """Whether this model's layers run on Transformer Engine: emulated FP8 needs plain ones."""
+    return has_transformer_engine() and not config.fp8.emulate
+
+
 class HiddenStateHead(torch.nn.Module):
     """Replaces the output layer: keeps its weight shard and returns the hidden states.
 
@@ -82,7 +87,7 @@ def transformer_config(arch: ModelArchitecture, config: ActorConfig) -> Transfor
     Raises:
         MissingPackageError: for FP8 or context parallelism without Transformer Engine.
     """
-    layout, dtype, fused = config.parallel, resolve_dtype(config.dtype, arch), has_transformer_engine()
+    layout, dtype, fused = config.parallel, resolve_dtype(config.dtype, arch), uses_transformer_engine(config)
     for key, value, is_needed in (
         ("fp8.recipe", config.fp8.recipe, fp8.is_active(config.fp8)),
         ("parallel.cp", layout.cp, layout.cp > 1),
@@ -282,7 +287,7 @@ def _mark_sharded_weights(chunk: torch.nn.Module) -> None:
 def _layer_spec(arch: ModelArchitecture, config: ActorConfig, chunk: int) -> Any:
     layout = config.parallel
     experts = arch.moe.num_experts if arch.moe else None
-    if has_transformer_engine():
+    if uses_transformer_engine(config):
         fused: ModuleSpec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=experts, moe_grouped_gemm=experts is not None, qk_layernorm=arch.qk_norm
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_entropy.config.architecture import ModelArchitecture
-from megatron_entropy.config.fp8 import RECIPES, Fp8Config
+from megatron_entropy.config.fp8 import EMULATED, RECIPES, Fp8Config
 from megatron_entropy.config.schema import ActorConfig, Config, ParallelConfig
 from megatron_entropy.errors import ConfigError
 
@@ -44,8 +44,6 @@ def check(config: Config, arch: ModelArchitecture, world_size: int | None = None
         raise ConfigError("actor.parallel.sequence_parallel=true needs actor.parallel.tp of at least 2")
     _check_divides(config.rollout.tensor_parallel, arch.num_heads, "rollout.tensor_parallel", "attention heads")
     _check_fp8(config.actor, arch)
-    if config.actor.fp8.emulate:
-        raise ConfigError("actor.fp8.emulate=true: FP8 is not emulated yet; set it to false")
     longest = config.max_sequence_tokens
     section = "eval" if config.eval.max_response_tokens > config.rollout.max_response_tokens else "rollout"
     if longest > arch.max_positions:
@@ -115,6 +113,32 @@ def ignored_settings(configs: Sequence[Config]) -> list[str]:
     return lines
 
 
+def _check_emulation(actor: ActorConfig) -> None:
+    fp8 = actor.fp8
+    if fp8.block_scales != "power_of_two" and not (fp8.emulate and fp8.recipe == "blockwise"):
+        raise ConfigError(
+            f'actor.fp8.block_scales="{fp8.block_scales}" needs actor.fp8.recipe="blockwise" and '
+            "actor.fp8.emulate=true; on a GPU set the environment variable NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1 instead"
+        )
+    if not fp8.emulate:
+        return
+    if fp8.recipe not in EMULATED:
+        raise ConfigError(
+            f'actor.fp8.emulate=true with actor.fp8.recipe="{fp8.recipe}": set the recipe to one that can be emulated: '
+            f"{', '.join(EMULATED)}"
+        )
+    if fp8.recipe == "delayed" and actor.recompute != "none":
+        raise ConfigError(
+            f'actor.recompute="{actor.recompute}": the scales of emulated delayed scaling change between a forward '
+            'pass and its repetition; set it to "none", or actor.fp8.recipe to "current"'
+        )
+    if fp8.recipe == "delayed" and actor.lora.rank:
+        raise ConfigError(
+            f"actor.lora.rank={actor.lora.rank}: checkpoints of adapters do not hold the scales of emulated delayed "
+            'scaling; set actor.fp8.recipe="current", or rank to 0'
+        )
+
+
 def _check_experts(layout: ParallelConfig, arch: ModelArchitecture) -> None:
     if arch.moe is None:
         if layout.ep * layout.etp > 1:
@@ -140,11 +164,10 @@ def _check_fp8(actor: ActorConfig, arch: ModelArchitecture) -> None:
         return
     if fp8.recipe == "nvfp4" and fp8.format == "hybrid":
         raise ConfigError('actor.fp8.format="hybrid": nvfp4 has one format; leave it out')
-    if fp8.head == "fp8" and not fp8.emulate:
-        raise ConfigError('actor.fp8.head="fp8" is only emulated; leave it out, or set actor.fp8.emulate=true')
     if actor.dtype == "float32" and not fp8.emulate:
         raise ConfigError('actor.dtype="float32": FP8 needs "bfloat16"; change it, or leave actor.fp8.recipe out')
     _check_bf16_layers(fp8, arch, layout.pp)
+    _check_emulation(actor)
     needed = RECIPES[fp8.recipe].width
     for what, width in _linear_widths(arch, layout).items():
         if width % needed:

@@ -11,7 +11,11 @@ __all__ = ["AMAX_HISTORY", "RECIPES", "Fp8Config", "token_multiple"]
 
 
 class Fp8Config(Section):
-    """FP8 matrix products in the linear layers (Transformer Engine). Weights are stored as always."""
+    """FP8 matrix products in the linear layers (Transformer Engine).
+
+    Weights, gradients and optimizer keep their type, and so does the head, which turns hidden states into
+    log-probabilities and entropies.
+    """
 
     recipe: Literal["", "current", "delayed", "blockwise", "mxfp8", "nvfp4"] = ""
     """How tensors are scaled into FP8's range. `current`: one scale a tensor, from its largest value now. `delayed`:
@@ -24,12 +28,17 @@ class Fp8Config(Section):
     """Number of first layers that stay in bfloat16."""
     last_layers_bf16: NonNegativeInt = 0
     """Number of last layers that stay in bfloat16."""
-    head: Literal["bfloat16", "fp8"] = "bfloat16"
-    """Precision of the head, which turns hidden states into log-probabilities and entropies. `fp8` exists only
-    emulated: the kernels of the head compute in bfloat16."""
+    block_scales: Literal["power_of_two", "fp32"] = "power_of_two"
+    """Scales of `blockwise`. `fp32` emulated only: Transformer Engine reads the environment variable
+    `NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1`."""
     emulate: bool = False
     """Round to FP8 and back in plain PyTorch, on any device without Transformer Engine: shows what a recipe does to the
-    numbers, saves nothing."""
+    numbers, saves nothing. Log, metrics and report say "emulated"."""
+
+    @property
+    def label(self) -> str:
+        """For logs and pages, such as `FP8 current, emulated`; empty without FP8."""
+        return f"FP8 {self.recipe}{', emulated' * self.emulate}" if self.recipe else ""
 
 
 def token_multiple(fp8: Fp8Config, *, split: int) -> int:
@@ -39,3 +48,7 @@ def token_multiple(fp8: Fp8Config, *, split: int) -> int:
         split: ranks that sequence parallelism splits a pack over, 1 without it.
     """
     return split * (RECIPES[fp8.recipe].tokens if fp8.recipe else 1)
+
+
+EMULATED = ("current", "delayed", "blockwise", "mxfp8")
+"""Recipes that can be emulated."""

@@ -69,6 +69,7 @@ METRICS = (
     MetricInfo("train/loss", "-", "weighted sum of the token losses, mean over updates"),
     MetricInfo("train/grad_norm", "-", "norm of the gradient before clipping, mean over updates"),
     MetricInfo("train/lr", "-", "learning rate, mean over updates"),
+    MetricInfo("train/fp8_emulated", "-", "1 with emulated FP8 (`actor.fp8.emulate`): numbers, not speed, are FP8's"),
     MetricInfo("train/skipped", "-", "1 where an update was skipped because no sample was left"),
     MetricInfo("train/zero_advantage", "fraction", "groups without a learning signal: every advantage is 0"),
     MetricInfo("train/empty", "fraction", "samples without a response token"),

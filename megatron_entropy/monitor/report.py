@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 HEADINGS = ("stage", "method", "steps", "time", "layout", "eval accuracy", "entropy (nats)", "length (tokens)")
 
+EMULATED = "train/fp8_emulated"
+"""Metric of steps with emulated FP8."""
+
 MAX_LINES = 2000
 """Lines of a dump that are searched for samples to show."""
 
@@ -73,7 +76,7 @@ def write_report(folder: RunFolder, explain: Explain, other: RunFolder | None = 
     entries = read_summary(folder)
     stages = _histories(folder, rows)
     page = load_template(Path(__file__).with_name("report.html.j2")).render(
-        title=f"Run {folder.root.resolve().name}",
+        title=f"Run {folder.root.resolve().name}{', FP8 emulated' * any(row.get(EMULATED) for row in rows)}",
         headings=HEADINGS,
         stages=[_cells(entry) for entry in entries],
         stories=[story for stage in stages if (story := _story(stage, explain))],
@@ -129,7 +132,7 @@ def _cells(entry: StageSummary) -> tuple[str, ...]:
         accuracy += " %"
     return (
         entry.name,
-        entry.method,
+        f"{entry.method} ({entry.precision})" if entry.precision else entry.method,
         str(entry.steps),
         f"{entry.seconds:.0f} s" if entry.seconds < 600 else f"{entry.seconds / 60:.0f} min",
         layout_label(entry.layout),

@@ -41,7 +41,10 @@ class Change:
 
 @dataclass(frozen=True)
 class StageSummary:
-    """One finished stage: `accuracy` in [0, 1], `entropy` in nats, `length` in tokens, `seconds` of wall-clock time."""
+    """One finished stage: `accuracy` in [0, 1], `entropy` in nats, `length` in tokens, `seconds` of wall-clock time.
+
+    `precision`: such as `FP8 current, emulated`; empty without FP8.
+    """
 
     name: str
     method: str
@@ -53,6 +56,7 @@ class StageSummary:
     layout: dict[str, int | bool] = field(hash=False)
     versions: dict[str, str] = field(hash=False)
     seed: int
+    precision: str = ""
 
     @classmethod
     def of_stage(cls, folder: RunFolder, config: Config, *, seconds: float) -> StageSummary:
@@ -76,6 +80,7 @@ class StageSummary:
             layout=config.actor.parallel.model_dump(),
             versions=versions(),
             seed=config.seed,
+            precision=config.actor.fp8.label,
         )
 
 

@@ -42,7 +42,8 @@ class StepLog:
         if step:
             self._recent.append(seconds["step"])
         remaining = (config.steps - step) * sum(self._recent) / max(len(self._recent), 1)
-        log.info("%s %s", config.name, summary_line(step, config.steps, metrics, seconds, remaining=remaining))
+        name = f"{config.name} ({config.actor.fp8.label})" if config.actor.fp8.emulate else config.name
+        log.info("%s %s", name, summary_line(step, config.steps, metrics, seconds, remaining=remaining))
 
     def evaluation(self, step: int, groups: Sequence[Group]) -> None:
         """Write the samples of an evaluation."""
