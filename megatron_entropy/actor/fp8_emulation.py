@@ -93,7 +93,12 @@ class LinearEmulation(torch.nn.Module):
     history collects the present micro-batch.
     """
 
-    def __init__(self, scaling: Scaling | None, gradient: torch.dtype | None = None, *, history: int = AMAX_HISTORY) -> None:
+    scale: Tensor
+    amax_history: Tensor
+
+    def __init__(
+        self, scaling: Scaling | None, gradient: torch.dtype | None = None, *, history: int = AMAX_HISTORY
+    ) -> None:
         """Create the emulation of one layer.
 
         Args:

@@ -52,3 +52,6 @@ def token_multiple(fp8: Fp8Config, *, split: int) -> int:
 
 EMULATED = ("current", "delayed", "blockwise", "mxfp8")
 """Recipes that can be emulated."""
+
+EMULATED_NAMES = ("current", "delayed", "blockwise", "blockwise_fp32", "mxfp8")
+"""The same by the name of their scales: `blockwise_fp32` is `blockwise` with `block_scales="fp32"`."""

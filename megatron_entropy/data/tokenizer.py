@@ -57,6 +57,10 @@ class Tokenizer(abc.ABC):
     def piece(self, token_id: int) -> str:
         """Return the vocabulary entry of an id as it is stored (`▁so`, `Ġthe`); `<id 99>` beyond the vocabulary."""
 
+    def text_of(self, token: int) -> str:
+        """Return the text of one id; empty for end tokens."""
+        return "" if token in self.eos_ids else self.decode([token])
+
     def render(self, messages: Sequence[Message], options: Mapping[str, object] | None = None) -> str:
         """Write a conversation as the prompt of the next assistant turn.
 

@@ -56,8 +56,8 @@ class Comparison:
     `ratio_quantiles`: of the importance ratio p / p_base, at `QUANTILES`. `outside_clip`: share of tokens whose ratio
     DAPO would clip before any update. `cure_changed`: share of a response's candidates for a cut (the 20 of largest
     entropy) that are no longer among them, mean over responses. `first_top_changed`: responses whose most probable
-    first token is another one. `top_changed`: the same share over all tokens. `sent_changed`: share of tokens that
-    enter or leave SENT's set of low entropy. `cer_change`: of the reward of a right response, absolute, mean over
+    first token is another one. `top_changed`: the same share over all tokens. `sent_changed`: share of SENT's
+    set of low entropy that is no longer in it. `cer_change`: of the reward of a right response, absolute, mean over
     responses. `cer_pairs_swapped`: share of pairs of responses that change their order by CER's reward.
     """
 
@@ -108,7 +108,7 @@ def compare(
         _mean(np.array([changed for changed, _ in cuts]), np.array([size for _, size in cuts]), chosen),
         int(sum(top[0] for top in tops)),
         _mean(np.array([top.sum() for top in tops]), lengths, chosen),
-        _mean(_low_set_changes(found.entropy, base.entropy), lengths, chosen),
+        _mean(*_low_set_changes(found.entropy, base.entropy), chosen),
         _mean(np.abs(rewards - base_rewards), ones, chosen),
         _pairs_swapped(rewards, base_rewards),
     )
@@ -134,15 +134,16 @@ def _candidates_changed(
     return (len(sets[1] - sets[0]) / len(sets[1]), 1.0) if sets[1] else (0.0, 0.0)
 
 
-def _low_set_changes(found: Sequence[np.ndarray], base: Sequence[np.ndarray]) -> np.ndarray:
-    """Number of tokens of each response that enter or leave SENT's set."""
+def _low_set_changes(found: Sequence[np.ndarray], base: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of tokens of each response that leave SENT's set, and that are in it at the base."""
     masks = []
     for entropies in (found, base):
         values = np.concatenate(entropies)
         nothing = np.zeros(len(values))
         masks.append(select_tokens(SentConfig(), entropy=values, logprob=nothing, advantage=nothing).low)
-    changed = masks[0] != masks[1]
-    return np.array([part.sum() for part in np.split(changed, np.cumsum([len(e) for e in base])[:-1])])
+    ends = np.cumsum([len(values) for values in base])[:-1]
+    left, inside = (np.split(mask, ends) for mask in (masks[1] & ~masks[0], masks[1]))
+    return np.array([part.sum() for part in left]), np.array([part.sum() for part in inside])
 
 
 def _pairs_swapped(found: np.ndarray, base: np.ndarray) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from megatron_entropy.actor import fp8_emulation, schedules
 from megatron_entropy.actor.model import build_chunks, global_parameters, head_weight
 from megatron_entropy.actor.statistics import head_statistics
 from megatron_entropy.config.architecture import ModelArchitecture
+from megatron_entropy.config.fp8 import Fp8Config
 from megatron_entropy.config.schema import ActorConfig
 from megatron_entropy.distributed import process_groups
 from megatron_entropy.records import HeadInputs, Sample
@@ -22,6 +23,9 @@ from megatron_entropy.weights.hf_folder import TensorFolder
 
 ROWS = 512
 """Rows of logits that exist at a time."""
+
+PLAIN_LAYERS = Fp8Config(recipe="current", emulate=True)
+"""Makes a model of Megatron's local layers, also beside Transformer Engine; only they can be emulated."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,27 @@ class Pass:
     top_token: list[np.ndarray]
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """A pass beside the one it is compared with. `name`: of the row. `meaning`: what differs between the two."""
+
+    name: str
+    meaning: str
+    found: Pass
+    base: Pass
+
+
 class Scorer:
     """A model in one process, without optimizer, whose linear layers compute in a precision of choice."""
 
     def __init__(
-        self, folder: str, arch: ModelArchitecture, dtype: Literal["float32", "bfloat16"], *, max_tokens: int
+        self,
+        folder: str,
+        arch: ModelArchitecture,
+        dtype: Literal["float32", "bfloat16"],
+        *,
+        max_tokens: int,
+        fp8: Fp8Config = PLAIN_LAYERS,
     ) -> None:
         """Build the model and load its weights.
 
@@ -45,21 +65,22 @@ class Scorer:
             folder: a Hugging Face folder.
             dtype: of weights and activations.
             max_tokens: of a micro-batch.
+            fp8: `PLAIN_LAYERS`, or what Transformer Engine computes in.
         """
-        self.config = ActorConfig(dtype=dtype, max_tokens_per_microbatch=max_tokens)
+        self.config = ActorConfig(dtype=dtype, max_tokens_per_microbatch=max_tokens, fp8=fp8)
         self.arch = arch
         process_groups.init_model_parallel(self.config.parallel, seed=1)
         self.chunks = build_chunks(arch, self.config)
         local = global_parameters(self.chunks, arch, self.config.parallel)
         source.load(TensorFolder(folder), arch, self.config.parallel, local)
 
-    def score(self, samples: Sequence[Sample], recipe: str, *, temperature: float) -> Pass:
+    def score(self, samples: Sequence[Sample], *, temperature: float, recipe: str = "") -> Pass:
         """Compute the batch.
 
         Args:
-            recipe: of `fp8_emulation.SCALINGS`, `bfloat16` for products summed in fp32, or empty for the model's own
-                products. The scales of `delayed` come from a pass over the same batch before.
             temperature: > 0; the distribution is softmax(logits / temperature).
+            recipe: to emulate, of `fp8_emulation.SCALINGS`, or `bfloat16` for products summed in fp32; empty: the
+                model's own products. The scales of `delayed` come from a pass over the same batch before.
         """
         fp8_emulation.detach(self.chunks)
         if recipe:
@@ -87,6 +108,57 @@ class Scorer:
         limit = self.config.max_tokens_per_microbatch
         results = schedules.run_schedule(self.chunks, batches, compute, train=False, seq_length=limit)
         return schedules.collect_fields(samples, batches, results)
+
+
+def measure(
+    folder: str,
+    arch: ModelArchitecture,
+    samples: Sequence[Sample],
+    *,
+    emulated: Sequence[str],
+    real: Sequence[str],
+    temperature: float,
+    max_tokens: int,
+    progress: Callable[[str], None],
+) -> Iterator[Measurement]:
+    """Compute the batch in bf16, in both references of its noise, and in every recipe.
+
+    Args:
+        folder: a Hugging Face folder.
+        samples: the batch.
+        emulated: recipes of `fp8_emulation.SCALINGS`.
+        real: recipes that Transformer Engine computes on this device; compared with its own bf16.
+        temperature: see `Scorer.score`.
+        max_tokens: of a micro-batch.
+        progress: called with what comes next.
+    """
+
+    def scorer(dtype: Literal["float32", "bfloat16"], fp8: Fp8Config = PLAIN_LAYERS) -> Scorer:
+        return Scorer(folder, arch, dtype, max_tokens=max_tokens, fp8=fp8)
+
+    progress("bf16")
+    model = scorer("bfloat16")
+    base = model.score(samples, temperature=temperature)
+    progress("bf16, sums in fp32")
+    found = model.score(samples, temperature=temperature, recipe="bfloat16")
+    yield Measurement(
+        "bf16, sums in fp32", "noise floor: the order and width of sums in the linear layers", found, base
+    )
+    for recipe in emulated:
+        progress(f"{recipe}, emulated")
+        found = model.score(samples, temperature=temperature, recipe=recipe)
+        yield Measurement(f"{recipe}, emulated", "operands of the linear layers in FP8, sums in fp32", found, base)
+    del model
+    progress("fp32")
+    found = scorer("float32").score(samples, temperature=temperature)
+    yield Measurement("fp32", "the same weights, everything else in fp32: what bf16 costs", found, base)
+    if real:
+        progress("bf16 by Transformer Engine")
+        base = scorer("bfloat16", Fp8Config()).score(samples, temperature=temperature)
+    for recipe in real:
+        progress(f"{recipe}, real")
+        found = scorer("bfloat16", Fp8Config.model_validate({"recipe": recipe})).score(samples, temperature=temperature)
+        yield Measurement(f"{recipe}, real", "Transformer Engine in FP8 against its bf16", found, base)
 
 
 def _top_tokens(head: HeadInputs) -> Tensor:

@@ -179,7 +179,7 @@ class MethodRollouts:
 
     def token_text(self, token: int) -> str:
         """Return the text of one token; empty for end tokens."""
-        return "" if token in self._tokenizer.eos_ids else self._tokenizer.decode([token])
+        return self._tokenizer.text_of(token)
 
     def close(self) -> None:
         """Stop the verifier's workers."""

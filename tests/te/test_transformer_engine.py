@@ -18,10 +18,12 @@ from megatron.core.fp8_utils import get_fp8_recipe  # noqa: E402
 from megatron.core.transformer.identity_op import IdentityOp  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 from transformer_engine.common import recipe as te_recipe  # noqa: E402
+from transformer_engine.pytorch.custom_recipes.reference_current_scaling import CurrentScalingQuantizerRef  # noqa: E402
 from transformer_engine.pytorch.quantization import get_align_size_for_quantization  # noqa: E402
 from transformer_engine.pytorch.utils import assert_dim_for_fp8_exec  # noqa: E402
 
 from megatron_entropy.actor import fp8, model  # noqa: E402
+from megatron_entropy.actor.fp8_quantizers import quantize_tensor  # noqa: E402
 from megatron_entropy.config.architecture import MoeArchitecture  # noqa: E402
 from megatron_entropy.config.fp8 import AMAX_HISTORY, RECIPES, Fp8Config, token_multiple  # noqa: E402
 from megatron_entropy.config.schema import ActorConfig  # noqa: E402
@@ -131,3 +133,16 @@ def test_weights_of_the_real_grouped_layers_are_marked_as_experts(kind):
     model._mark_sharded_weights(torch.nn.ModuleDict({"mlp": mlp}))
     for weight in grouped.parameters():
         assert vars(weight)["allreduce"] is False and vars(weight)["partition_dim"] == dim
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16, torch.float16])
+def test_emulated_current_scaling_is_the_reference_bit_for_bit(source, dtype, power_of_two):
+    reference = CurrentScalingQuantizerRef(dtype=dtype, columnwise=False, pow_2_scales=power_of_two)
+    generator = torch.Generator().manual_seed(0)
+    for size in (0.0, 1e-30, 1e-6, 1e-3, 1.0, 7.0, 300.0, 1e4, 1e30):
+        values = (torch.randn(96, 200, generator=generator) * size).to(source).nan_to_num()
+        found, expected = quantize_tensor(values, dtype, power_of_two=power_of_two), reference.quantize(values)
+        assert torch.equal(found.payload.view(torch.uint8), expected.data.view(torch.uint8)), size
+        assert torch.equal(found.inverse_scale, expected.scale), size

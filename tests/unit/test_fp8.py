@@ -60,7 +60,7 @@ def test_packs_fit_the_matrix_products(recipe, split):
 
 
 def settings(**keys):
-    actor = {key: keys.pop(key) for key in ("dtype", "parallel") if key in keys}
+    actor = {key: keys.pop(key) for key in ("dtype", "lora", "parallel", "recompute") if key in keys}
     return Config(
         steps=1,
         method=load_method_config("grpo")(name="grpo"),
@@ -74,7 +74,12 @@ def settings(**keys):
     [
         ({"last_layers_bf16": 1}, "actor.fp8.last_layers_bf16 has no effect without actor.fp8.recipe"),
         ({"recipe": "nvfp4", "format": "hybrid"}, 'actor.fp8.format="hybrid": nvfp4 has one format'),
-        ({"recipe": "current", "head": "fp8"}, 'actor.fp8.head="fp8" is only emulated'),
+        ({"recipe": "nvfp4", "emulate": True}, "one that can be emulated: current, delayed, blockwise, mxfp8"),
+        ({"recipe": "current", "emulate": True, "params": True}, "actor.fp8.params=true keeps weights in real FP8"),
+        ({"recipe": "mxfp8", "emulate": True, "block_scales": "fp32"}, 'needs actor.fp8.recipe="blockwise" and'),
+        ({"recipe": "delayed", "emulate": True, "recompute": "full"}, 'actor.recompute="full": the scales of emulated'),
+        ({"recipe": "delayed", "emulate": True, "lora": {"rank": 4}}, "actor.lora.rank=4: checkpoints of adapters"),
+        ({"recipe": "current", "emulate": True, "dtype": "float32", "lora": {"rank": 4}}, None),
         ({"recipe": "current", "dtype": "float32"}, 'actor.dtype="float32": FP8 needs "bfloat16"'),
         ({"recipe": "delayed", "first_layers_bf16": 1}, "the recipe delayed cannot leave layers in bfloat16"),
         ({"recipe": "current", "first_layers_bf16": 3, "last_layers_bf16": 3}, "= 6 leaves none of the model's 6"),

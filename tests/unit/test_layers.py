@@ -23,7 +23,7 @@ FLOORS = (
     ("data", "monitor", "rewards", "weights"),
     ("actor", "methods", "rollout"),
     ("checkpoint",),
-    ("benchmarks", "evaluation", "explorer", "semantic_entropy", "trainer"),
+    ("benchmarks", "evaluation", "explorer", "precision_report", "semantic_entropy", "trainer"),
     ("launch",),
     ("__main__", "cli"),
 )
@@ -32,6 +32,7 @@ NEIGHBOURS_ALLOWED = {
     ("weights", "monitor"),
     ("trainer", "evaluation"),
     ("semantic_entropy", "trainer"),
+    ("precision_report", "trainer"),
     ("benchmarks", "trainer"),
     ("benchmarks", "evaluation"),
     ("__main__", "cli"),
