@@ -81,6 +81,7 @@ setup(
         "megatron_entropy.benchmarks": ["*.j2"],
         "megatron_entropy.explorer": ["static/*"],
         "megatron_entropy.monitor": ["*.j2"],
+        "megatron_entropy.precision_report": ["*.j2"],
         "entropy_kernels": ["*.c"],
     },
     install_requires=INSTALL_REQUIRES,

@@ -20,8 +20,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_entropy.actor.layers import describe_sequences
-from megatron_entropy.actor.model import has_transformer_engine
+from megatron_entropy.actor.layers import PackedAttention, describe_sequences
 from megatron_entropy.config.fp8 import token_multiple
 from megatron_entropy.config.schema import ActorConfig
 from megatron_entropy.data.packing import pack, plan_microbatches
@@ -81,11 +80,11 @@ def run_schedule(
             input_ids=batch.tokens[None],
             position_ids=batch.positions[None],
             attention_mask=None,
-            packed_seq_params=describe_sequences(batch.boundaries, batch.edges, buckets=not fused),
+            packed_seq_params=describe_sequences(batch.boundaries, batch.edges, buckets=plain),
         )
         return hidden, partial(loss_function, batch, getattr(chunk, "module", chunk))
 
-    fused = has_transformer_engine()
+    plain = any(isinstance(module, PackedAttention) for chunk in chunks for module in chunk.modules())
     for chunk in chunks:
         chunk.train(train)
     iterators = [iter(batches) for _ in chunks]

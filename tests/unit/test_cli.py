@@ -312,7 +312,7 @@ def test_single_rows_may_lack_a_column(capsys, project):
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "config", "convert", "inspect", "merge-lora", "semantic-entropy", "report"]
+    "command", ["train", "config", "convert", "inspect", "merge-lora", "semantic-entropy", "fp8-report", "report"]
 )
 def test_every_command_has_help(capsys, command):
     with pytest.raises(SystemExit, match="0"):

@@ -2,7 +2,7 @@
 
 `RECORDED` is what `CurrentScalingQuantizerRef` of Transformer Engine 2.20.2 gives for `VALUES`; `make test-te` asks the
 class itself. Blocks are compared with each block quantised alone, and scales that are not recorded with the definition
-of their format. Layouts are in `tests/distributed/test_fp8_emulation.py`.
+of their format. Layouts are in `tests/distributed/test_fp8_layouts.py`.
 """
 
 import math

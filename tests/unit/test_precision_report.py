@@ -1,6 +1,6 @@
 """The FP8 report: numbers of a comparison counted by hand, the responses it reads, its page, wrong arguments.
 
-The model and the emulation behind it are in `test_fp8_emulation.py` and `tests/distributed/test_fp8_emulation.py`; the
+The model and the emulation behind it are in `test_fp8_emulation.py` and `tests/distributed/test_fp8_layouts.py`; the
 command runs once here on a tiny model with responses from a file. Not covered: engines, the look of the plots.
 """
 

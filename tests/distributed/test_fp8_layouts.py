@@ -71,11 +71,11 @@ def test_communication_around_the_products_is_that_of_megatrons_layers(tmp_path)
 
 
 def test_scales_for_each_token_select_the_same_tokens_under_every_layout():
-    names = ("1x1", "TP2+SP", "PP2", "DP2")
+    names = ("1x1", "TP2+SP", "DP2")
     layouts = tuple(layout for layout in check_layouts.LAYOUTS if layout.name in names)
     rows = check_layouts.run(layouts, fp8=check_layouts.RECIPES["mxfp8"])
     assert [row["layout"] for row in rows] == list(names)
-    assert [row["selections"] for row in rows] == [0, 0, 0, 0]
+    assert [row["selections"] for row in rows] == [0, 0, 0]
     assert all(row["logprob"] < 0.05 for row in rows)
 
 
@@ -94,7 +94,7 @@ def delayed(folder, parallel, checkpoint):
     actor, samples = build(folder, parallel, fp8=settings)
     first = score_and_update(actor, samples)
     scale, history = states(actor)
-    progress = StageProgress(1, 0, 0, "", {}, {})
+    progress = StageProgress(1, 1, 0, "", {}, {})
     writer = saver.Saver(checkpoint, keep=1, asynchronous=False, resumed_step=0)
     writer.save(actor, progress)
     writer.close()
@@ -110,7 +110,7 @@ def delayed(folder, parallel, checkpoint):
 
 @pytest.mark.parametrize("parallel", [ONE, TP2_SP])
 def test_delayed_scales_follow_the_largest_magnitudes_and_come_back_from_a_checkpoint(tmp_path, parallel):
-    check_layouts.make_checkpoint(tmp_path / "model", wide=True)
+    check_layouts.make_checkpoint(tmp_path / "model")
     found = run_on_ranks(delayed, parallel.world_size, str(tmp_path / "model"), parallel, tmp_path / "checkpoints")
     metrics, scale, history = found[0]
     assert metrics["train/fp8_emulated"] == 1
