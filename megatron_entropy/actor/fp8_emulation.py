@@ -282,13 +282,7 @@ def update_scales(decoder: torch.nn.Module) -> None:
     Runs after the forward pass of every training micro-batch. Passes without gradients add to row 0 of the history and
     leave scales alone, as in Transformer Engine. Gradients are scaled by micro-batches whose backward pass has ended.
     """
-    states = [module for module in decoder.modules() if isinstance(module, LinearEmulation)]
-    if not states:
-        return
-    latest = torch.stack([state.amax_history[0] for state in states])
-    dist.all_reduce(latest, dist.ReduceOp.MAX, group=parallel_state.get_amax_reduction_group(True))
-    for state, row in zip(states, latest, strict=True):
-        state.amax_history[0] = row
+    for state in _share_latest(decoder):
         amax = state.amax_history.amax(dim=0)
         gradient = state.gradient
         assert gradient is not None
@@ -297,3 +291,25 @@ def update_scales(decoder: torch.nn.Module) -> None:
         state.scale.copy_((largest / amax).clamp(max=torch.finfo(torch.float32).max).where(usable, state.scale))
         state.amax_history.copy_(state.amax_history.roll(1, dims=0))
         state.amax_history[0] = 0
+
+
+@torch.no_grad()
+def share_history(chunks: Sequence[Any]) -> None:
+    """Make the state of delayed scaling the same on all ranks that share it, for a checkpoint; a collective.
+
+    Args:
+        chunks: this rank's model chunks, with or without emulation.
+    """
+    for chunk in chunks:
+        _share_latest(chunk.decoder)
+
+
+def _share_latest(decoder: torch.nn.Module) -> list[LinearEmulation]:
+    """Reduce row 0 of the histories over the ranks that Transformer Engine reduces over; returns their layers."""
+    states = [m for m in decoder.modules() if isinstance(m, LinearEmulation) and m.scaling and m.scaling.is_delayed]
+    if states:
+        latest = torch.stack([state.amax_history[0] for state in states])
+        dist.all_reduce(latest, dist.ReduceOp.MAX, group=parallel_state.get_amax_reduction_group(True))
+        for state, row in zip(states, latest, strict=True):
+            state.amax_history[0] = row
+    return states

@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from megatron_entropy.actor import fp8_emulation
 from megatron_entropy.actor.actor import Actor
 from megatron_entropy.actor.lora import is_adapter
 from megatron_entropy.checkpoint.optimizer_shards import Piece, optimizer_pieces
@@ -40,6 +41,8 @@ def sharded_state(actor: Actor, *, is_loading: bool) -> dict[str, Any]:
     Args:
         is_loading: the tensors will be loaded into.
     """
+    if not is_loading:
+        fp8_emulation.share_history([chunk.module for chunk in actor.chunks])
     model = _model_state(actor)
     if actor.config.parallel.distributed_optimizer:
         pieces = _distributed_pieces(actor, model, is_loading=is_loading)
