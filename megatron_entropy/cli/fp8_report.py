@@ -43,7 +43,7 @@ def add_parser(subparsers: Subparsers) -> None:
     add("--top-p", type=fraction, default=1.0, help="default: %(default)s")
     add("--max-tokens", type=positive_int, default=256, help="of a response; default: %(default)s")
     add("--max-prompt-tokens", type=positive_int, default=1024, help="default: %(default)s")
-    add("--microbatch-tokens", type=positive_int, default=2048, help="of a forward pass; default: %(default)s")
+    add("--microbatch-tokens", type=positive_int, default=8192, help="of a forward pass; default: %(default)s")
     add("--format", default="auto", help="schema of the rows, as data.format")
     add("--template", default="", help="{question} with text around it, as data.template")
     add("--seed", type=int, default=1, help="default: %(default)s")
