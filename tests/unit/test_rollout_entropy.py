@@ -38,6 +38,7 @@ class Actor:
 
     def __init__(self):
         self.passes = []
+        self.arch = SimpleNamespace(hidden_size=64)
 
     def score(self, samples, statistics):
         stats = SimpleNamespace(logprob=None, entropy=None)
