@@ -23,7 +23,9 @@ from megatron_entropy.rollout.engine import Completion, Request
 from megatron_entropy.rollout.entropy import EntropyTable, Recorded, uncut_logprobs
 from megatron_entropy.trainer.rollouts import MethodRollouts, build_groups
 
-WORDS = SimpleNamespace(eos_ids=(0,), decode=lambda ids: " word" * len(list(ids)))
+WORDS = SimpleNamespace(
+    eos_ids=(0,), decode=lambda ids: " word" * len(list(ids)), text_of=lambda token: " word" if token else ""
+)
 ENGINE, ACTOR = 0.25, 0.125
 """What engine and actor add to the entropy of a token, its number."""
 
