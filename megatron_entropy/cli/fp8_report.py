@@ -168,15 +168,16 @@ def _report(
         "The base of every row is the same model in bf16, whose linear layers are PyTorch's. The first row is the "
         "noise floor: bf16 against itself with products summed in fp32.",
     ]  # fmt: skip
+    name = Path(args.model).name or Path(args.model).resolve().name
     settings = {
         "command": _command(args),
-        "model": f"{Path(args.model).resolve().name}, {arch.num_layers} layers, hidden size {arch.hidden_size}",
+        "model": f"{name}, {arch.num_layers} layers, hidden size {arch.hidden_size}",
         "responses": f"{len(samples)}, {sum(map(len, responses))} tokens, {source}",
         "temperature": args.temperature,
         "tokens of a forward pass": microbatch_tokens,
         "seed": args.seed,
     }
-    title = f"Emulated FP8 against bf16: {Path(args.model).resolve().name}"
+    title = f"Emulated FP8 against bf16: {name}"
     page.write(args.out, rows, title=title, settings=settings, remarks=remarks)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,19 +12,14 @@ from megatron_entropy.files import atomic_write_text
 from megatron_entropy.monitor.report import load_template
 from megatron_entropy.monitor.summary import versions
 from megatron_entropy.precision_report import plots
-from megatron_entropy.precision_report.compare import QUANTILES, RESAMPLES, Comparison, Estimate, Shift
+from megatron_entropy.precision_report.compare import QUANTILES, RESAMPLES, Comparison, Estimate
 
-HEADINGS = (
-    "precision",
-    "log-prob bias",
-    "log-prob sd",
-    "entropy bias",
-    "entropy sd",
+NUMBERS = ("log-prob bias", "log-prob sd", "entropy bias", "entropy sd", "outside DAPO's clip")
+CHOICES = (
     "CURE's candidates changed",
     "SENT's set changed",
     "top token changed",
     "first token's top changed",
-    "outside DAPO's clip",
     "CER reward",
     "CER pairs swapped",
 )
@@ -70,12 +65,14 @@ def write(
         "rows": [{"name": m.name, "meaning": m.meaning, **asdict(comparison)} for m, comparison in rows],
     }
     atomic_write_text(folder / "report.json", json.dumps(content, indent=1, default=str) + "\n")
-    cells = [_cells(m.name, comparison) for m, comparison in rows]
+    tables = {
+        "Differences to bf16": (NUMBERS, [[(m.name, ""), *_numbers(found)] for m, found in rows]),
+        "What methods select": (CHOICES, [[(m.name, ""), *_choices(found)] for m, found in rows]),
+    }
     page = load_template(Path(__file__).with_name("report.html.j2")).render(
         title=title,
         remarks=remarks,
-        headings=HEADINGS,
-        rows=cells,
+        tables=tables,
         ratio_headings=("precision", *(f"{100 * q:g} %" for q in QUANTILES)),
         ratio_rows=[(m.name, *(f"{value:.3f}" for value in c.ratio_quantiles)) for m, c in rows],
         plots=[
@@ -87,26 +84,25 @@ def write(
         versions=versions(),
     )
     atomic_write_text(folder / "report.html", page)
-    atomic_write_text(folder / "README.md", _readme(title, remarks, cells, {**meanings, **MEANINGS}, settings))
+    atomic_write_text(folder / "README.md", _readme(title, remarks, tables, {**meanings, **MEANINGS}, settings))
 
 
-def _cells(name: str, found: Comparison) -> list[tuple[str, str]]:
-    """A row of the table: values and intervals."""
+def _numbers(found: Comparison) -> list[tuple[str, str]]:
+    """Values and intervals under `NUMBERS`."""
+    shifts = [_nats(e) for shift in (found.logprob, found.entropy) for e in (shift.bias, shift.sd)]
+    return [*shifts, _percent(found.outside_clip)]
+
+
+def _choices(found: Comparison) -> list[tuple[str, str]]:
+    """Values and intervals under `CHOICES`."""
     return [
-        (name, ""),
-        *(_nats(e) for shift in (found.logprob, found.entropy) for e in _both(shift)),
         _percent(found.cure_changed),
         _percent(found.sent_changed),
         _percent(found.top_changed),
         (str(found.first_top_changed), ""),
-        _percent(found.outside_clip),
         (f"{found.cer_change.value:.4f}", f"{found.cer_change.low:.4f} to {found.cer_change.high:.4f}"),
         (f"{100 * found.cer_pairs_swapped:.1f} %", ""),
     ]
-
-
-def _both(shift: Shift) -> tuple[Estimate, Estimate]:
-    return shift.bias, shift.sd
 
 
 def _nats(estimate: Estimate) -> tuple[str, str]:
@@ -120,13 +116,14 @@ def _percent(estimate: Estimate) -> tuple[str, str]:
 def _readme(
     title: str,
     remarks: Iterable[str],
-    cells: Iterable[Iterable[tuple[str, str]]],
+    tables: Mapping[str, tuple[Sequence[str], Sequence[Sequence[tuple[str, str]]]]],
     meanings: Mapping[str, str],
     settings: Mapping[str, object],
 ) -> str:
     lines = [f"# {title}", "", *remarks, "", f"```\n{settings['command']}\n```", ""]
-    lines += ["| " + " | ".join(HEADINGS) + " |", "|---" * len(HEADINGS) + "|"]
-    lines += ["| " + " | ".join(f"{v} ({i})" if i else v for v, i in row) + " |" for row in cells]
-    lines += ["", *(f"- {name}: {meaning}." for name, meaning in meanings.items()), ""]
+    for name, (headings, rows) in tables.items():
+        lines += [f"## {name}", "", f"| precision | {' | '.join(headings)} |", "|---" * (len(headings) + 1) + "|"]
+        lines += ["| " + " | ".join(f"{v} ({i})" if i else v for v, i in row) + " |" for row in rows] + [""]
+    lines += [*(f"- {name}: {meaning}." for name, meaning in meanings.items()), ""]
     lines += [f"- {name}: {value}" for name, value in settings.items() if name != "command"]
     return "\n".join(lines) + "\n"

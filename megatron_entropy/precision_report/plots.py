@@ -37,7 +37,7 @@ def draw_all(rows: Rows) -> dict[str, bytes]:
 
 
 def _draw_bias(names: Sequence[str], found: Sequence[Comparison]) -> bytes:
-    figure, axes = new_figure("difference to bf16, mean over tokens", "", xlabel="nats")
+    figure, axes = new_figure("mean over tokens", "", xlabel="difference to bf16 (nats)")
     places = np.arange(len(names))[::-1]
     parts: Mapping[str, tuple[float, str, list[Estimate]]] = {
         "log-prob": (0.13, "#1f5f8b", [c.logprob.bias for c in found]),
@@ -53,7 +53,7 @@ def _draw_bias(names: Sequence[str], found: Sequence[Comparison]) -> bytes:
 
 
 def _draw_deciles(names: Sequence[str], found: Sequence[Comparison], unit: str, pick: object) -> bytes:
-    figure, axes = new_figure("tenths of the tokens by their entropy in bf16", unit, xlabel="tenth, lowest first")
+    figure, axes = new_figure("by entropy", unit, xlabel="tenth of the tokens by entropy in bf16")
     for name, color, comparison in zip(names, COLORS * 2, found, strict=False):
         estimates = [pick(decile) for decile in comparison.deciles]  # type: ignore[operator]
         places = np.arange(1, len(estimates) + 1)
@@ -66,7 +66,7 @@ def _draw_deciles(names: Sequence[str], found: Sequence[Comparison], unit: str, 
 
 
 def _draw_tails(rows: Rows) -> bytes:
-    figure, axes = new_figure("tokens whose ratio to bf16 is further from 1", "share of tokens", xlabel="|log ratio|")
+    figure, axes = new_figure("further from 1", "share of tokens", xlabel="|log ratio to bf16|")
     for (measurement, _), color in zip(rows, COLORS * 2, strict=False):
         distance = np.sort(np.abs(np.concatenate(measurement.found.logprob) - np.concatenate(measurement.base.logprob)))
         share = 1 - np.arange(len(distance)) / len(distance)
