@@ -414,10 +414,15 @@ def test_parameter_count_of_an_architecture():
     assert dataclasses.replace(ARCH, tied_embeddings=False).num_parameters == ARCH.num_parameters + embedding
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("**/*.toml")), ids=lambda path: path.name)
+EXAMPLES = ROOT / "examples"
+BASES = {"quickstart_plain.toml": ("quickstart.toml",), "short.toml": ("quickstart.toml", "quickstart_plain.toml")}
+"""Files that are put over others."""
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("**/*.toml")), ids=lambda path: path.name)
 def test_every_example_loads(path):
-    files = [path.with_name(path.name.replace("_plain", "")), path]  # a plain counterpart is put over its file
-    check.check_stages(load(list(dict.fromkeys(files)), [], load_method_config))
+    files = [*(EXAMPLES / name for name in BASES.get(path.name, ())), path]
+    check.check_stages(load(files, [], load_method_config))
 
 
 @pytest.mark.parametrize("name", METHOD_CONFIGS)
