@@ -28,34 +28,9 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Normalise the last dimension, statistics in fp32, as Hugging Face's Qwen and Llama do."""
-        return _Normalise.apply(hidden, self.weight, self.eps)  # type: ignore[no-any-return]
-
-
-def _normalise(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = hidden.float()
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weight * wide.to(hidden.dtype)
-
-
-class _Normalise(torch.autograd.Function):
-    """Keeps only its input for backward, and computes the fp32 copies again there: half of a layer's activations."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(hidden, weight)
-        ctx.eps = eps
-        return _normalise(hidden, weight, eps)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        inputs = [
-            saved.detach().requires_grad_(is_needed)
-            for saved, is_needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
-        ]
-        with torch.enable_grad():
-            output = _normalise(inputs[0], inputs[1], ctx.eps)
-        found = iter(torch.autograd.grad(output, [x for x in inputs if x.requires_grad], gradient))
-        return *(next(found) if x.requires_grad else None for x in inputs), None
+        wide = hidden.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(hidden.dtype)
 
 
 @dataclass
