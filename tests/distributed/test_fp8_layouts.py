@@ -105,7 +105,7 @@ def delayed(folder, parallel, checkpoint):
     repeated = score_and_update(restored, samples)
     np.testing.assert_array_equal(repeated[0], second[0])
     np.testing.assert_array_equal(repeated[1], second[1])
-    return first[2], scale, history
+    return first[2], scale.numpy(), history.numpy()  # a tensor would be shared memory of a rank that ends
 
 
 @pytest.mark.parametrize("parallel", [ONE, TP2_SP])
@@ -114,8 +114,8 @@ def test_delayed_scales_follow_the_largest_magnitudes_and_come_back_from_a_check
     found = run_on_ranks(delayed, parallel.world_size, str(tmp_path / "model"), parallel, tmp_path / "checkpoints")
     metrics, scale, history = found[0]
     assert metrics["train/fp8_emulated"] == 1
-    largest = history[:, 1:].amax(dim=1)  # of both micro-batches; row 0 is of the pass without gradients behind them
-    torch.testing.assert_close(scale[:, :2], 448 / largest[:, :2])
+    largest = history[:, 1:].max(axis=1)  # of both micro-batches; row 0 is of the pass without gradients behind them
+    np.testing.assert_allclose(scale[:, :2], 448 / largest[:, :2], rtol=1.3e-6)  # fp32
     assert (scale[:, 2] != 1).all()  # gradients of an earlier micro-batch
     if parallel.tp > 1:  # reduced over the group
-        assert torch.equal(found[0][1], found[1][1])
+        np.testing.assert_array_equal(found[0][1], found[1][1])

@@ -102,12 +102,9 @@ def release(actor: Any) -> None:
 @contextlib.contextmanager
 def plain_layers() -> Iterator[None]:
     """Build and run the model without Transformer Engine: the layers that the CPU tests prove."""
-    from megatron_entropy.actor import model, schedules
+    from megatron_entropy.actor import model
 
-    with (
-        mock.patch.object(model, "has_transformer_engine", lambda: False),
-        mock.patch.object(schedules, "has_transformer_engine", lambda: False),
-    ):
+    with mock.patch.object(model, "has_transformer_engine", lambda: False):
         yield
 
 
