@@ -9,6 +9,7 @@ sharded sources, GPUs.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import multiprocessing
 import multiprocessing.connection
@@ -373,8 +374,12 @@ def test_an_untied_head_with_biases_and_an_engine_that_hangs(pool: EnginePool, t
 
 def test_an_engine_killed_while_it_starts_is_restarted(pool: EnginePool, spec: EngineSpec) -> None:
     def engines() -> list[psutil.Process]:
-        children = psutil.Process().children(recursive=True)
-        return [child for child in children if child.name().startswith("ray::VllmEngine")]
+        found = []
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
+                if child.name().startswith("ray::VllmEngine"):
+                    found.append(child)
+        return found
 
     pool.wait_ready()
     known = {engine.pid for engine in engines()}  # those of earlier tests may still be ending
