@@ -44,10 +44,12 @@ SHAPES = {
              "num_key_value_heads": 2, "vocab_size": 512},
 }  # fmt: skip
 """Fields of a Llama configuration; `smollm2-135m` is the shape of HuggingFaceTB/SmolLM2-135M."""
+WARM_UP = 2
+"""Calls that do not count: the first allocates what stays, the second still touches fresh memory."""
 
 
 def measure(folder: str, row: dict[str, Any], options: dict[str, Any]) -> dict[str, list[float]]:
-    """Seconds and peak resident GB of every call of `score` and `update` on this rank, without the first."""
+    """Seconds and peak resident GB of every call of `score` and `update` on this rank, without the first two."""
     from megatron_entropy.actor.actor import Actor
     from megatron_entropy.actor.statistics import policy_statistics
     from megatron_entropy.weights.hf_folder import TensorFolder
@@ -73,7 +75,7 @@ def measure(folder: str, row: dict[str, Any], options: dict[str, Any]) -> dict[s
         return -stats.logprob - 0.01 * stats.entropy, {}
 
     figures: dict[str, list[float]] = {}
-    for round_number in range(options["rounds"] + 1):
+    for round_number in range(WARM_UP + options["rounds"]):
         for phase in ("score", "update"):
             Path("/proc/self/clear_refs").write_text("5")  # resets the peak
             process_groups.barrier()
@@ -83,7 +85,7 @@ def measure(folder: str, row: dict[str, Any], options: dict[str, Any]) -> dict[s
             else:
                 actor.update(samples, loss, temperature=1.0)
             seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
-            if round_number:  # the first call allocates what stays
+            if round_number >= WARM_UP:
                 figures.setdefault(f"{phase}_s", []).append(seconds)
                 figures.setdefault(f"{phase}_cpu_s", []).append(cpu_seconds)
                 figures.setdefault(f"{phase}_gb", []).append(_peak_resident_gb())

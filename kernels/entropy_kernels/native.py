@@ -2,9 +2,9 @@
 
 Torch rounds the result of a CPU bfloat16 product to bfloat16, which costs log-probs three digits;
 widening the operands keeps the digits but runs at float32 speed, less than half. On a CPU with
-AVX512-BF16 and a C compiler this module builds bf16_product.c once (about a second, cached under
-$XDG_CACHE_HOME/entropy_kernels) and calls it; elsewhere, or with ENTROPY_KERNELS_NATIVE=0, the
-callers widen, with the same results to float32 rounding.
+AVX512-BF16 or AMX-BF16 and a C compiler this module builds bf16_product.c once (about a second,
+cached under $XDG_CACHE_HOME/entropy_kernels) and calls it; elsewhere, or with
+ENTROPY_KERNELS_NATIVE=0, the callers widen, with the same results to float32 rounding.
 """
 
 from __future__ import annotations
@@ -25,30 +25,32 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_name("bf16_product.c")
 FLAGS = ("-O3", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-fopenmp", "-shared")
+AMX_FLAGS = ("-mamx-tile", "-mamx-bf16")
 LOG = logging.getLogger(__name__)
 
 
-def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 (AVX512-BF16); known on Linux only."""
+def cpu_flags() -> set[str]:
+    """The features of this CPU by Linux's names; empty elsewhere."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return False
-    flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
-    return "avx512_bf16" in flags.split()
+        return set()
+    return set(next((line for line in text.splitlines() if line.startswith("flags")), "").split())
 
 
 @functools.lru_cache(maxsize=1)
 def kernel() -> Callable[..., int] | None:
     """The compiled function, built on first use; None where it cannot be had."""
-    if os.environ.get("ENTROPY_KERNELS_NATIVE", "1") == "0" or not cpu_has_bf16():
+    features = cpu_flags()
+    if os.environ.get("ENTROPY_KERNELS_NATIVE", "1") == "0" or "avx512_bf16" not in features:
         return None
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         LOG.warning("no C compiler: bfloat16 logits on this CPU are computed at float32 speed")
         return None
+    amx = AMX_FLAGS if {"amx_tile", "amx_bf16"} <= features and _accepts(compiler, AMX_FLAGS) else ()
     try:
-        function = ctypes.CDLL(str(_build(compiler))).bf16_product
+        function = ctypes.CDLL(str(_build(compiler, (*FLAGS, *amx)))).bf16_product
     except (OSError, subprocess.SubprocessError) as error:
         LOG.warning("bf16_product.c was not built, logits run at float32 speed: %s", error)
         return None
@@ -60,9 +62,14 @@ def kernel() -> Callable[..., int] | None:
     return function
 
 
-def _build(compiler: str) -> Path:
-    """The shared library for this source and compiler; written once, atomically."""
-    text = SOURCE.read_bytes() + " ".join((compiler, *FLAGS)).encode()
+def _accepts(compiler: str, flags: tuple[str, ...]) -> bool:
+    command = [compiler, *flags, "-E", "-x", "c", os.devnull, "-o", os.devnull]
+    return subprocess.run(command, capture_output=True, timeout=60).returncode == 0
+
+
+def _build(compiler: str, flags: tuple[str, ...]) -> Path:
+    """The shared library for this source, compiler and flags; written once, atomically."""
+    text = SOURCE.read_bytes() + " ".join((compiler, *flags)).encode()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "entropy_kernels"
     library = cache / f"bf16_product-{hashlib.sha256(text).hexdigest()[:16]}.so"
     if library.exists():
@@ -70,7 +77,7 @@ def _build(compiler: str) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         fresh = Path(folder) / library.name
-        command = [compiler, *FLAGS, "-fPIC", "-o", str(fresh), str(SOURCE)]
+        command = [compiler, *flags, "-fPIC", "-o", str(fresh), str(SOURCE)]
         subprocess.run(command, check=True, capture_output=True, timeout=120)
         fresh.replace(library)
     return library

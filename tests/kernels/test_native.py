@@ -6,6 +6,8 @@ test_without_native shows to give the same statistics.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from cases import operands, relative, run
@@ -13,13 +15,28 @@ from cases import operands, relative, run
 from entropy_kernels import native
 
 
-# One element; less than a block; odd depth; a full block plus one in every direction.
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (5, 63, 9), (7, 65, 256), (13, 129, 611)])
+@pytest.fixture(params=["avx512_bf16", "amx_bf16"])
+def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The best instructions of this CPU up to these."""
+    flags = native.cpu_flags()
+    if request.param not in flags:
+        pytest.skip(f"this CPU lacks {request.param}")
+    if request.param == "avx512_bf16":
+        monkeypatch.setattr(native, "cpu_flags", lambda: flags - {"amx_bf16"})
+    native.kernel.cache_clear()
+    if native.kernel() is None:
+        pytest.skip("needs a C compiler")
+    yield
+    native.kernel.cache_clear()
+
+
+# One element; less than a block; odd depth; full blocks of rows, columns and depth and some more of each.
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 1, 1), (5, 63, 9), (7, 65, 256), (13, 129, 611), (32, 64, 512), (77, 150, 1101)]
+)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("add", [False, True])
-def test_equals_float64(m: int, n: int, k: int, transposed: bool, add: bool) -> None:
-    if native.kernel() is None:
-        pytest.skip("needs AVX512-BF16 and a C compiler")
+def test_equals_float64(instructions: None, m: int, n: int, k: int, transposed: bool, add: bool) -> None:
     left = torch.randn(m, k + 3).bfloat16()[:, :k]
     right = torch.randn(n, k).bfloat16().t() if transposed else torch.randn(k, n).bfloat16()
     start = torch.randn(m, n + 5)
