@@ -75,6 +75,17 @@ def make_samples(vocab_size: int, count: int, length: int) -> list[Sample]:
     ]
 
 
+def write_responses(dump: Path, folder: Path, *, count: int, length: int) -> None:
+    """Write a rollout dump with responses of random tokens of a model's vocabulary."""
+    samples = make_samples(read_architecture(folder).vocab_size, count, length)
+    lines = (
+        {"prompt": index, "question": "", "response": "", "tokens": sample.tokens.tolist(), "prompt_length": 8,
+         "finish_reason": "length"}
+        for index, sample in enumerate(samples)
+    )  # fmt: skip
+    dump.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def build_actor(folder: Path, *, dtype: str, recipe: str = "", tokens: int, lr: float = 1e-4) -> Any:
     """Build an actor on one rank with a folder's weights."""
     from megatron_entropy.actor.actor import Actor

@@ -176,3 +176,19 @@ def test_entropies_of_the_v2_sampler_are_the_trainers(record_property, tmp_path)
     for name in ("rollout/entropy_diff", "rollout/entropy_diff_max"):
         record_property(name, rows[-1][name])
     assert rows[-1]["rollout/entropy_diff"] < 0.02
+
+
+@needs("Transformer Engine", "current")
+def test_fp8_report_has_real_rows_beside_emulated_ones(record_property, tmp_path):
+    run("examples/make_arithmetic.py", "--out", tmp_path, "--train", "64", "--eval", "16")
+    gpu_cases.write_responses(tmp_path / "responses.jsonl", tmp_path / "model", count=16, length=64)
+    report = ["fp8-report", tmp_path / "model", "--responses", tmp_path / "responses.jsonl", "--out", tmp_path / "page"]
+    run("-m", "megatron_entropy", *report)
+    rows = {row["name"]: row for row in json.loads((tmp_path / "page" / "report.json").read_text())["rows"]}
+    real = [name.removesuffix(", real") for name in rows if name.endswith(", real")]
+    assert "current" in real
+    for recipe in real:
+        ours, theirs = (rows[f"{recipe}, {kind}"]["logprob"]["sd"]["value"] for kind in ("emulated", "real"))
+        record_property(f"{recipe}: sd of log-probs, emulated", ours)
+        record_property(f"{recipe}: sd of log-probs, real", theirs)
+        assert ours / 2 < theirs < 2 * ours, recipe

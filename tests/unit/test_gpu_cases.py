@@ -48,7 +48,7 @@ def test_every_case_is_collected_and_skipped_with_its_reason(tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
     results = json.loads((tmp_path / "results.json").read_text())
-    assert len(results["cases"]) >= 14 and results["machine"]["gpus"] == ["none"]
+    assert len(results["cases"]) >= 15 and results["machine"]["gpus"] == ["none"]
     assert {case["status"] for case in results["cases"]} == {"skipped"}
     assert {case["reason"] for case in results["cases"]} == {"needs a CUDA device, and this machine has none"}
 
