@@ -82,6 +82,7 @@ def _run_on_nodes(args: argparse.Namespace, configs: list[str], overrides: list[
         error = str(mistake)
     spec = nodes.NodesSpec(args.nnodes, args.rdzv_endpoint, args.rdzv_id, args.join_timeout)
     print(f"waiting for {spec.count} nodes at {spec.host}:{spec.port}", file=sys.stderr, flush=True)
+    torchrun.quiet_torch()
     try:
         place = nodes.meet(spec, ranks=ranks, error=error)
     except nodes.EndedElsewhere:

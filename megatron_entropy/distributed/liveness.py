@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 INTERVAL = 1.0
 """Seconds between two signs of life."""
+STOP_TIMEOUT = 5.0
+"""Seconds that the threads may take to stop; one may wait for a lost machine."""
 NOTICE_AFTER = 10.0
 """Seconds of silence that are worth a warning, and after which a stop signal is obeyed without waiting for the step."""
 FAILURE_GRACE = 15.0
@@ -48,6 +50,8 @@ class Liveness:
         self._failed_since: float | None = None
         self._silent = ""
         self._stop_signal = 0
+        self._stopped = threading.Event()
+        self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
         """Start to watch; to be called in the main thread."""
@@ -56,13 +60,24 @@ class Liveness:
         os.set_blocking(writer, False)
         # A signal handler of Python runs only when the main thread does, which may wait in a collective.
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        threading.Thread(target=self._exchange_forever, daemon=True, name="signs-of-life").start()
-        threading.Thread(target=self._judge_forever, args=(reader,), daemon=True, name="liveness").start()
+        self._threads = [
+            threading.Thread(target=self._exchange_forever, daemon=True, name="signs-of-life"),
+            threading.Thread(target=self._judge_forever, args=(reader,), daemon=True, name="liveness"),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Stop to watch; a thread inside the store must not meet the end of the interpreter."""
+        self._stopped.set()
+        signal.set_wakeup_fd(-1)
+        for thread in self._threads:
+            thread.join(STOP_TIMEOUT)
 
     def _exchange_forever(self) -> None:
         store: Any = None
         count = 0
-        while True:
+        while not self._stopped.is_set():
             try:
                 if store is None:
                     store = self._peers.store.clone()
@@ -71,7 +86,7 @@ class Liveness:
                 self._exchange(store, count)
             except (RuntimeError, dist.DistError):
                 store = None  # a reply that comes too late would be taken for the next one's
-            time.sleep(INTERVAL)
+            self._stopped.wait(INTERVAL)
 
     def _exchange(self, store: Any, count: int) -> None:
         store.set(f"alive/{self._peers.rank}", str(count))
@@ -82,8 +97,7 @@ class Liveness:
             self._failed_since = time.monotonic()
 
     def _judge_forever(self, signals: int) -> None:
-        while True:
-            time.sleep(INTERVAL)
+        while not self._stopped.wait(INTERVAL):
             self._stop_signal = self._read_signal(signals) or self._stop_signal
             self._judge(time.monotonic())
 

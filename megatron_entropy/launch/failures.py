@@ -88,9 +88,9 @@ def _reason(message: str) -> str:
 def report_failure(error: BaseException, *, rank: int, peers: Peers | None = None) -> int:
     """Report why this rank ends: to our launcher, or under plain torchrun on standard error.
 
-    A rank that only lost the connection to another one reports that one's failure, if it can be found out. The rank it
-    happened on prints a failure, and so does rank 0; a user's mistake, which every rank finds, rank 0 alone. All is
-    also written to torchrun's error file, from which torchrun shows the first failure with its traceback.
+    A rank that only lost the connection to another one, or finds what another one has reported, reports that one's
+    failure. The first rank that failed prints it, and so does rank 0 on another machine. All is also written to
+    torchrun's error file, from which torchrun shows the first failure with its traceback.
 
     Args:
         peers: of this rank, once it has met the others.
@@ -108,11 +108,23 @@ def _agree_with_peers(failure: RankFailure, peers: Peers | None) -> RankFailure:
     """Return the failure that the others know already, or let them know this one."""
     if peers is None:
         return failure
-    if failure.kind == "lost" and (found := peers.failure(CAUSE_TIMEOUT)):
-        return dataclasses.replace(RankFailure(**found), details="", quiet=peers.rank != 0)
-    if failure.kind != "user":
-        peers.post_failure(asdict(failure))
+    if peers.culprit is not None:
+        return dataclasses.replace(failure, rank=peers.culprit, quiet=is_quiet(peers, peers.culprit))
+    found = peers.failure(CAUSE_TIMEOUT) if failure.kind == "lost" else None
+    first = RankFailure(**(found or peers.post_failure(asdict(failure))))
+    if first.rank != failure.rank and (found or _text(first) == _text(failure)):
+        return dataclasses.replace(first, details="", quiet=is_quiet(peers, first.rank))
     return failure
+
+
+def is_quiet(peers: Peers, culprit: int) -> bool:
+    """Whether this rank prints nothing about the failure of rank `culprit`; rank 0 does, unless both are one node."""
+    return peers.rank != culprit and (peers.rank != 0 or peers.nodes[culprit] == peers.node)
+
+
+def _text(failure: RankFailure) -> str:
+    """The message without the rank."""
+    return re.sub(r"^rank \d+( on [^:]+)?: ", "", failure.message)
 
 
 def write_report(failure: RankFailure, *, rank: int) -> int:
@@ -125,7 +137,7 @@ def write_report(failure: RankFailure, *, rank: int) -> int:
     else:
         by_launcher = False
         print(failure.details, end="", file=sys.stderr)
-    if not by_launcher and (rank == 0 or not (failure.kind == "user" or failure.quiet)):
+    if not by_launcher and not failure.quiet:
         print(f"error: {failure.message}", file=sys.stderr, flush=True)
     return failure.exit_code
 

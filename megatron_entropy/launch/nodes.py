@@ -19,6 +19,8 @@ from megatron_entropy.errors import ConfigError, Fault
 DEFAULT_PORT = 29400
 PORT_TIMEOUT = 40.0
 """Seconds that the first node waits for its port, which the agents of an earlier run may hold for a while."""
+LEAVE_TIMEOUT = 10.0
+"""Seconds that the first node stays for the others after a failure."""
 REPLY_TIMEOUT = 30.0
 """Seconds that the first node may take to answer once it has accepted a connection."""
 
@@ -69,6 +71,17 @@ class Place:
 
         key = f"{peers.PREFIX}/{peers.FAILURE}"
         peers.in_time(lambda: self.store.compare_set(key, "", json.dumps(failure)), 3.0)
+
+    def leave(self) -> None:
+        """Let the first node, which owns the store, wait until the others have read why the run ends."""
+        from megatron_entropy.distributed import peers
+
+        if self.number:
+            peers.in_time(lambda: self.store.add("launch/left", 1), 3.0)
+            return
+        deadline = time.monotonic() + LEAVE_TIMEOUT
+        while time.monotonic() < deadline and self.store.add("launch/left", 0) < self.spec.count - 1:
+            time.sleep(0.05)
 
 
 class EndedElsewhere(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import signal
@@ -9,13 +10,21 @@ import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_entropy.errors import ConfigError, Fault, UserError
-from megatron_entropy.launch.failures import LAUNCHER_VARIABLE, RankFailure, describe, report_failure, write_report
+from megatron_entropy.launch.failures import (
+    LAUNCHER_VARIABLE,
+    RankFailure,
+    describe,
+    is_quiet,
+    report_failure,
+    write_report,
+)
 from megatron_entropy.launch.prepare import RunSpec, check_inputs, prepare_run_folder, resolve
 
 if TYPE_CHECKING:
+    from megatron_entropy.distributed.liveness import Liveness
     from megatron_entropy.distributed.peers import Peers
 
 EXIT_TIMEOUT = 30.0
@@ -55,24 +64,27 @@ def run_rank(
     end_with_launcher()
     rank = int(os.environ["RANK"])
     setup_logging(rank)
-    peers = None
+    peers, liveness = None, None
     failed = True
     try:
+        peers = Peers()
         if dry_run:
             raise ConfigError("--dry-run starts no ranks; run megatron-entropy train without torchrun")
-        peers = Peers()
         spec = _meet(peers, configs, overrides)
         process_groups.init_process_group(spec.configs[0].cluster.timeout, store=peers.store)
         if not peers.is_single_machine:
-            _watch(peers, spec.configs[0].cluster.lost_after)
+            liveness = _watch(peers, spec.configs[0].cluster.lost_after)
         code = _train(spec, resume=resume, overwrite=overwrite, several=not peers.is_single_machine)
         failed = False
         return code
     except Exception as error:  # every failure ends in one line, printed by the launcher or here
         code = report_failure(error, rank=rank, peers=peers)
-        _leave_within(EXIT_TIMEOUT, code)
+        if peers is not None and not peers.is_single_machine:
+            _end_process(code)
         return code
     finally:
+        if liveness is not None:
+            liveness.stop()
         process_groups.destroy_process_group(failed=failed)
 
 
@@ -104,7 +116,7 @@ def _launcher_checks() -> bool:
     return LAUNCHER_VARIABLE in os.environ and os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
 
 
-def _watch(peers: Peers, lost_after: float) -> None:
+def _watch(peers: Peers, lost_after: float) -> Liveness:
     """End this rank when another machine is lost; it may wait for it in a collective and cannot end by itself."""
     from megatron_entropy.distributed.liveness import Liveness
 
@@ -115,18 +127,24 @@ def _watch(peers: Peers, lost_after: float) -> None:
             failure = describe(Fault(reason), rank=peers.rank, node=peers.node)
             peers.post_failure(asdict(failure))
         else:
-            failure = replace(failure, details="", quiet=peers.rank != 0)
+            failure = replace(failure, details="", quiet=is_quiet(peers, failure.rank))
         write_report(replace(failure, exit_code=code), rank=peers.rank)
         os._exit(code)
 
-    Liveness(peers, lost_after=lost_after, end=end).start()
+    liveness = Liveness(peers, lost_after=lost_after, end=end)
+    liveness.start()
+    return liveness
 
 
-def _leave_within(seconds: float, code: int) -> None:
-    """End this process even if something that it closes at exit waits for a lost machine."""
-    timer = threading.Timer(seconds, os._exit, (code,))
+def _end_process(code: int) -> NoReturn:
+    """End this rank without its process groups, and even if something that closes at exit waits for a lost machine."""
+    timer = threading.Timer(EXIT_TIMEOUT, os._exit, (code,))
     timer.daemon = True
     timer.start()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def end_with_launcher() -> None:

@@ -48,7 +48,7 @@ def launch(arguments: Sequence[str], *, ranks: int, place: Place | None = None) 
         the rank that failed first, after its message has been printed here or on the nodes that it concerns.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of reverse lookups and retries help nobody
+    quiet_torch()
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: new buffers of host memory fill 3 times faster
     # What a killed rank leaves behind is deleted; Python would report it behind the error.
     filters = [os.environ.get("PYTHONWARNINGS", ""), "ignore:resource_tracker:UserWarning"]
@@ -65,13 +65,28 @@ def launch(arguments: Sequence[str], *, ranks: int, place: Place | None = None) 
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    try:
+        return _conclude(failures, group, place)
+    finally:
+        if place is not None:
+            place.leave()
+
+
+def quiet_torch() -> None:
+    """Hide torch's warnings of reverse lookups and repeated connections; to be called before it is imported."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+def _conclude(failures: list[RankFailure], group: _Ranks, place: Place | None) -> int:
+    """Print why the run has ended, where it must be printed here; returns the exit code."""
     if not failures and group.stop_signal is None:
         return 0
-    stopped = all(failure.exit_code in STOPPED for failure in failures)
-    if group.killed or (stopped and all(failure.kind == "death" for failure in failures)):
-        is_known = group.stop_signal is not None or all(failure.exit_code == OBEYED for failure in failures)
-        if is_known:
-            return 128 + (group.stop_signal or signal.SIGTERM)
+    obeyed = bool(failures) and all(failure.exit_code == OBEYED for failure in failures)
+    stopped = all(failure.kind == "death" and failure.exit_code in STOPPED for failure in failures)
+    if group.killed or (stopped and (obeyed or group.stop_signal is not None)):
+        if place is not None and not obeyed:
+            place.post_failure(asdict(_stopped_at_once(failures)))
+        return 128 + (group.stop_signal or signal.SIGTERM)
     first = first_failure(failures)
     if place is not None and first.kind == "death":
         place.post_failure(asdict(first))
@@ -79,6 +94,13 @@ def launch(arguments: Sequence[str], *, ranks: int, place: Place | None = None) 
         print(first.details, end="", file=sys.stderr)
         print(f"error: {first.message}", file=sys.stderr, flush=True)
     return first.exit_code if first.exit_code > 0 else 1
+
+
+def _stopped_at_once(failures: list[RankFailure]) -> RankFailure:
+    """What the other nodes' ranks report when this node was stopped before its ranks could obey."""
+    rank = failures[0].rank if failures else 0
+    message = f"{network.host_name()} was stopped by a signal before the end of a step; continue with --resume"
+    return RankFailure(rank, "fault", message, OBEYED, time.time())
 
 
 class _StoppedEarly(BaseException):

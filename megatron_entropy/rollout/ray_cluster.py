@@ -8,6 +8,7 @@ import contextlib
 import functools
 import logging
 import os
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -16,16 +17,20 @@ from typing import Any, TypeVar
 
 import psutil
 import ray
+from ray._private.state import available_resources_per_node
 from ray.exceptions import RayError, RayTaskError
 
 from megatron_entropy.config.schema import RolloutConfig
-from megatron_entropy.errors import Fault
+from megatron_entropy.errors import ConfigError, Fault
 from megatron_entropy.rollout.engine import EngineSpec
 
 logger = logging.getLogger(__name__)
 
 RAY_START_TIMEOUT = 120.0
 """Seconds until Ray has started, without engines."""
+
+TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+"""With one of them the user chooses how Ray authenticates its processes."""
 
 RAY_STOP_TIMEOUT = 30.0
 """Seconds until Ray has stopped; then it is killed."""
@@ -78,7 +83,7 @@ class RayCluster:
             self._kill()
             if isinstance(error, Fault) or not isinstance(error, Exception):
                 raise
-            raise Fault(f"{failure}: {one_line(error)}") from error
+            raise Fault(f"{failure}: {_reason(error)}") from error
 
     def run(self, function: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
         """Call a function that may wait for Ray; returns or raises what it does.
@@ -149,6 +154,7 @@ def start_ray(config: RolloutConfig, spec: EngineSpec) -> tuple[RayCluster, bool
         return cluster, False
     if os.environ.get("RAY_ADDRESS"):
         cluster.start(address="auto")
+        check_resources(config, on_gpus=spec.device == "cuda")
         return cluster, False
     own = _gpus_beside_the_trainer(config) if spec.device == "cuda" and not config.colocate else []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -156,6 +162,8 @@ def start_ray(config: RolloutConfig, spec: EngineSpec) -> tuple[RayCluster, bool
         if own:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
         # Otherwise Ray ends this process a minute after the death of gcs_server, in the middle of a long step.
+        if not any(name in os.environ for name in TOKEN_VARIABLES):
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # otherwise Ray writes one into the home folder
         system_config = {"gcs_rpc_server_reconnect_timeout_s": 10**6}
         cluster.start(num_cpus=config.num_engines + 1, include_dashboard=False, _system_config=system_config)
     finally:
@@ -164,6 +172,36 @@ def start_ray(config: RolloutConfig, spec: EngineSpec) -> tuple[RayCluster, bool
         elif own and visible is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = visible
     return cluster, bool(own)
+
+
+def check_resources(config: RolloutConfig, *, on_gpus: bool) -> None:
+    """See that a joined cluster has room for the engines now; Ray itself would wait for more nodes without a word.
+
+    Raises:
+        ConfigError: it has too few free CPUs or GPUs; the message says how many are missing.
+    """
+    free = list(available_resources_per_node().values())
+    kind, size = ("GPU", config.tensor_parallel) if on_gpus else ("CPU", 1)
+    fitting = sum(min(int(node.get(kind, 0) // size), int(node.get("CPU", 0))) for node in free)
+    if fitting < config.num_engines:
+        room = f"1 CPU and {size} GPUs of one node" if on_gpus else "1 CPU"
+        found = ", ".join(f"{node.get(kind, 0):g}" for node in free)
+        raise ConfigError(
+            f"the Ray cluster has room for {fitting} of rollout.num_engines={config.num_engines} engines, each of "
+            f"which needs {room}; free {kind}s of its {len(free)} nodes: "
+            f"{found or 'none'}; start more nodes with ray start --address, or lower rollout.num_engines"
+        )
+
+
+def _reason(error: BaseException) -> str:
+    """Why Ray could not be started or joined; where it wants a token, how to give it one."""
+    text = str(error)
+    if type(error).__name__ == "AuthenticationError" or "InvalidAuthToken" in text or "Unauthenticated" in text:
+        return (
+            "it wants another authentication token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a copy of the "
+            "token of its head (~/.ray/auth_token there) on every node, for ray start and for the run"
+        )
+    return one_line(error)
 
 
 def _gpus_beside_the_trainer(config: RolloutConfig) -> list[str]:
@@ -221,6 +259,11 @@ def kill_processes(processes: Iterable[psutil.Process]) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the last line of an error of Ray or vLLM, without Ray's long list of common causes."""
+    """Return the line of an error of Ray or vLLM that says why: the last one, without Ray's list of common causes.
+
+    Where Ray's memory monitor killed a process, its advice comes last, and the line before it says why.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if killed := [line for line in lines if "running low on memory" in line]:
+        return f"{killed[0][:300]} (Ray's memory monitor; RAY_memory_usage_threshold sets its limit)"
     return lines[-1].split(" Some common causes include:")[0] if lines else type(error).__name__

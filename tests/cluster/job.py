@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -46,10 +47,11 @@ prompts = 4
 samples = 4
 updates = 2
 [method]
-name = "grpo"
+{method}
 """
-SFT = {"method.name": "sft", "batch.samples": "1", "rollout.max_response_tokens": "64"}
-"""Overrides for a run without engines, which starts much faster."""
+SFT = {"batch.samples": "1", "rollout.max_response_tokens": "64"}
+"""Overrides that make it a run without engines, which starts much faster."""
+METHODS = {False: 'name = "grpo"\nentropy_coefficient = 0.01', True: 'name = "sft"'}
 
 
 def make_inputs(folder: Path) -> Path:
@@ -84,8 +86,9 @@ class Job:
         self.folder.mkdir()
         self.output = self.folder / "run"
         self.config = self.folder / "run.toml"
+        method = METHODS[SFT.items() <= (overrides or {}).items()]
         self.config.write_text(
-            CONFIG.format(output=self.output, inputs=inputs, layout=layout, steps=steps, engines=engines)
+            CONFIG.format(output=self.output, inputs=inputs, layout=layout, steps=steps, engines=engines, method=method)
         )
         self.overrides = [f"--{key}={value}" for key, value in (overrides or {}).items()]
         self.processes: dict[str, subprocess.Popen[str]] = {}
@@ -102,6 +105,8 @@ class Job:
         *arguments: str,
         endpoint: str = "",
         torchrun: bool = False,
+        number: int = 0,
+        python_path: Path | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         """Start the run on these nodes; Ray's cluster, if there is one, is joined.
@@ -109,15 +114,20 @@ class Job:
         Args:
             endpoint: host of the first node, where it is not its address.
             torchrun: start it by plain torchrun.
+            number: of nodes, where the others are started apart.
+            python_path: folder of modules that the run's processes find first.
         """
         for node in nodes:
-            options = [f"--nnodes={len(nodes)}", f"--rdzv-id={self.folder.name}"]
+            options = [f"--nnodes={number or len(nodes)}", f"--rdzv-id={self.folder.name}"]
             options += [f"--rdzv-endpoint={endpoint or nodes[0].address}:{PORT}"]
             command = ["megatron-entropy", "train", str(self.config), *options, *self.overrides, *arguments]
             if torchrun:
+                is_host = str(node is nodes[0]).lower()
                 command = ["torchrun", "--nproc-per-node=1", "--rdzv-backend=c10d", *options]
+                command += [f"--rdzv-conf=is_host={is_host}", f"--local-addr={node.address}"]
                 command += ["-m", "megatron_entropy", "train", str(self.config), *self.overrides, *arguments]
-            joined = {"RAY_ADDRESS": f"{nodes[0].address}:6379"} if self.ray else {}
+            joined = {} if python_path is None else {"PYTHONPATH": f"{python_path}:{ROOT}:{ROOT / 'kernels'}"}
+            joined |= {"RAY_ADDRESS": f"{nodes[0].address}:6379"} if self.ray else {}
             self.processes[node.name] = node.start(
                 command, log=self.folder / f"{node.name}.log", environment=joined | dict(environment or {})
             )
@@ -127,15 +137,24 @@ class Job:
         command = ["megatron-entropy", "train", self.config, *self.overrides, *arguments]
         self.processes[node.name] = node.start(command, log=self.folder / f"{node.name}.log")
 
-    def start_ray(self, nodes: Sequence[Node]) -> None:
+    def start_ray(self, nodes: Sequence[Node], environment: Mapping[str, str] | None = None) -> None:
         """Start a Ray cluster with room for one engine on each node."""
         for node in nodes:
-            place = ["--head", "--port=6379"] if node is nodes[0] else [f"--address={nodes[0].address}:6379"]
+            place = (
+                ["--head", "--port=6379", "--include-dashboard=false"]
+                if node is nodes[0]
+                else [f"--address={nodes[0].address}:6379"]
+            )
             command = ["ray", "start", *place, f"--node-ip-address={node.address}", "--num-cpus=1", "--block"]
-            command += ["--include-dashboard=false", "--disable-usage-stats", "--object-store-memory=100000000"]
+            command += ["--disable-usage-stats", "--object-store-memory=100000000"]
             log = self.folder / f"ray.{node.name}.log"
-            self.ray[node.name] = node.start(command, log=log)
-            wait_for(lambda log=log: "Ray runtime started" in log.read_text(), 120, f"Ray on {node.name}")
+            process = self.ray[node.name] = node.start(command, log=log, environment=environment)
+
+            def is_started(process: subprocess.Popen[str] = process, log: Path = log) -> bool:
+                assert process.poll() is None, log.read_text()
+                return "Ray runtime started" in log.read_text()
+
+            wait_for(is_started, 180, f"Ray on {node.name}")
 
     def wait(self, timeout: float = 300.0) -> dict[str, int]:
         """Wait for the end of the run; returns the exit code of each node."""
@@ -165,16 +184,15 @@ class Job:
 
     def stop_ray(self) -> None:
         """End Ray's processes."""
-        for name, process in self.ray.items():
-            Node.signal(process, 15)
+        for process in self.ray.values():
+            Node.signal(process, signal.SIGTERM)
             process.wait(60)
-            del name
         self.ray.clear()
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return the rows of `metrics.jsonl` without times."""
+        """Return the rows of `metrics.jsonl` without times and memory."""
         rows = [json.loads(line) for line in (self.output / "metrics.jsonl").read_text().splitlines()]
-        return [{key: value for key, value in row.items() if not key.startswith("timing/")} for row in rows]
+        return [{key: value for key, value in row.items() if not key.startswith(("timing/", "perf/"))} for row in rows]
 
 
 def wait_for(condition: Any, timeout: float, what: str, details: Any = lambda: "") -> None:

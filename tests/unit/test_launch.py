@@ -287,7 +287,7 @@ def test_first_failure_prefers_our_errors_then_time():
     ("error", "rank", "code", "printed"),
     [
         (DataError("t.jsonl:\n  empty"), 0, 2, "error: t.jsonl: empty\n"),
-        (DataError("t.jsonl: empty"), 1, 2, ""),
+        (DataError("t.jsonl: empty"), 1, 2, "error: t.jsonl: empty\n"),
         (EngineFault("engine 3 died"), 1, 1, "error: rank 1: engine 3 died\n"),
         (KeyError("x"), 1, 1, "error: rank 1: KeyError: 'x'\n"),
     ],
