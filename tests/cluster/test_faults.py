@@ -39,6 +39,7 @@ def errors(job: Job) -> dict[str, list[str]]:
 def resumes(job: Job, nodes) -> None:
     """The run continues with a few more steps than it has."""
     newest = max(int(path.name[5:]) for path in (job.output / "checkpoints" / "rl").glob("step_??????"))
+    job.processes.clear()
     job.train(nodes, "--resume", f"--steps={newest + 2}", f"--actor.parallel.dp={len(nodes)}")
     assert set(job.wait(TIMEOUT).values()) == {0}, job.all_logs()
     assert job.metrics()[-1]["step"] == newest + 2
@@ -112,6 +113,6 @@ def test_a_short_cut_during_updates(bed: Bed, inputs):
     before = len(job.metrics())
     bed.nodes[1].restore()
     job.wait_for(bed.nodes[0], rf"step {before + 2}/", 60)
-    assert "answers again" in job.log(bed.nodes[0])
+    job.wait_for(bed.nodes[0], "rank 1 on node-b answers again", 60)
     bed.nodes[0].signal(job.processes["node-a"], signal.SIGTERM)
     assert set(job.wait(60).values()) == {143}, job.all_logs()
