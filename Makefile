@@ -70,7 +70,7 @@ test: $(VENV)/.setup-dev
 	$(VENV)/bin/python -m pytest -q tests/engines
 
 test-cluster: $(VENV)/.setup-dev
-	$(VENV)/bin/python -m pytest -q --durations=0 tests/cluster
+	$(VENV)/bin/python -m pytest -q -rP --durations=0 tests/cluster
 
 test-fast: $(VENV)/.setup-dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile tests/unit tests/kernels -m "not exhaustive and not slow" --ignore=tests/kernels/test_triton.py

@@ -157,14 +157,17 @@ class Job:
             wait_for(is_started, 180, f"Ray on {node.name}")
 
     def wait(self, timeout: float = 300.0) -> dict[str, int]:
-        """Wait for the end of the run; returns the exit code of each node."""
-        deadline = time.monotonic() + timeout
+        """Wait for the end of the run; returns the exit code of each node, and prints them with the seconds."""
+        begin = time.monotonic()
+        deadline = begin + timeout
         for name, process in self.processes.items():
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 raise AssertionError(f"{name} still runs after {timeout:.0f} s:\n{self.all_logs()}") from None
-        return {name: process.returncode for name, process in self.processes.items()}
+        codes = {name: process.returncode for name, process in self.processes.items()}
+        print(f"{self.folder.name}: {codes} after {time.monotonic() - begin:.1f} s")
+        return codes
 
     def wait_for(self, node: Node, pattern: str, timeout: float = 180.0) -> None:
         """Wait until the log of a node has a line that matches."""
