@@ -198,7 +198,7 @@ def start_launcher(folder, mode):
 
 def wait_for(path, process):
     for _ in range(6000):
-        if path.exists():
+        if path.exists() and path.read_text():
             return
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
