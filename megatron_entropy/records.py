@@ -149,17 +149,20 @@ def merge_trained(groups: Sequence[Group], trained: Sequence[Group]) -> list[Gro
 
 @dataclass(frozen=True)
 class Batch:
-    """One packed micro-batch of one data parallel rank; sequences lie end to end.
+    """One packed micro-batch of one rank; sequences lie end to end.
 
     A sequence of n tokens has n - 1 positions: position `i` reads `tokens[i]` and predicts `targets[i]`. `targets` is
     -100 where nothing is trained or scored. `boundaries`: start of each sequence, and the end of the last one, on the
     host `edges`. `order`: [S] index of each sequence in the packed list, -1 for padding. A loss is
     `(weight * per_token).sum()`.
+
+    Under context parallelism these are the positions of each sequence that this rank holds (see `data.packing`), up to
+    2 * cp - 1 positions of padding included; `positions` says which.
     """
 
     tokens: torch.Tensor  # [T] int64
     targets: torch.Tensor  # [T] int64
-    positions: torch.Tensor  # [T] int64
+    positions: torch.Tensor  # [T] int64, in the sequence
     boundaries: torch.Tensor  # [S + 1] int32
     order: tuple[int, ...]
     weight: torch.Tensor  # [T] float32, like all fields below

@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -58,6 +59,7 @@ class Layout:
     name: str
     parallel: ParallelConfig
     max_tokens_per_microbatch: int = 192
+    recompute: Literal["none", "full"] = "none"
 
 
 LAYOUTS = (
@@ -73,6 +75,12 @@ LAYOUTS = (
     Layout("TP2xPP2", ParallelConfig(tp=2, pp=2)),
     Layout("PP3, stages of 1, 2, 1 layers", ParallelConfig(pp=3)),
     Layout("TP4, 2 key/value heads", ParallelConfig(tp=4)),
+    Layout("CP2", ParallelConfig(cp=2)),
+    Layout("CP4, one micro-batch", ParallelConfig(cp=4), 1024),
+    Layout("CP2xDP2+distributed optimizer", ParallelConfig(cp=2, dp=2, distributed_optimizer=True)),
+    Layout("TP2+SPxCP2", ParallelConfig(tp=2, cp=2, sequence_parallel=True)),
+    Layout("PP2xCP2", ParallelConfig(pp=2, cp=2)),
+    Layout("PP2+VPP2xCP2, recomputed", ParallelConfig(pp=2, vpp=2, cp=2), recompute="full"),
 )
 EXPERT_LAYOUTS = (
     Layout("experts", ParallelConfig()),
@@ -81,6 +89,7 @@ EXPERT_LAYOUTS = (
     Layout("experts, EP2+distributed optimizer", ParallelConfig(dp=2, ep=2, distributed_optimizer=True)),
     Layout("experts, TP2+SP, EP2", ParallelConfig(tp=2, ep=2, sequence_parallel=True)),
     Layout("experts, PP2xEP2", ParallelConfig(pp=2, dp=2, ep=2)),
+    Layout("experts, CP2, EP2", ParallelConfig(cp=2, ep=2)),
 )
 
 
@@ -145,6 +154,7 @@ def measure(folder: str, layout: Layout, fp8: Fp8Config = EXACT) -> Outcome | No
         fp8=fp8,
         dtype="float32",
         max_tokens_per_microbatch=layout.max_tokens_per_microbatch,
+        recompute=layout.recompute,
     )
     actor = Actor(arch, config, total_updates=2)
     load(TensorFolder(folder), arch, actor.config.parallel, actor.named_shards())

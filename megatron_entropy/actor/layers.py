@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
@@ -33,58 +34,105 @@ class RMSNorm(torch.nn.Module):
         return self.weight * wide.to(hidden.dtype)
 
 
-@dataclass
-class PackedSequences(PackedSeqParams):
-    """Megatron's description of packed sequences, plus the positions of each sequence for `PackedAttention`.
+class Bucket(NamedTuple):
+    """Pieces of sequences of similar length, which `PackedAttention` computes together.
 
-    `buckets`: one `(padded, kept, positions)` per group of sequences of similar length: `padded` [S, L] positions in
-    the pack of each sequence's tokens (a valid position is repeated as padding), `kept` [m] flat indices of `padded`
-    that are tokens, `positions` [m] of these tokens in the pack.
+    A piece is a whole sequence, or one chunk of it under context parallelism. Positions are those in the pack of this
+    rank; valid ones are repeated as padding.
     """
 
-    buckets: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    queries: Tensor  # [S, L] positions
+    keys: Tensor  # [S, K] positions in the packs of all context parallel ranks, end to end
+    mask: Tensor | None  # [S, 1, L, K] whether a query sees a key; None: L = K and the mask is causal
+    kept: Tensor  # [m] flat indices of `queries` that are no padding
+    positions: Tensor  # [m] their positions
+
+    def to(self, device: torch.device) -> Bucket:
+        """Return the bucket on a device."""
+        return Bucket(*(None if tensor is None else tensor.to(device) for tensor in self))  # type: ignore[arg-type]
 
 
-def describe_sequences(boundaries: Tensor, edges: Sequence[int], *, buckets: bool) -> PackedSequences:
+@dataclass
+class PackedSequences(PackedSeqParams):
+    """Megatron's description of packed sequences, plus the positions of each sequence for `PackedAttention`."""
+
+    buckets: list[Bucket] = field(default_factory=list)
+
+
+def describe_sequences(
+    boundaries: Tensor, edges: Sequence[int], *, buckets: bool, cp_rank: int = 0, cp: int = 1
+) -> PackedSequences:
     """Describe a pack to Megatron's layers.
 
     Args:
-        boundaries: [S + 1] int32, the start of each sequence and the end of the last.
+        boundaries: [S + 1] int32, the start of each sequence and the end of the last, in this rank's part of the pack.
         edges: the same on the host, so that no device is waited for.
         buckets: fill `buckets`, which Transformer Engine's attention does not read.
+        cp_rank: this context parallel rank, out of `cp`; each holds the same number of tokens of every sequence.
     """
     lengths = [b - a for a, b in zip(edges, edges[1:], strict=False)]
-    longest = max(lengths)
-    by_size: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths if buckets else ()):
-        by_size.setdefault(max(length - 1, 0).bit_length(), []).append(index)
-    described = [
-        _bucket(torch.tensor([edges[i] for i in members]), torch.tensor([lengths[i] for i in members]))
-        for members in by_size.values()
-    ]
-    device = boundaries.device
+    longest = cp * max(lengths)
+    # Padding follows the tokens of its sequence, so the causal mask hides it: layers treat it as tokens.
+    whole = boundaries * cp
+    padded = whole if cp > 1 else None
     return PackedSequences(
         qkv_format="thd",
-        cu_seqlens_q=boundaries,
-        cu_seqlens_kv=boundaries,
+        cu_seqlens_q=whole,
+        cu_seqlens_kv=whole,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        buckets=[(padded.to(device), kept.to(device), at.to(device)) for padded, kept, at in described],
+        buckets=[b.to(boundaries.device) for b in _buckets(edges, cp_rank, cp)] if buckets else [],
     )
 
 
-def _bucket(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _buckets(edges: Sequence[int], cp_rank: int, cp: int) -> list[Bucket]:
+    own = (cp_rank, 2 * cp - 1 - cp_rank) if cp > 1 else (0,)
+    found: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for start, end in zip(edges, edges[1:], strict=False):
+        length = (end - start) // len(own)
+        for index in range(len(own)):
+            found.setdefault((index, max(length - 1, 0).bit_length()), []).append((start, length))
+    return [
+        _bucket(*torch.tensor(members).T, second=bool(index), chunk=own[index], cp=cp, total=edges[-1])
+        for (index, _), members in found.items()
+    ]
+
+
+def _bucket(starts: Tensor, lengths: Tensor, *, second: bool, chunk: int, cp: int, total: int) -> Bucket:
+    """Describe the same chunk of some sequences.
+
+    Args:
+        starts: [S] of the sequences in this rank's part of the pack, of `total` tokens.
+        lengths: [S] of a chunk of each.
+        second: it is the second chunk that this rank holds of them.
+        chunk: its number.
+    """
+    starts, lengths = starts[:, None], lengths[:, None]
     offsets = torch.arange(int(lengths.max()))
-    padded = starts[:, None] + torch.minimum(offsets, lengths[:, None] - 1)
-    kept = (offsets < lengths[:, None]).flatten().nonzero().squeeze(1)
-    return padded, kept, padded.flatten()[kept]
+    queries = starts + second * lengths + torch.minimum(offsets, lengths - 1)
+    kept = (offsets < lengths).flatten().nonzero().squeeze(1)
+    positions = queries.flatten()[kept]
+    if cp == 1:
+        return Bucket(queries, queries, None, kept, positions)
+    ends = (chunk + 1) * lengths
+    places = torch.arange(int(ends.max()))
+    mask = places <= (chunk * lengths + offsets)[:, :, None]
+    places = torch.minimum(places, ends - 1)
+    numbers = places // lengths
+    is_second = numbers >= cp
+    ranks = torch.where(is_second, 2 * cp - 1 - numbers, numbers)
+    keys = ranks * total + starts + is_second * lengths + places % lengths
+    return Bucket(queries, keys, mask[:, None], kept, positions)
 
 
 class PackedAttention(torch.nn.Module):
     """Causal attention within each sequence of a pack; sequences of similar length share one SDPA call.
 
     Lengths within a call differ by less than a factor of two, so at most half of a call is padding. Padding follows
-    each sequence, so the causal mask hides it from all tokens.
+    each sequence, so the causal mask hides it from all tokens. Context parallel ranks gather the keys and values of all;
+    the backward pass adds their gradients up and gives each rank its own.
     """
 
     def __init__(
@@ -99,8 +147,8 @@ class PackedAttention(torch.nn.Module):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__()
-        assert config.context_parallel_size == 1, "checked by configuration: cp needs Transformer Engine"
         self.softmax_scale = softmax_scale
+        self.cp_group = pg_collection.cp if pg_collection and config.context_parallel_size > 1 else None
 
     def forward(
         self,
@@ -123,14 +171,24 @@ class PackedAttention(torch.nn.Module):
         assert packed_seq_params is not None, "the actor packs every batch"
         total, heads, dim = query.shape
         out = query.new_zeros(total, heads * dim)
+        query, key, value = (x.reshape(total, -1) for x in (query, key, value))
         if query.dtype == torch.bfloat16 and not query.is_cuda:
             # On a CPU torch's backward in bfloat16 takes three times that in float32 below some hundred tokens.
             query, key, value = query.float(), key.float(), value.float()
-        for padded, kept, positions in packed_seq_params.buckets:
-            rows = [x.reshape(total, -1).index_select(0, padded.flatten()) for x in (query, key, value)]
-            q, k, v = (x.view(*padded.shape, -1, dim).transpose(1, 2) for x in rows)
+        if self.cp_group is not None:
+            both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=1), group=self.cp_group)
+            key, value = both.chunk(2, dim=1)
+        for queries, keys, mask, kept, positions in packed_seq_params.buckets:
+            rows = ((query, queries), (key, keys), (value, keys))
+            q, k, v = (x.index_select(0, at.flatten()).view(*at.shape, -1, dim).transpose(1, 2) for x, at in rows)
             attended = functional.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=self.softmax_scale,
+                enable_gqa=q.shape[1] != k.shape[1],
             )
             tokens = attended.transpose(1, 2).reshape(-1, heads * dim).index_select(0, kept)
             out = out.index_copy(0, positions, tokens.to(out.dtype))

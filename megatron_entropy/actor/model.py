@@ -85,17 +85,13 @@ def transformer_config(arch: ModelArchitecture, config: ActorConfig) -> Transfor
     """Build Megatron's settings for a model and a layout.
 
     Raises:
-        MissingPackageError: for FP8 or context parallelism without Transformer Engine.
+        MissingPackageError: for FP8 without Transformer Engine.
     """
     layout, dtype, fused = config.parallel, resolve_dtype(config.dtype, arch), uses_transformer_engine(config)
-    for key, value, is_needed in (
-        ("fp8.recipe", config.fp8.recipe, fp8.is_active(config.fp8)),
-        ("parallel.cp", layout.cp, layout.cp > 1),
-    ):
-        if is_needed and not fused:
-            raise MissingPackageError(
-                f"actor.{key}={value} needs Transformer Engine and a GPU; see `megatron-entropy doctor`"
-            )
+    if fp8.is_active(config.fp8) and not fused:
+        raise MissingPackageError(
+            f"actor.fp8.recipe={config.fp8.recipe} needs Transformer Engine and a GPU; see `megatron-entropy doctor`"
+        )
     _, attention_factor = rotary_frequencies(arch)
     recompute: dict[str, Any] = {}
     if config.recompute == "full":
@@ -187,7 +183,7 @@ def set_router_losses(settings: TransformerConfig, config: ActorConfig, num_toke
     """
     losses = config.moe
     counts_all = tuple(int(part) for part in megatron.core.__version__.split(".")[:2]) >= (0, 19)
-    share = (1 if counts_all else config.parallel.tp) / max(num_tokens, 1)
+    share = (1 if counts_all else config.parallel.tp * config.parallel.cp) / max(num_tokens, 1)
     if losses.aux_loss_coeff:
         settings.moe_aux_loss_coeff = losses.aux_loss_coeff * share
     if losses.z_loss_coeff:

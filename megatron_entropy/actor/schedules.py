@@ -1,7 +1,8 @@
 """Megatron's pipeline schedules over packed micro-batches: pack samples, run the model, collect the results.
 
 Every rank runs the schedule; only the last pipeline stage gets hidden states and computes something from them. Its
-first tensor-parallel rank speaks for the pipeline (`is_output_rank`), once per data-parallel rank.
+first tensor-parallel rank speaks for the pipeline (`is_output_rank`), once per data-parallel and context-parallel rank:
+context-parallel ranks run the same micro-batches, each on its part of every sequence.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 from megatron_entropy.actor.layers import PackedAttention, describe_sequences
 from megatron_entropy.config.fp8 import token_multiple
 from megatron_entropy.config.schema import ActorConfig
-from megatron_entropy.data.packing import pack, plan_microbatches
+from megatron_entropy.data.packing import pack, packed_length, plan_microbatches
 from megatron_entropy.distributed import cpu
 from megatron_entropy.records import Batch, Metric, Sample
 
@@ -32,7 +33,7 @@ MicrobatchFunction = Callable[[Batch, GPTModel, Tensor], tuple[Tensor, dict[str,
 
 
 def pack_samples(samples: Sequence[Sample], config: ActorConfig) -> list[Batch]:
-    """Pack this data-parallel rank's samples into micro-batches.
+    """Pack this rank's part of its data-parallel replica's samples into micro-batches.
 
     Args:
         samples: the same list on every rank.
@@ -41,14 +42,18 @@ def pack_samples(samples: Sequence[Sample], config: ActorConfig) -> list[Batch]:
     """
     layout = config.parallel
     microbatches = plan_microbatches(
-        [len(sample.tokens) - 1 for sample in samples],
+        [packed_length(sample, layout.cp) for sample in samples],
         max_tokens_per_microbatch=config.max_tokens_per_microbatch,
         ranks=parallel_state.get_data_parallel_world_size(),
         multiple=layout.pp if layout.vpp > 1 else 1,
     )
     local = microbatches[parallel_state.get_data_parallel_rank()]
     multiple = token_multiple(config.fp8, split=layout.tp if layout.sequence_parallel else 1)
-    return [pack(samples, indices, multiple=multiple, device=cpu.device()) for indices in local]
+    cp_rank = parallel_state.get_context_parallel_rank()
+    return [
+        pack(samples, indices, multiple=multiple, cp_rank=cp_rank, cp=layout.cp, device=cpu.device())
+        for indices in local
+    ]
 
 
 def run_schedule(
@@ -80,10 +85,14 @@ def run_schedule(
             input_ids=batch.tokens[None],
             position_ids=batch.positions[None],
             attention_mask=None,
-            packed_seq_params=describe_sequences(batch.boundaries, batch.edges, buckets=plain),
+            packed_seq_params=describe_sequences(
+                batch.boundaries, batch.edges, buckets=plain, cp_rank=cp_rank, cp=cp_size
+            ),
         )
         return hidden, partial(loss_function, batch, getattr(chunk, "module", chunk))
 
+    cp_rank = parallel_state.get_context_parallel_rank()
+    cp_size = parallel_state.get_context_parallel_world_size()
     plain = any(isinstance(module, PackedAttention) for chunk in chunks for module in chunk.modules())
     for chunk in chunks:
         chunk.train(train)
@@ -102,7 +111,7 @@ def run_schedule(
 
 
 def is_output_rank() -> bool:
-    """Whether this rank reports for its pipeline: the last stage's first tensor-parallel rank."""
+    """Whether this rank reports for its tokens: the last stage's first tensor-parallel rank."""
     is_last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
     return is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0
 
@@ -137,7 +146,7 @@ def fetch_numbers(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def gather_results(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The results of all data-parallel ranks' micro-batches, on every rank; a collective."""
+    """The results of all data-parallel and context-parallel ranks' micro-batches, on every rank; a collective."""
     per_rank: list[list[dict]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(per_rank, results if is_output_rank() else [])
     return [result for rank_results in per_rank for result in rank_results]
@@ -178,9 +187,13 @@ def collect_fields(
     if is_output_rank():
         for batch, result in zip(batches, results, strict=True):
             columns = torch.stack([result[field] for field in fields]).float().cpu()
+            positions = batch.positions.cpu()
             for index, a, b in zip(batch.order, batch.edges, batch.edges[1:], strict=False):
                 if index >= 0:
-                    table[:, starts[index] + 1 : starts[index + 1]] = columns[:, a:b]
+                    sample = table[:, starts[index] + 1 : starts[index + 1]]
+                    own = positions[a:b]
+                    is_token = own < sample.shape[1]  # else padding
+                    sample[:, own[is_token]] = columns[:, a:b][:, is_token]
     # Each entry comes from one rank, the others hold 0: the sum is exact.
     dist.all_reduce(table)
     collected = []

@@ -38,8 +38,6 @@ def check(config: Config, arch: ModelArchitecture, world_size: int | None = None
             raise ConfigError(f"actor.moe.{key}={value} has no effect: the model has no experts; leave it out")
     if layout.vpp > 1 and layout.pp == 1:
         raise ConfigError(f"actor.parallel.vpp={layout.vpp} needs actor.parallel.pp of at least 2")
-    if layout.cp > 1:
-        raise ConfigError(f"actor.parallel.cp={layout.cp}: context parallelism is not supported yet; use tp and pp")
     if layout.sequence_parallel and layout.tp == 1:
         raise ConfigError("actor.parallel.sequence_parallel=true needs actor.parallel.tp of at least 2")
     _check_divides(config.rollout.tensor_parallel, arch.num_heads, "rollout.tensor_parallel", "attention heads")
@@ -148,9 +146,10 @@ def _check_experts(layout: ParallelConfig, arch: ModelArchitecture) -> None:
         return
     _check_divides(layout.ep, arch.moe.num_experts, "actor.parallel.ep", "experts")
     _check_divides(layout.etp, arch.moe.ffn_size, "actor.parallel.etp", "columns of an expert")
-    if layout.tp * layout.dp % (layout.ep * layout.etp):
+    ranks = layout.tp * layout.cp * layout.dp
+    if ranks % (layout.ep * layout.etp):
         raise ConfigError(
-            f"actor.parallel.ep * etp = {layout.ep * layout.etp} does not divide tp * dp = {layout.tp * layout.dp}"
+            f"actor.parallel.ep * etp = {layout.ep * layout.etp} does not divide tp * cp * dp = {ranks}"
         )
     if layout.tp > 1 and not layout.sequence_parallel:
         raise ConfigError("actor.parallel.tp above 1 needs sequence_parallel=true for a model with experts")

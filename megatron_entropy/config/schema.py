@@ -112,15 +112,15 @@ class ParallelConfig(Section):
     dp: Processes = 1
     """Data parallel ranks."""
     cp: Processes = 1
-    """Context parallel ranks; only 1 is supported so far."""
+    """Context parallel ranks: each holds two of the 2 `cp` chunks of every sequence, padded to whole chunks."""
     ep: Processes = 1
-    """Expert parallel ranks, out of the `tp * dp` ranks of a pipeline stage (mixture-of-experts models)."""
+    """Expert parallel ranks, out of the `tp * cp * dp` ranks of a pipeline stage (mixture-of-experts models)."""
     etp: Processes = 1
     """Tensor parallel ranks of one expert."""
     sequence_parallel: bool = False
     """Split activations between tensor parallel ranks along the sequence; needs `tp` above 1."""
     distributed_optimizer: bool = False
-    """Shard the optimizer state over data parallel ranks (ZeRO-1)."""
+    """Shard the optimizer state over data and context parallel ranks (ZeRO-1)."""
 
     @property
     def world_size(self) -> int:
@@ -209,7 +209,7 @@ class ActorConfig(Section):
     """Type of the weights in forward and backward. `auto`: bfloat16 on a GPU; on a CPU for models
     at least 512 wide where the processor multiplies it (AMX-BF16, AVX512-BF16); else float32."""
     max_tokens_per_microbatch: PositiveInt = 8192
-    """Largest number of tokens in one packed micro-batch of a data parallel rank."""
+    """Largest number of tokens in one packed micro-batch, over all its context parallel ranks."""
     recompute: Literal["none", "full"] = "none"
     """`full`: recompute the activations of each layer in the backward pass, which saves memory."""
     reference_on_host: bool = False

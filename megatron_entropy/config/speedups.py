@@ -67,7 +67,7 @@ def _overlap_grad_reduce(actor: ActorConfig, software: Software) -> Choice:
     asked = actor.performance.overlap_grad_reduce
     if asked != "auto":
         return Choice(asked, "as configured")
-    if actor.parallel.dp == 1:
+    if actor.parallel.dp * actor.parallel.cp == 1:
         return Choice(False, "there is one data parallel rank")
     return Choice(software.gpu, "hides the sum behind the backward pass" if software.gpu else "no GPU")
 

@@ -3,12 +3,16 @@
 A micro-batch holds at most `max_tokens_per_microbatch` tokens. Every data-parallel rank gets the same number of
 micro-batches with about the same number of tokens. The plan is a pure function of the lengths, so all ranks compute
 the same one without communication.
+
+Context parallelism cuts a micro-batch along its sequences: each is padded to a multiple of 2 * cp tokens and cut into as
+many chunks, of which rank r holds chunks r and 2 * cp - 1 - r. Under a causal mask all ranks then have the same work.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import heapq
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -66,29 +70,63 @@ def _balance(lengths: Sequence[int], count: int) -> list[list[int]]:
     return [sorted(b) for b in bins]
 
 
-def pack(samples: Sequence[Sample], indices: Sequence[int], *, multiple: int = 1, device: torch.device) -> Batch:
-    """Build one micro-batch from `samples[i] for i in indices`.
+def num_chunks(cp: int) -> int:
+    """Chunks that context parallelism cuts a sequence into; 1 without it."""
+    return 2 * cp if cp > 1 else 1
+
+
+def packed_length(sample: Sample, cp: int) -> int:
+    """Positions of a sample in a micro-batch over all context parallel ranks, padding included."""
+    chunks = num_chunks(cp)
+    return -(-(len(sample.tokens) - 1) // chunks) * chunks
+
+
+def own_positions(length: int, *, cp_rank: int, cp: int) -> np.ndarray:
+    """Positions of a sequence that a context parallel rank holds: [length / cp], ascending.
+
+    Args:
+        length: of the padded sequence.
+    """
+    chunks = np.arange(length).reshape(num_chunks(cp), -1)
+    return chunks[[cp_rank, -1 - cp_rank]].flatten() if cp > 1 else chunks[0]
+
+
+def pack(
+    samples: Sequence[Sample],
+    indices: Sequence[int],
+    *,
+    multiple: int = 1,
+    cp_rank: int = 0,
+    cp: int = 1,
+    device: torch.device,
+) -> Batch:
+    """Build one rank's part of the micro-batch of `samples[i] for i in indices`.
 
     Args:
         samples: all samples of the step.
         indices: those of this micro-batch; may be empty.
-        multiple: the total length is padded to a multiple of this with one extra sequence, since sequence parallelism
-            cuts the pack evenly over tensor-parallel ranks.
+        multiple: the tokens of a rank are padded to a multiple of this with one extra sequence, since sequence
+            parallelism cuts them evenly over tensor-parallel ranks.
+        cp_rank: this context parallel rank, out of `cp`.
         device: where the tensors go.
     Returns:
         The batch; in `order` the padding sequence is -1. A per-token field is None where any of the samples lacks it.
     """
     chosen = [samples[i] for i in indices]
-    sizes = [len(s.tokens) - 1 for s in chosen]
+    sizes = [packed_length(s, cp) for s in chosen]
     order = list(indices)
+    multiple = cp * math.lcm(multiple, num_chunks(cp) // cp)
     padding = -sum(sizes) % multiple if sizes else multiple
     if padding:
         sizes.append(padding)
         order.append(-1)
-    tail = np.zeros(padding)
+    positions = [own_positions(size, cp_rank=cp_rank, cp=cp) for size in sizes]
 
     def column(arrays: list[np.ndarray], fill: float, dtype: torch.dtype) -> torch.Tensor:
-        return torch.as_tensor(np.concatenate([*arrays, tail + fill])).to(device=device, dtype=dtype)
+        arrays = [*arrays, np.empty(0)] if padding else arrays
+        whole = [np.append(a, np.full(size - len(a), fill)) for a, size in zip(arrays, sizes, strict=True)]
+        own = np.concatenate([a[at] for a, at in zip(whole, positions, strict=True)])
+        return torch.as_tensor(own).to(device=device, dtype=dtype)
 
     def field(name: str) -> torch.Tensor | None:
         values = [getattr(s, name) for s in chosen]
@@ -97,15 +135,15 @@ def pack(samples: Sequence[Sample], indices: Sequence[int], *, multiple: int = 1
         return column([v[1:] for v in values], 0.0, torch.float32)
 
     weight = field("weight")
-    edges = np.cumsum([0, *sizes])
+    edges = np.cumsum([0, *map(len, positions)])
     return Batch(
         tokens=column([s.tokens[:-1] for s in chosen], 0, torch.int64),
         targets=column([_targets(s) for s in chosen], IGNORE_INDEX, torch.int64),
-        positions=column([np.arange(size) for size in sizes[: len(chosen)]], 0, torch.int64),
+        positions=torch.as_tensor(np.concatenate(positions)).to(device),
         boundaries=torch.tensor(edges, dtype=torch.int32, device=device),
         edges=tuple(edges.tolist()),
         order=tuple(order),
-        weight=weight if weight is not None else torch.zeros(sum(sizes), device=device),
+        weight=weight if weight is not None else torch.zeros(int(edges[-1]), device=device),
         **{name: field(name) for name in _PER_TOKEN_FIELDS},
     )
 
