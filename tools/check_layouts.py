@@ -79,8 +79,7 @@ LAYOUTS = (
     Layout("CP4, one micro-batch", ParallelConfig(cp=4), 1024),
     Layout("CP2xDP2+distributed optimizer", ParallelConfig(cp=2, dp=2, distributed_optimizer=True)),
     Layout("TP2+SPxCP2", ParallelConfig(tp=2, cp=2, sequence_parallel=True)),
-    Layout("PP2xCP2", ParallelConfig(pp=2, cp=2)),
-    Layout("PP2+VPP2xCP2, recomputed", ParallelConfig(pp=2, vpp=2, cp=2), recompute="full"),
+    Layout("PP2xCP2, recomputed", ParallelConfig(pp=2, cp=2), recompute="full"),
 )
 EXPERT_LAYOUTS = (
     Layout("experts", ParallelConfig()),

@@ -117,13 +117,13 @@ def _bucket(starts: Tensor, lengths: Tensor, *, second: bool, chunk: int, cp: in
     if cp == 1:
         return Bucket(queries, queries, None, kept, positions)
     ends = (chunk + 1) * lengths
-    places = torch.arange(int(ends.max()))
-    mask = places <= (chunk * lengths + offsets)[:, :, None]
-    places = torch.minimum(places, ends - 1)
-    numbers = places // lengths
-    is_second = numbers >= cp
-    ranks = torch.where(is_second, 2 * cp - 1 - numbers, numbers)
-    keys = ranks * total + starts + is_second * lengths + places % lengths
+    visible = torch.arange(int(ends.max()))  # positions in the sequence, up to the end of the chunk
+    mask = visible <= (chunk * lengths + offsets)[:, :, None]
+    visible = torch.minimum(visible, ends - 1)
+    chunks = visible // lengths
+    is_second = chunks >= cp
+    ranks = torch.where(is_second, 2 * cp - 1 - chunks, chunks)
+    keys = ranks * total + starts + is_second * lengths + visible % lengths
     return Bucket(queries, keys, mask[:, None], kept, positions)
 
 
@@ -131,8 +131,8 @@ class PackedAttention(torch.nn.Module):
     """Causal attention within each sequence of a pack; sequences of similar length share one SDPA call.
 
     Lengths within a call differ by less than a factor of two, so at most half of a call is padding. Padding follows
-    each sequence, so the causal mask hides it from all tokens. Context parallel ranks gather the keys and values of all;
-    the backward pass adds their gradients up and gives each rank its own.
+    each sequence, so the causal mask hides it from all tokens. Context parallel ranks gather one another's keys and
+    values; the backward pass adds up their gradients and gives each rank its own.
     """
 
     def __init__(

@@ -148,9 +148,7 @@ def _check_experts(layout: ParallelConfig, arch: ModelArchitecture) -> None:
     _check_divides(layout.etp, arch.moe.ffn_size, "actor.parallel.etp", "columns of an expert")
     ranks = layout.tp * layout.cp * layout.dp
     if ranks % (layout.ep * layout.etp):
-        raise ConfigError(
-            f"actor.parallel.ep * etp = {layout.ep * layout.etp} does not divide tp * cp * dp = {ranks}"
-        )
+        raise ConfigError(f"actor.parallel.ep * etp = {layout.ep * layout.etp} does not divide tp * cp * dp = {ranks}")
     if layout.tp > 1 and not layout.sequence_parallel:
         raise ConfigError("actor.parallel.tp above 1 needs sequence_parallel=true for a model with experts")
 

@@ -17,7 +17,8 @@ class PerformanceConfig(Section):
     """
 
     overlap_grad_reduce: Switch = "auto"
-    """Sum gradients over data parallel ranks while the backward pass goes on. `auto`: on GPUs with `dp` above 1."""
+    """Sum gradients over data and context parallel ranks while the backward pass goes on. `auto`: on GPUs with `dp` or
+    `cp` above 1."""
     overlap_param_gather: Switch = "auto"
     """Gather updated weights while the next forward pass goes on, between the updates of a step. Needs
     `parallel.distributed_optimizer` and `overlap_grad_reduce`. `auto`: where both are on and on GPUs."""

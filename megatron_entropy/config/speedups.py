@@ -68,7 +68,7 @@ def _overlap_grad_reduce(actor: ActorConfig, software: Software) -> Choice:
     if asked != "auto":
         return Choice(asked, "as configured")
     if actor.parallel.dp * actor.parallel.cp == 1:
-        return Choice(False, "there is one data parallel rank")
+        return Choice(False, "there is one data and context parallel rank")
     return Choice(software.gpu, "hides the sum behind the backward pass" if software.gpu else "no GPU")
 
 

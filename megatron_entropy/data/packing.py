@@ -4,7 +4,7 @@ A micro-batch holds at most `max_tokens_per_microbatch` tokens. Every data-paral
 micro-batches with about the same number of tokens. The plan is a pure function of the lengths, so all ranks compute
 the same one without communication.
 
-Context parallelism cuts a micro-batch along its sequences: each is padded to a multiple of 2 * cp tokens and cut into as
+Context parallelism cuts the sequences of a micro-batch: each is padded to a multiple of 2 * cp tokens and cut into as
 many chunks, of which rank r holds chunks r and 2 * cp - 1 - r. Under a causal mask all ranks then have the same work.
 """
 

@@ -42,6 +42,7 @@ TP2 = ParallelConfig(tp=2)
 PP2 = ParallelConfig(pp=2)
 PP2_VPP2 = ParallelConfig(pp=2, vpp=2)
 DP2_SHARDED = ParallelConfig(dp=2, distributed_optimizer=True)
+CP2_SHARDED = ParallelConfig(cp=2, distributed_optimizer=True)
 
 
 def build(folder: str, layout: ParallelConfig):
@@ -89,7 +90,7 @@ def updates(folder: str, checkpoints: str, layout: ParallelConfig, saves: bool) 
     return found
 
 
-@pytest.mark.parametrize("source", [TP2, DP2_SHARDED], ids=["from TP2", "from sharded DP2"])
+@pytest.mark.parametrize("source", [TP2, CP2_SHARDED], ids=["from TP2", "from sharded CP2"])
 def test_training_continues_under_another_layout(tmp_path, source):
     folder = str(tmp_path / "model")
     check_layouts.make_checkpoint(Path(folder), experts=False)

@@ -60,7 +60,7 @@ CASES = {
     "TP2+SP, recompute": Case(TP2_SP, "full"),
     "PP2, recompute": Case(PP2, "full"),
     "PP2+VPP2": Case(ParallelConfig(pp=2, vpp=2)),
-    "DP2": Case(ParallelConfig(dp=2)),
+    "CP2": Case(ParallelConfig(cp=2)),
     "DP2+distributed optimizer": Case(DP2_SHARDED),
     "TP2+SPxPP2": Case(ParallelConfig(tp=2, pp=2, sequence_parallel=True)),
     "TP4, 2 key/value heads": Case(ParallelConfig(tp=4)),

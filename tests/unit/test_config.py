@@ -355,9 +355,9 @@ def test_what_does_not_fit_the_model_names_key_and_numbers(load_text, overrides,
 
 
 def test_number_of_running_ranks_must_be_that_of_the_layout(load_text):
-    config = one(load_text, "--actor.parallel.tp=2", "--actor.parallel.dp=3")
+    config = one(load_text, "--actor.parallel.cp=2", "--actor.parallel.dp=3")
     check.check(config, ARCH, world_size=6)
-    with pytest.raises(ConfigError, match=r"started 4 ranks, but .* 2\*1\*1\*3 = 6"):
+    with pytest.raises(ConfigError, match=r"started 4 ranks, but .* 1\*1\*2\*3 = 6"):
         check.check(config, ARCH, world_size=4)
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_entropy.data.packing import IGNORE_INDEX, pack, plan_microbatches
+from megatron_entropy.data.packing import IGNORE_INDEX, own_positions, pack, plan_microbatches
 from megatron_entropy.records import Sample
 
 CPU = torch.device("cpu")
@@ -62,3 +62,38 @@ def test_padding_is_an_extra_sequence_without_targets_and_weight():
 def test_a_micro_batch_without_sequences_is_padding():
     batch = pack([], [], multiple=2, device=CPU)
     assert batch.boundaries.tolist() == [0, 2] and not batch.weight.any() and batch.advantage is not None
+
+
+@given(cp=st.integers(1, 5), chunk=st.integers(1, 9))
+def test_context_parallel_ranks_share_positions_and_work(cp, chunk):
+    length = 2 * cp * chunk
+    own = [own_positions(length, cp_rank=rank, cp=cp) for rank in range(cp)]
+    assert sorted(np.concatenate(own)) == list(range(length))
+    assert len({sum(position + 1 for position in held) for held in own}) == 1, "keys that causal queries see"
+    assert own[0].tolist() == [*range(chunk), *range(length - chunk, length)], "the first and the last chunk"
+
+
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=0, max_size=4),
+    cp=st.integers(2, 4),
+    multiple=st.sampled_from([1, 3, 4]),
+)
+def test_the_parts_of_context_parallel_ranks_are_the_whole_pack(lengths, cp, multiple):
+    samples = [sample(1, response, 100 * index) for index, response in enumerate(lengths)]
+    parts = [pack(samples, range(len(lengths)), multiple=multiple, cp_rank=r, cp=cp, device=CPU) for r in range(cp)]
+    for part in parts:
+        assert len(part.tokens) % multiple == 0 and part.edges == parts[0].edges and part.order == parts[0].order
+        assert part.boundaries.tolist() == list(part.edges) and part.edges[-1] == len(part.tokens)
+    found = {index: {} for index in range(len(lengths))}
+    for part in parts:
+        for index, start, end in zip(part.order, part.edges, part.edges[1:], strict=False):
+            assert (end - start) % 2 == 0, "two chunks"
+            for at in range(start, end):
+                fields = [getattr(part, name)[at].item() for name in ("tokens", "targets", "weight", "logprob")]
+                position = part.positions[at].item()
+                if index >= 0 and position < lengths[index]:
+                    found[index][position] = fields
+                else:
+                    assert fields[1:3] == [IGNORE_INDEX, 0], "padding"
+    for index, length in enumerate(lengths):
+        assert found[index] == {p: [100 * index + p, 100 * index + p + 1, 0.5, -1.0] for p in range(length)}

@@ -32,12 +32,13 @@ def model(family: str, layers: int, hidden: int, ffn: int, heads: int, groups: i
 def models_and_layouts(draw: st.DrawFn) -> tuple[ModelArchitecture, ParallelConfig]:
     tp, pp, vpp = draw(st.sampled_from([1, 2, 4])), draw(st.integers(1, 3)), draw(st.integers(1, 2))
     ep, etp, dp = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2, 8]))
+    cp = draw(st.sampled_from([1, 2]))
     family = draw(st.sampled_from(sorted(names.FAMILIES)))
     groups = draw(st.sampled_from([1, 2, 4]))
     moe = None
     if family == "qwen3_moe":
         moe = MoeArchitecture(ep * draw(st.integers(1, 3)), 1, 4 * draw(st.integers(1, 3)), True)
-        while tp * dp % (ep * etp):
+        while tp * cp * dp % (ep * etp):
             dp *= 2
     else:
         ep = etp = 1
@@ -53,7 +54,7 @@ def models_and_layouts(draw: st.DrawFn) -> tuple[ModelArchitecture, ParallelConf
         tied=draw(st.booleans()),
         moe=moe,
     )
-    return arch, ParallelConfig(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, dp=dp)
+    return arch, ParallelConfig(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, dp=dp, cp=cp)
 
 
 @settings(max_examples=150)
