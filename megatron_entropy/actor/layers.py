@@ -148,7 +148,8 @@ class PackedAttention(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.softmax_scale = softmax_scale
-        self.cp_group = pg_collection.cp if pg_collection and config.context_parallel_size > 1 else None
+        assert pg_collection is not None, "from Megatron's attention layer"
+        self.cp_group = pg_collection.cp
 
     def forward(
         self,
@@ -175,7 +176,7 @@ class PackedAttention(torch.nn.Module):
         if query.dtype == torch.bfloat16 and not query.is_cuda:
             # On a CPU torch's backward in bfloat16 takes three times that in float32 below some hundred tokens.
             query, key, value = query.float(), key.float(), value.float()
-        if self.cp_group is not None:
+        if self.cp_group.size() > 1:
             both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=1), group=self.cp_group)
             key, value = both.chunk(2, dim=1)
         for queries, keys, mask, kept, positions in packed_seq_params.buckets:
