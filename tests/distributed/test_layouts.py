@@ -14,7 +14,7 @@ QUANTITIES = (*check_layouts.NUMBERS, "parameters")
 @pytest.mark.actor
 def test_every_layout_agrees_with_one_rank():
     rows = check_layouts.run()
-    expected = {"TP2", "TP2+SP", "PP2", "PP2+VPP2", "DP2", "DP2+distributed optimizer", "TP2xPP2"}
+    expected = {"TP2", "TP2+SP", "PP2", "PP2+VPP2", "DP2", "DP2xCP2+distributed optimizer", "TP2xPP2"}
     assert expected | {"CP2", "TP2+SPxCP2", "PP2xCP2, recomputed"} <= {row["layout"] for row in rows}
     for row in rows:
         for quantity in QUANTITIES:
