@@ -18,8 +18,9 @@ the width of its accumulator. Nothing else is quantised: no norm, attention, rou
 Blocks lie along the dimension that the product sums over, so x, dy and, for `mxfp8`, w are quantised a second time for
 the other product. Tensor parallelism follows Transformer Engine 2.20. `current`: what sequence parallelism splits (x of
 a column-parallel layer, dy of a row-parallel one) has one scale for all ranks; a sharded weight, what is sharded along
-its width, and each context parallel rank's tokens have one of their own, so numbers depend on the layout. `delayed`: largest magnitudes are reduced over
-tensor, data and context parallel ranks. Blocks need nothing while shards are whole blocks.
+its width, and each context parallel rank's tokens have one of their own, so numbers depend on the layout. `delayed`:
+largest magnitudes are reduced over tensor, data and context parallel ranks. Blocks need nothing while shards are whole
+blocks.
 """
 
 from __future__ import annotations
