@@ -1,4 +1,4 @@
-# make setup | demo | demo-real | compare | test | test-fast | test-modern | test-te | test-gpu | test-cluster | docs | lint | clean
+# make setup | demo | demo-real | compare | test | test-fast | test-modern | test-te | test-gpu | test-cluster | bench | docs | lint | clean
 # test-cluster: several nodes from namespaces, needs root or user namespaces, minutes
 # Variables: SEED=1 RUN=runs/quickstart PYTHON=python3.11
 
@@ -24,7 +24,7 @@ find_python = for candidate in python$(1) "$${PYENV_ROOT:-$$HOME/.pyenv}"/versio
 	"$$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != ($(subst .,$(comma),$(1))))' >/dev/null 2>&1 \
 	&& echo "$$candidate" && break; done
 
-.PHONY: setup demo demo-real compare test test-fast test-modern test-te test-gpu test-cluster docs lint clean
+.PHONY: setup demo demo-real compare test test-fast test-modern test-te test-gpu test-cluster bench docs lint clean
 
 setup: $(VENV)/.setup
 
@@ -74,6 +74,15 @@ test-cluster: $(VENV)/.setup-dev
 
 test-fast: $(VENV)/.setup-dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile tests/unit tests/kernels -m "not exhaustive and not slow" --ignore=tests/kernels/test_triton.py
+
+# What this machine measures, on one page: build/bench/README.md. NOTE="what else runs here" goes to the page.
+BENCH := build/bench
+bench: setup
+	$(VENV)/bin/python -W ignore tools/benchmark_scaling.py --out $(BENCH)/scaling --note "$(NOTE)"
+	$(VENV)/bin/python -W ignore tools/benchmark_resharding.py --sizes 0.1 --bare-receivers --json $(BENCH)/resharding.json
+	$(VENV)/bin/python -W ignore tools/benchmark_memory.py --out $(BENCH)/memory.json
+	$(VENV)/bin/python -W ignore kernels/benchmark.py --json $(BENCH)/kernel.json
+	$(VENV)/bin/python tools/benchmark_rows.py $(BENCH)
 
 docs: $(VENV)/.setup-docs
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet -d build/docs

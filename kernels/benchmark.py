@@ -19,15 +19,15 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import json
 import os
-import platform
 import random
 import socket
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +36,11 @@ import torch.multiprocessing as mp
 from benchmark_peers import CONTESTANTS, Case, Contestant, Unavailable
 from torch import Tensor
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
+from benchmark_rows import Row, conditions, quartiles, write  # noqa: E402
+
 FLOOR = "floor: 4 products"
+CASE = ("tokens", "hidden", "vocab", "tp", "dtype", "device", "masked", "peaked", "threads")
 
 
 @dataclass
@@ -311,8 +315,8 @@ def relative_time(times: list[float], floor_times: list[float]) -> float:
     return statistics.median(t / f for t, f in zip(times, floor_times, strict=True))
 
 
-def report(options: argparse.Namespace, measured: dict[str, Measurement], absent: dict) -> dict:
-    """Print the table; return what goes to the JSON file."""
+def report(options: argparse.Namespace, measured: dict[str, Measurement], absent: dict) -> list[Row]:
+    """Print the table; return the rows of the JSON file."""
     logits = 4 * options.tokens * (options.vocab // options.tp)
     print(f"T={options.tokens} H={options.hidden} V={options.vocab} tp={options.tp} "
           f"{options.dtype} masked={options.masked} peaked={options.peaked} on {options.device}, "
@@ -320,7 +324,8 @@ def report(options: argparse.Namespace, measured: dict[str, Measurement], absent
           f"fp32 logits {logits / 2**20:.0f} MiB per rank")  # fmt: skip
     print(f"{'':20s} {'median s':>9s} {'best s':>8s} {'x floor':>8s} {'cpu x':>6s} {'peak MiB':>9s} "
           f"{'/logits':>8s} {'logp err':>9s} {'H err':>9s} {'dh err':>9s} {'mean H':>6s}")  # fmt: skip
-    rows = {}
+    shape = {key: getattr(options, key) for key in CASE}
+    rows = []
     for name, m in sorted(measured.items(), key=lambda item: statistics.median(item[1].times)):
         ratio = relative_time(m.times, measured[FLOOR].times)
         cpu_ratio = relative_time(m.cpu_times, measured[FLOOR].cpu_times)
@@ -330,14 +335,15 @@ def report(options: argparse.Namespace, measured: dict[str, Measurement], absent
         median, best = statistics.median(m.times), min(m.times)
         print(f"{name:20s} {median:9.3f} {best:8.3f} {ratio:8.2f} {cpu_ratio:6.2f} {m.peak / 2**20:9.0f} "
               f"{m.peak / logits:8.2f} {shown}")  # fmt: skip
-        rows[name] = vars(m) | {"median": median, "ratio_to_floor": ratio, "cpu_ratio_to_floor": cpu_ratio}
+        values = {
+            "median_s": median, "best_s": best, "ratio_to_floor": ratio, "cpu_ratio_to_floor": cpu_ratio,
+            "peak_mib": m.peak / 2**20, "logprob_error": m.logprob_error, "entropy_error": m.entropy_error,
+            "hidden_gradient_error": m.hidden_gradient_error, "mean_entropy_nats": m.entropy,
+        }  # fmt: skip
+        rows.append(Row({"implementation": name} | shape, values, {"median_s": quartiles(m.times)}))
     for name, reason in absent.items():
         print(f"{name:20s} not run: {reason}")
-    machine = {"platform": platform.platform(), "torch": torch.__version__,
-               "load": os.getloadavg()}  # fmt: skip
-    if options.device == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name()
-    return {"options": vars(options), "machine": machine, "results": rows, "not_run": absent}
+    return rows
 
 
 def command_line(description: str, *, tp: int, dtype: str) -> argparse.ArgumentParser:
@@ -375,12 +381,13 @@ def main() -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
+    described = conditions()
     outbox = mp.get_context("spawn").SimpleQueue()
     mp.spawn(worker, (options, port, outbox), nprocs=options.tp, join=True)
-    result = report(options, *outbox.get())
+    measured, absent = outbox.get()
+    rows = report(options, measured, absent)
     if options.json:
-        with open(options.json, "w") as file:
-            json.dump(result, file, indent=1)
+        write(Path(options.json), "entropy head", rows, described, not_run=absent)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
-import json
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
+from benchmark_rows import Row, Value, conditions, write
 from local_ranks import run_on_ranks
 
 from entropy_kernels import TokenStats
@@ -83,7 +83,7 @@ def _status(field: str) -> int:
     return int(next(line for line in lines if line.startswith(field + ":")).split()[1])
 
 
-def measure(vocabulary: int, tokens: list[int], layout: ParallelConfig) -> dict:
+def measure(vocabulary: int, tokens: list[int], layout: ParallelConfig) -> Row:
     """Peaks of one vocabulary at every pack size, and bytes per token."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -96,11 +96,11 @@ def measure(vocabulary: int, tokens: list[int], layout: ParallelConfig) -> dict:
         # The allocator keeps freed memory, which would distort a second measurement: every size has its own process.
         peaks = [max(run_on_ranks(peak_mib, layout.world_size, folder, t, layout), key=str) for t in tokens]
     span = tokens[-1] - tokens[0]
-    row: dict = {"vocabulary": vocabulary, "logits_bytes_per_token": 4 * vocabulary // layout.tp}
+    values: dict[str, Value] = {"logits_bytes_per_token": 4 * vocabulary // layout.tp}
     for name in ("score", "update"):
-        row[f"{name}_mib"] = [peak[name] for peak in peaks]
-        row[f"{name}_bytes_per_token"] = (peaks[-1][name] - peaks[0][name]) * 2**20 / span
-    return row
+        values |= {f"{name}_{count}_tokens_mib": peak[name] for count, peak in zip(tokens, peaks, strict=True)}
+        values[f"{name}_bytes_per_token"] = (peaks[-1][name] - peaks[0][name]) * 2**20 / span
+    return Row({"vocabulary": vocabulary, "tp": layout.tp, "dtype": "float32"}, values)
 
 
 def main() -> None:
@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("memory.json"))
     arguments = parser.parse_args()
     layout = ParallelConfig(tp=arguments.tp)
+    described = conditions()
     rows = [measure(vocabulary, arguments.tokens, layout) for vocabulary in arguments.vocabularies]
     print(f"increase of the peak, T = {arguments.tokens[0]} and {arguments.tokens[1]}, TP{arguments.tp}, fp32")
     print(
@@ -119,12 +120,13 @@ def main() -> None:
         f"{'fp32 logits B/token':>22}"
     )
     for row in rows:
-        pair = {k: " / ".join(f"{x:.0f}" for x in row[f"{k}_mib"]) for k in ("score", "update")}
+        peaks = {k: [row.values[f"{k}_{count}_tokens_mib"] for count in arguments.tokens] for k in ("score", "update")}
+        pair = {k: " / ".join(f"{mib:.0f}" for mib in found) for k, found in peaks.items()}
         print(
-            f"{row['vocabulary']:>8}{pair['score']:>18}{pair['update']:>18}{row['score_bytes_per_token']:>16.0f}"
-            f"{row['update_bytes_per_token']:>16.0f}{row['logits_bytes_per_token']:>22}"
+            f"{row.case['vocabulary']:>8}{pair['score']:>18}{pair['update']:>18}{row.values['score_bytes_per_token']:>16.0f}"
+            f"{row.values['update_bytes_per_token']:>16.0f}{row.values['logits_bytes_per_token']:>22}"
         )
-    arguments.out.write_text(json.dumps({"tokens": arguments.tokens, "tp": arguments.tp, "rows": rows}, indent=2))
+    write(arguments.out, "memory of score and update", rows, described)
 
 
 if __name__ == "__main__":

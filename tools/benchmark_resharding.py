@@ -34,6 +34,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as `megatron-entropy train
 import local_ranks
 import torch
 import torch.distributed as dist
+from benchmark_rows import Row, conditions, quartiles, write
 
 from megatron_entropy.config.architecture import ModelArchitecture, read_architecture
 from megatron_entropy.config.schema import ParallelConfig, RolloutConfig
@@ -228,10 +229,8 @@ def measure_rank(folder: str, layout: ParallelConfig, settings: argparse.Namespa
         "memory_rank0": memories[0],
         "memory_others": max(memories[1:], default=0.0),
         **_medians(all_stats),
-        "sync": statistics.median(seconds),
-        "bare": statistics.median(floors),
-        "syncs": seconds,
-        "bares": floors,
+        "sync_s": seconds,
+        "bare_s": floors,
     }
 
 
@@ -269,13 +268,15 @@ def _status(field: str) -> int:
 
 def _medians(all_stats: list[WeightSyncStats]) -> dict[str, float]:
     fields = {"gather": "gather_seconds", "convert": "convert_seconds", "transfer": "wire_seconds"}
-    row = {name: statistics.median(getattr(stats, field) for stats in all_stats) for name, field in fields.items()}
-    row["load"] = statistics.median(s.load_seconds + s.start_seconds + s.finish_seconds for s in all_stats)
+    row = {
+        f"{name}_s": statistics.median(getattr(stats, field) for stats in all_stats) for name, field in fields.items()
+    }
+    row["load_s"] = statistics.median(s.load_seconds + s.start_seconds + s.finish_seconds for s in all_stats)
     return row
 
 
-def measure(size: str, settings: argparse.Namespace) -> dict:
-    """Measure one model; returns its row."""
+def measure(size: str, settings: argparse.Namespace) -> Row:
+    """Measure one model."""
     layout = ParallelConfig(tp=settings.tp, pp=settings.pp)
     with tempfile.TemporaryDirectory() as folder:
         config = {
@@ -284,8 +285,13 @@ def measure(size: str, settings: argparse.Namespace) -> dict:
             "torch_dtype": settings.dtype, **SIZES[size],
         }  # fmt: skip
         Path(folder, "config.json").write_text(json.dumps(config))
-        rows = local_ranks.run_on_ranks(measure_rank, layout.world_size, folder, layout, settings, timeout_s=3000)
-    return {"size": size, "tp": settings.tp, "pp": settings.pp, **rows[0], "ratio": rows[0]["sync"] / rows[0]["bare"]}
+        found = local_ranks.run_on_ranks(measure_rank, layout.world_size, folder, layout, settings, timeout_s=3000)[0]
+    repeats = {name: found[name] for name in ("sync_s", "bare_s")}
+    values = found | {name: statistics.median(numbers) for name, numbers in repeats.items()}
+    values["ratio"] = values["sync_s"] / values["bare_s"]
+    named = ("tp", "pp", "engines", "engine_tp", "dtype", "bucket_mib", "transfer", "bare_receivers")
+    case = {"billions": size} | {name: getattr(settings, name) for name in named}
+    return Row(case, values, {name: quartiles(numbers) for name, numbers in repeats.items()})
 
 
 def main() -> None:
@@ -315,19 +321,19 @@ def main() -> None:
         f"{'model':>6}{'MiB':>7}{'bytes':>7}{'memory 0':>10}{'others':>8}{'gather':>9}{'convert':>9}{'transfer':>10}"
         f"{'load':>7}{'sync':>8}{'bare':>8}{'ratio':>7}"
     )
-    rows = []
+    described = conditions()
+    rows: list[Row] = []
     for size in settings.sizes:
-        row = measure(size, settings)
-        rows.append(row)
+        rows.append(measure(size, settings))
+        row: dict[str, Any] = rows[-1].values
         print(
             f"{size + ' B':>6}{row['model_bytes'] / 2**20:>7.0f}{row['bytes_ratio']:>7.3f}{row['memory_rank0']:>10.2f}"
-            f"{row['memory_others']:>8.2f}{row['gather']:>8.2f}s{row['convert']:>8.2f}s{row['transfer']:>9.2f}s"
-            f"{row['load']:>6.2f}s{row['sync']:>7.2f}s{row['bare']:>7.2f}s{row['ratio']:>7.2f}",
+            f"{row['memory_others']:>8.2f}{row['gather_s']:>8.2f}s{row['convert_s']:>8.2f}s{row['transfer_s']:>9.2f}s"
+            f"{row['load_s']:>6.2f}s{row['sync_s']:>7.2f}s{row['bare_s']:>7.2f}s{row['ratio']:>7.2f}",
             flush=True,
         )
     if settings.json:
-        described = {key: value for key, value in vars(settings).items() if key != "json"}
-        settings.json.write_text(json.dumps({**described, "rows": rows}, indent=2))
+        write(settings.json, "weight sync", rows, described)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ from megatron_entropy.distributed import process_groups
 from megatron_entropy.records import Batch, Sample
 
 SHAPES = {
+    "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+             "num_key_value_heads": 2, "vocab_size": 151936},
     "smollm2-135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
                      "num_key_value_heads": 3, "vocab_size": 49152},
     "small": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 4,
@@ -43,7 +45,7 @@ SHAPES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 512},
 }  # fmt: skip
-"""Fields of a Llama configuration; `smollm2-135m` is the shape of HuggingFaceTB/SmolLM2-135M."""
+"""Fields of a Llama configuration: `0.5B` has the sizes of Qwen2.5-0.5B, `smollm2-135m` of SmolLM2-135M."""
 WARM_UP = 2
 """Calls that do not count: the first allocates what stays, the second still touches fresh memory."""
 

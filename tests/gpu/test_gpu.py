@@ -75,9 +75,10 @@ def test_kernel_benchmark_with_peers(record_property, tmp_path, vocab, hidden):
     size = ["--tokens", "8192", "--hidden", str(hidden), "--vocab", str(vocab), "--repeats", "5"]
     run("kernels/benchmark.py", "--device", "cuda", *size, "--json", tmp_path / "out.json")
     measured = json.loads((tmp_path / "out.json").read_text())
-    for name, row in measured["results"].items():
-        record_property(f"{name} ms", 1000 * row["median"])
-        record_property(f"{name} peak MiB", row["peak"] / 2**20)
+    for row in measured["rows"]:
+        name, values = row["case"]["implementation"], row["values"]
+        record_property(f"{name} ms", 1000 * values["median_s"])
+        record_property(f"{name} peak MiB", values["peak_mib"])
     record_property("not run", "; ".join(f"{name} ({reason})" for name, reason in measured["not_run"].items()))
 
 
