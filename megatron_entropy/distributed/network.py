@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+from pathlib import Path
 
 import psutil
 
@@ -20,6 +21,11 @@ GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 def host_name() -> str:
     """Name of this machine for messages."""
     return socket.gethostname()
+
+
+def machine_id() -> list[str]:
+    """Return what two processes share that can map one another's memory: the kernel and the container."""
+    return [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
 
 
 def resolve(name: str, *, setting: str) -> str:

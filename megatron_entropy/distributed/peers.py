@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
 
@@ -82,7 +81,7 @@ class Peers:
                 rank.
             Fault: a rank has not come in time.
         """
-        own = {**facts, "rank": self.rank, "node": self.node, "machine": _machine(), "master": self._master}
+        own = {**facts, "rank": self.rank, "node": self.node, "machine": network.machine_id(), "master": self._master}
         if self.store.add(f"count/{self.rank}", 1) > 1:
             other = json.loads(self.store.get(f"facts/{self.rank}"))["node"]
             message = f"two processes have rank {self.rank}, on {other} and {self.node}; give every node its own rank"
@@ -175,8 +174,3 @@ def in_time(function: Callable[[], Result], timeout: float) -> Result | None:
         return future.result(max(timeout, 0.1))
     except (FutureTimeout, RuntimeError, dist.DistError):
         return None
-
-
-def _machine() -> tuple[str, str]:
-    """What two processes share that can map one another's memory: the kernel and the container."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")

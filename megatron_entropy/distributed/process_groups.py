@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -133,12 +132,8 @@ def barrier() -> None:
 
 def is_single_machine() -> bool:
     """Whether all ranks can map one another's memory: the same kernel, the same container; a collective."""
-    if not dist.is_initialized():
-        return True
-    machine = (Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid"))
-    machines = [machine] * dist.get_world_size()
-    dist.all_gather_object(machines, machine)
-    return len(set(machines)) == 1
+    machines = gather_objects(network.machine_id())
+    return all(machine == machines[0] for machine in machines)
 
 
 def destroy_process_group(*, failed: bool = False) -> None:

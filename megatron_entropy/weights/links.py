@@ -5,6 +5,8 @@ is being sent, and a receiver passes a buffer for the next bucket; both call `st
 at a `TCPStore` and form a process group of their own, never torch's global default group.
 
 - `BroadcastLink`: rank 0 broadcasts over gloo (host memory) or NCCL (every rank needs a GPU of its own).
+- `RelayLink`: over gloo one receiver of each machine gets the broadcast and shares it with the others of its machine,
+  so the network carries the weights once for each machine.
 - `SharedMemoryLink`: the buffers are memory of this machine that engines and trainer ranks map, so every trainer rank
   writes its slices where the engines read them; a gloo group carries the barriers.
 """
@@ -12,19 +14,20 @@ at a `TCPStore` and form a process group of their own, never torch's global defa
 from __future__ import annotations
 
 import datetime
+import json
 import mmap
 import os
 import re
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from megatron_entropy.distributed.network import address_towards
+from megatron_entropy.distributed.network import address_towards, machine_id
 from megatron_entropy.errors import TransportError
 
 SHARED_MEMORY = "shared_memory"
@@ -158,13 +161,18 @@ class SharedMemoryLink:
     The sender starts both at once and finishes with the second.
     """
 
-    def __init__(self, store: dist.Store, rank: int, info: LinkInfo) -> None:
+    def __init__(self, store: dist.Store, rank: int, info: LinkInfo, memory: SharedMemory | None = None) -> None:
+        """Form the group.
+
+        Args:
+            memory: of this process; by default that of `info.memory`.
+        """
         self._group = _Group(store, rank, info)
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
             self.device = torch.device("cuda", torch.cuda.current_device())
         self._sends = rank == 0
-        self._memory = SharedMemory(info.memory)
+        self._memory = memory or SharedMemory(info.memory)
         self._shared: list[torch.Tensor] = []
         self._pending: list[torch.Tensor] = []
         self._turn = 0
@@ -203,6 +211,90 @@ class SharedMemoryLink:
         self._pending.clear()
         self._group.close()
         self._memory.close()
+
+
+class RelayLink:
+    """The `Link` of a receiver that hands every bucket on to the other receivers of its machine.
+
+    Args:
+        outer: from the sender.
+        local: to the others, through memory that this receiver has created.
+    """
+
+    def __init__(self, outer: BroadcastLink, local: SharedMemoryLink) -> None:
+        self.device = outer.device
+        self._outer = outer
+        self._local = local
+        self._pending: list[torch.Tensor] = []
+        self._turn = 0
+
+    def begin(self, size: int) -> None:
+        """See `Link`."""
+        self._local.finish()
+        self._outer.begin(size)
+        self._local.begin(size)
+        self._turn = 0
+
+    def buffers(self) -> list[torch.Tensor]:
+        """See `Link`."""
+        raise AssertionError("a receiver passes its own buffers")
+
+    def start(self, buffer: torch.Tensor) -> None:
+        """See `Link`."""
+        self._outer.start(buffer)
+        self._pending.append(buffer)
+
+    def finish(self, check: Callable[[], None] = lambda: None) -> None:
+        """See `Link`; the others copy the last bucket while the next one comes."""
+        self._outer.finish(check)
+        for buffer in self._pending:
+            self._local.finish(check)
+            self._local.buffers()[self._turn][: len(buffer)].copy_(buffer)
+            self._local.start(buffer)
+            self._turn = 1 - self._turn
+        self._pending.clear()
+
+    def close(self) -> None:
+        """See `Link`."""
+        self._pending.clear()
+        self._outer.close()
+        self._local.close()
+
+
+def arrive(store: dist.Store, rank: int) -> None:
+    """Say on which machine a receiver is; `form` waits for all of them."""
+    store.set(f"machine/{rank}", json.dumps(machine_id()))
+
+
+def have_arrived(store: Any, world_size: int) -> bool:
+    """Whether all receivers are there."""
+    return store.check([f"machine/{rank}" for rank in range(1, world_size)])
+
+
+def form(store: dist.Store, rank: int, info: LinkInfo) -> Link:
+    """Form the link of a rank: 0 is the sender, the others are receivers; blocks until all are there."""
+    if info.backend == SHARED_MEMORY:
+        return SharedMemoryLink(store, rank, info)
+    if info.backend == "nccl":
+        return BroadcastLink(store, rank, info)
+    machines: dict[bytes, list[int]] = {}
+    for receiver in range(1, info.world_size):
+        machines.setdefault(store.get(f"machine/{receiver}"), []).append(receiver)
+    groups = [[0], *machines.values()]
+    index = next(number for number, group in enumerate(groups) if rank in group)
+    group, leader = groups[index], rank == groups[index][0]
+    outer = BroadcastLink(store, index, replace(info, world_size=len(groups))) if leader else None
+    if len(group) == 1:
+        assert outer is not None
+        return outer
+    memory = "" if leader else store.get(f"memory/{group[0]}").decode()
+    local_info = replace(info, world_size=len(group), backend=SHARED_MEMORY, memory=memory)
+    inner = dist.PrefixStore(f"group/{group[0]}", store)
+    if outer is None:
+        return SharedMemoryLink(inner, group.index(rank), local_info)
+    created = SharedMemory()
+    store.set(f"memory/{rank}", created.path)
+    return RelayLink(outer, SharedMemoryLink(inner, 0, local_info, created))
 
 
 class _Group:

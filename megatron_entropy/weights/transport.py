@@ -33,11 +33,12 @@ from megatron_entropy.weights.buckets import (
 )
 from megatron_entropy.weights.links import (
     SHARED_MEMORY,
-    BroadcastLink,
     Link,
     LinkInfo,
     SharedMemory,
-    SharedMemoryLink,
+    arrive,
+    form,
+    have_arrived,
     poll,
     reason_of,
 )
@@ -88,13 +89,13 @@ class Sender:
         # Forming a gloo group blocks until all peers are there, so they are waited for here, where `check` is called.
         poll(self._all_arrived, check, self._info.timeout, "engines to join the weight transfer")
         try:
-            self._link = _link(self._store, 0, self._info)
+            self._link = form(self._store, 0, self._info)
         except (RuntimeError, dist.DistError) as error:
             raise TransportError(f"cannot form the weight transfer: {reason_of(error)}") from error
 
     def _all_arrived(self) -> bool:
         # No local variable holds the store: it would stay alive in the traceback of an exception of `check`.
-        return self._store.check([_arrival(rank) for rank in range(1, self._info.world_size)])
+        return have_arrived(self._store, self._info.world_size)
 
     def send(
         self,
@@ -156,8 +157,8 @@ class Receiver:
         timeout = datetime.timedelta(seconds=info.timeout)
         try:
             store = dist.TCPStore(info.address, info.port, is_master=False, timeout=timeout)
-            store.set(_arrival(rank), "here")
-            self._link: Link | None = _link(store, rank, info)
+            arrive(store, rank)
+            self._link: Link | None = form(store, rank, info)
         except (RuntimeError, dist.DistError) as error:
             raise TransportError(
                 f"cannot join the weight transfer at {info.address}:{info.port}: {reason_of(error)}"
@@ -217,11 +218,3 @@ class Receiver:
         if self._link is not None:
             self._link.close()
         self._link = None
-
-
-def _link(store: dist.Store, rank: int, info: LinkInfo) -> Link:
-    return (SharedMemoryLink if info.backend == SHARED_MEMORY else BroadcastLink)(store, rank, info)
-
-
-def _arrival(rank: int) -> str:
-    return f"arrived/{rank}"

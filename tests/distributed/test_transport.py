@@ -240,7 +240,7 @@ def test_closed_sender_frees_those_who_wait_for_others() -> None:
     thread.start()
 
     def check() -> None:
-        if sender._store.check(["arrived/1"]):
+        if sender._store.check(["machine/1"]):
             raise EngineLost([2], "killed")
 
     with pytest.raises(EngineLost):
