@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "reward.url",
     "rollout.num_engines",
     "rollout.tensor_parallel",
+    "rollout.nodes",
     "rollout.max_num_seqs",
     "rollout.kv_cache_gib",
     "rollout.gpu_memory_utilization",

@@ -86,6 +86,7 @@ def check_stages(configs: Sequence[Config]) -> None:
 ENGINE_KEYS = (
     "num_engines",
     "tensor_parallel",
+    "nodes",
     "dtype",
     "quantization",
     "max_num_seqs",

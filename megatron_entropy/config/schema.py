@@ -223,6 +223,8 @@ class RolloutConfig(Section):
     """Number of engines; each holds a full copy of the model."""
     tensor_parallel: Processes = 1
     """Tensor parallel ranks of one engine."""
+    nodes: list[str] = []
+    """Host names or addresses of the nodes of a joined Ray cluster that engines may use. Empty: all."""
     temperature: Temperature = 1.0
     """Sampling temperature of training rollouts."""
     top_p: float = Field(default=1.0, gt=0, le=1)

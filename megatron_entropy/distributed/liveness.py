@@ -27,7 +27,9 @@ INTERVAL = 1.0
 STOP_TIMEOUT = 5.0
 """Seconds that the threads may take to stop; one may wait for a lost machine."""
 NOTICE_AFTER = 10.0
-"""Seconds of silence that are worth a warning, and after which a stop signal is obeyed without waiting for the step."""
+"""Seconds of silence that are worth a warning, and that go by after a stop signal until it is obeyed without the step.
+
+The connection to the store may take some seconds longer to recover from a short loss than those of the collectives."""
 FAILURE_GRACE = 15.0
 """Seconds that a rank may go on after another one has failed; its collective may break by itself, with a clean end."""
 
@@ -50,6 +52,7 @@ class Liveness:
         self._failed_since: float | None = None
         self._silent = ""
         self._stop_signal = 0
+        self._signalled = 0.0
         self._stopped = threading.Event()
         self._threads: list[threading.Thread] = []
 
@@ -98,7 +101,8 @@ class Liveness:
 
     def _judge_forever(self, signals: int) -> None:
         while not self._stopped.wait(INTERVAL):
-            self._stop_signal = self._read_signal(signals) or self._stop_signal
+            if number := self._read_signal(signals):
+                self._stop_signal, self._signalled = number, time.monotonic()
             self._judge(time.monotonic())
 
     def _judge(self, now: float) -> None:
@@ -113,7 +117,7 @@ class Liveness:
                 f"{self._lost_after:g}); the machine or the network between them is down; continue with --resume",
                 1,
             )
-        if silence > NOTICE_AFTER and self._stop_signal:
+        if self._stop_signal and min(silence, now - self._signalled) > NOTICE_AFTER:
             name_of_signal = signal.Signals(self._stop_signal).name
             self._end(f"{name_of_signal} received while {name} does not answer; continue with --resume", 143)
         if silence > NOTICE_AFTER and not self._silent:

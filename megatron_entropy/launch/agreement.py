@@ -53,7 +53,13 @@ def describe_machine() -> dict[str, Any]:
 
 
 def describe_run(spec: RunSpec) -> dict[str, Any]:
-    """Describe the run as this rank's machine sees it: hashes of the settings, models and data files."""
+    """Describe the run as this rank's machine sees it: hashes of the settings, models and data files.
+
+    Raises:
+        ConfigError: rank 0's machine has too few GPUs for the engines.
+    """
+    if os.environ.get("RANK") == "0":
+        preflight.check_engine_gpus(spec.configs[0])
     configs = json.dumps([config.model_dump(mode="json") for config in spec.configs], sort_keys=True)
     models = [folder for c in spec.configs for folder in (c.model.path, c.model.reference, c.data.tokenizer) if folder]
     data = [file for config in spec.configs for file in (*config.data.train, *config.data.eval)]

@@ -139,7 +139,7 @@ def write_report(failure: RankFailure, *, rank: int) -> int:
         print(failure.details, end="", file=sys.stderr)
     if not by_launcher and not failure.quiet:
         print(f"error: {failure.message}", file=sys.stderr, flush=True)
-    return failure.exit_code
+    return failure.exit_code if failure.exit_code > 0 else 1
 
 
 def first_failure(failures: Sequence[RankFailure]) -> RankFailure:

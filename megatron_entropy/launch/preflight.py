@@ -20,6 +20,7 @@ from megatron_entropy.launch.gpu_memory import GIGABYTE, check_gpu_memory
 from megatron_entropy.methods import build_method
 from megatron_entropy.methods.base import Method
 from megatron_entropy.records import Prompt
+from megatron_entropy.rollout.placement import gpus_beside_the_trainer
 
 MIN_PROCESSES = 64
 """Ranks and engines that every machine may start, however few cores it has."""
@@ -107,6 +108,17 @@ def check_memory(config: Config, arch: ModelArchitecture) -> None:
         check_gpu_memory(config, arch, smallest / GIGABYTE)
 
 
+def check_engine_gpus(config: Config) -> None:
+    """See that this machine, where rank 0 is, has GPUs for the engines beside those of its ranks.
+
+    Raises:
+        ConfigError: it has too few; in a joined Ray cluster this is seen when it has been joined.
+    """
+    needs_own = not config.rollout.colocate and not config.rollout.replay and not os.environ.get("RAY_ADDRESS")
+    if needs_own and count_gpus() and _samples(config):
+        gpus_beside_the_trainer(config.rollout)
+
+
 def check_packages(config: Config) -> None:
     """See that the optional packages and devices are there which the settings need.
 
@@ -132,6 +144,11 @@ def check_packages(config: Config) -> None:
         raise ConfigError("rollout.weight_transfer=nccl needs a GPU, and this machine has none; change the setting")
     if rollout.quantization and not rollout.replay:
         _check_quantization(rollout.quantization)
+    if rollout.nodes and not os.environ.get("RAY_ADDRESS"):
+        raise ConfigError(
+            f"rollout.nodes={rollout.nodes} chooses among the nodes of a Ray cluster; join one with RAY_ADDRESS, or "
+            "leave it out"
+        )
     if not rollout.replay and not os.environ.get("RAY_ADDRESS") and _samples(config):
         _check_vllm()
     if rollout.replay and not os.path.isdir(rollout.replay):

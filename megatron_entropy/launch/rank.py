@@ -121,19 +121,23 @@ def _watch(peers: Peers, lost_after: float) -> Liveness:
     from megatron_entropy.distributed.liveness import Liveness
 
     def end(reason: str, code: int) -> None:
-        found = peers.failure(0.1)
-        failure = RankFailure(**found) if found else None
-        if failure is None:
-            failure = describe(Fault(reason), rank=peers.rank, node=peers.node)
-            peers.post_failure(asdict(failure))
-        else:
-            failure = replace(failure, details="", quiet=is_quiet(peers, failure.rank))
-        write_report(replace(failure, exit_code=code), rank=peers.rank)
-        os._exit(code)
+        os._exit(_report_loss(peers, reason, code))
 
     liveness = Liveness(peers, lost_after=lost_after, end=end)
     liveness.start()
     return liveness
+
+
+def _report_loss(peers: Peers, reason: str, code: int) -> int:
+    """Report the failure that another rank has left, or else this reason; returns its exit code."""
+    found = peers.failure(0.1)
+    if found:
+        failure = RankFailure(**found)
+        failure = replace(failure, details="", quiet=is_quiet(peers, failure.rank))
+    else:
+        failure = replace(describe(Fault(reason), rank=peers.rank, node=peers.node), exit_code=code)
+        peers.post_failure(asdict(failure))
+    return write_report(failure, rank=peers.rank)
 
 
 def _end_process(code: int) -> NoReturn:

@@ -31,11 +31,12 @@ from typing import Any, Literal, cast
 
 import ray
 from ray.actor import ActorProxy
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from megatron_entropy.config.schema import RolloutConfig
 from megatron_entropy.errors import ConfigError, EngineDied, EngineFault, EngineLost, Fault, UserError
 from megatron_entropy.monitor.progress import GenerationProgress
+from megatron_entropy.rollout import placement
 from megatron_entropy.rollout.engine import Completion, EngineSpec, GenerationUpdate, Request
 from megatron_entropy.rollout.ray_cluster import RayCluster, kill_processes, one_line, process_family, start_ray
 from megatron_entropy.rollout.vllm_engine import VllmEngine
@@ -124,15 +125,23 @@ class EnginePool:
     Args:
         config: the `rollout` table.
         spec: what every engine is built from.
+        trainer: the GPUs of its ranks.
         timeout: seconds without an update of a generating engine after which it counts as dead.
     """
 
-    def __init__(self, config: RolloutConfig, spec: EngineSpec, *, timeout: float = 300.0) -> None:
+    def __init__(
+        self,
+        config: RolloutConfig,
+        spec: EngineSpec,
+        *,
+        trainer: Sequence[placement.TrainerGpu] = (),
+        timeout: float = 300.0,
+    ) -> None:
         self._config = config
         self._spec = spec
         self._timeout = timeout
         self._threads = spec.threads or max(1, (os.cpu_count() or 1) // (2 * config.num_engines))
-        self._ray, self._owns_gpus = start_ray(config, spec)
+        self._ray, self._owns_gpus = start_ray(config, spec, trainer)
         self._slots = [_Slot(*self._create(index)) for index in range(config.num_engines)]
 
     @property
@@ -169,6 +178,11 @@ class EnginePool:
             while (slot := self._slots[index]).pid is None:
                 try:
                     slot.pid = self._ray.run(_call, slot.actor.ready, timeout=START_TIMEOUT)
+                except GetTimeoutError as error:
+                    raise EngineFault(
+                        f"rollout engine {index} has not loaded within {START_TIMEOUT:.0f} s; see that the Ray cluster "
+                        "has room for it (ray status)"
+                    ) from error
                 except RayError as error:
                     cause = _cause(error)
                     if isinstance(cause, UserError):
@@ -258,6 +272,7 @@ class EnginePool:
             num_gpus=self._config.tensor_parallel if on_gpu else 0,
             max_restarts=0,
             max_task_retries=0,
+            label_selector=None if self._ray.is_ours else self._ray.run(placement.selector, self._config.nodes),
             # Ray does not pass the driver's sys.path on; with this a checkout works without installation.
             runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join([_SOURCE_ROOT, os.environ.get("PYTHONPATH", "")])}},
         )

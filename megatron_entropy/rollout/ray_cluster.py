@@ -11,17 +11,17 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import psutil
 import ray
-from ray._private.state import available_resources_per_node
 from ray.exceptions import RayError, RayTaskError
 
 from megatron_entropy.config.schema import RolloutConfig
-from megatron_entropy.errors import ConfigError, Fault
+from megatron_entropy.errors import Fault
+from megatron_entropy.rollout import placement, ray_join
 from megatron_entropy.rollout.engine import EngineSpec
 
 logger = logging.getLogger(__name__)
@@ -43,13 +43,14 @@ class RayCluster:
 
     Ray's head consists of two processes, gcs_server and raylet. After the death of one some calls of Ray block for
     ever, and others end this process after a minute without a message. So the head is watched if this process
-    started it.
+    started it. `held`: actors that keep the trainer's GPUs in a joined cluster.
     """
 
     def __init__(self) -> None:
         self.is_ours = False
         self._head: list[tuple[str, psutil.Process]] = []
         self._other_children: set[int] = set()
+        self.held: list[Any] = []
         self._death = ""
         self._lock = threading.Lock()
         self._is_stopped = threading.Event()
@@ -77,13 +78,14 @@ class RayCluster:
                 self._watch()
                 self.check()
                 if time.monotonic() > deadline:
-                    raise Fault(f"{failure} within {RAY_START_TIMEOUT:.0f} s")
+                    raise TimeoutError(f"nothing within {RAY_START_TIMEOUT:.0f} s")
             starting.result()
         except BaseException as error:
             self._kill()
             if isinstance(error, Fault) or not isinstance(error, Exception):
                 raise
-            raise Fault(f"{failure}: {_reason(error)}") from error
+            problem = "" if self.is_ours else ray_join.find_problem(os.environ.get("RAY_ADDRESS", ""))
+            raise Fault(f"{failure}: {problem or one_line(error)}") from error
 
     def run(self, function: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
         """Call a function that may wait for Ray; returns or raises what it does.
@@ -143,20 +145,27 @@ class RayCluster:
         return [member for _, process in self._head for member in process_family(process.pid)]
 
 
-def start_ray(config: RolloutConfig, spec: EngineSpec) -> tuple[RayCluster, bool]:
+def start_ray(
+    config: RolloutConfig, spec: EngineSpec, trainer: Sequence[placement.TrainerGpu]
+) -> tuple[RayCluster, bool]:
     """Join the cluster of RAY_ADDRESS, or start Ray on this machine.
 
+    Args:
+        trainer: the GPUs of its ranks, which engines must not use unless they are colocated.
     Returns:
         The cluster, and whether the engines have GPUs of their own.
+    Raises:
+        ConfigError: too few GPUs or CPUs are free.
     """
     cluster = RayCluster()
     if ray.is_initialized():
         return cluster, False
+    has_own = spec.device == "cuda" and not config.colocate
     if os.environ.get("RAY_ADDRESS"):
         cluster.start(address="auto")
-        check_resources(config, on_gpus=spec.device == "cuda")
-        return cluster, False
-    own = _gpus_beside_the_trainer(config) if spec.device == "cuda" and not config.colocate else []
+        cluster.run(_reserve, cluster, config, trainer if has_own else (), on_gpus=spec.device == "cuda")
+        return cluster, has_own
+    own = placement.gpus_beside_the_trainer(config) if has_own else []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     try:
         if own:
@@ -171,50 +180,17 @@ def start_ray(config: RolloutConfig, spec: EngineSpec) -> tuple[RayCluster, bool
             del os.environ["CUDA_VISIBLE_DEVICES"]
         elif own and visible is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = visible
-    return cluster, bool(own)
+    return cluster, has_own
 
 
-def check_resources(config: RolloutConfig, *, on_gpus: bool) -> None:
-    """See that a joined cluster has room for the engines now; Ray itself would wait for more nodes without a word.
-
-    Raises:
-        ConfigError: it has too few free CPUs or GPUs; the message says how many are missing.
-    """
-    free = list(available_resources_per_node().values())
-    kind, size = ("GPU", config.tensor_parallel) if on_gpus else ("CPU", 1)
-    fitting = sum(min(int(node.get(kind, 0) // size), int(node.get("CPU", 0))) for node in free)
-    if fitting < config.num_engines:
-        room = f"1 CPU and {size} GPUs of one node" if on_gpus else "1 CPU"
-        found = ", ".join(f"{node.get(kind, 0):g}" for node in free)
-        raise ConfigError(
-            f"the Ray cluster has room for {fitting} of rollout.num_engines={config.num_engines} engines, each of "
-            f"which needs {room}; free {kind}s of its {len(free)} nodes: "
-            f"{found or 'none'}; start more nodes with ray start --address, or lower rollout.num_engines"
-        )
-
-
-def _reason(error: BaseException) -> str:
-    """Why Ray could not be started or joined; where it wants a token, how to give it one."""
-    text = str(error)
-    if type(error).__name__ == "AuthenticationError" or "InvalidAuthToken" in text or "Unauthenticated" in text:
-        return (
-            "it wants another authentication token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a copy of the "
-            "token of its head (~/.ray/auth_token there) on every node, for ray start and for the run"
-        )
-    return one_line(error)
-
-
-def _gpus_beside_the_trainer(config: RolloutConfig) -> list[str]:
-    """Return the GPUs of this machine that no trainer rank uses; none if they are too few for the engines."""
-    import torch
-
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
-    free = gpus[int(os.environ.get("LOCAL_WORLD_SIZE", "1")) :]
-    if len(free) >= config.num_engines * config.tensor_parallel:
-        return free
-    logger.warning("rollout engines share the GPUs of the trainer: too few others are free")
-    return []
+def _reserve(
+    cluster: RayCluster, config: RolloutConfig, trainer: Sequence[placement.TrainerGpu], *, on_gpus: bool
+) -> None:
+    """Hold the trainer's GPUs in the joined cluster, and see that the others are enough for the engines."""
+    nodes = placement.living_nodes()
+    cluster.held = placement.hold_gpus(nodes, trainer)
+    chosen = placement.choose(nodes, config.nodes)
+    placement.check_room(config, chosen, on_gpus=on_gpus, num_held=len(cluster.held))
 
 
 def _in_thread(work: Callable[[], Result], *, keep_alive_until: threading.Event | None = None) -> Future[Result]:

@@ -8,8 +8,9 @@ from megatron_entropy.actor.dtypes import resolve_name
 from megatron_entropy.config.architecture import read_architecture
 from megatron_entropy.config.schema import Config
 from megatron_entropy.data.tokenizer import load_tokenizer
-from megatron_entropy.distributed import cpu, process_groups
+from megatron_entropy.distributed import cpu, network, process_groups
 from megatron_entropy.rollout.engine import EngineSpec
+from megatron_entropy.rollout.placement import TrainerGpu, name_of_gpu
 from megatron_entropy.rollout.pool import EnginePool
 
 
@@ -23,6 +24,7 @@ class RunEngines:
     def __init__(self, configs: Sequence[Config]) -> None:
         self._configs = configs
         self._pool: EnginePool | None = None
+        self._trainer: list[TrainerGpu] | None = None
 
     def __enter__(self) -> RunEngines:
         return self
@@ -32,14 +34,16 @@ class RunEngines:
             self._pool.shutdown()
 
     def start(self) -> EnginePool | None:
-        """Return the engines on rank 0 and None elsewhere. They may still be loading."""
+        """Return the engines on rank 0 and None elsewhere; a collective. They may still be loading."""
+        if self._trainer is None:
+            self._trainer = [gpu for gpu in process_groups.gather_objects(_own_gpu()) if gpu is not None]
         if process_groups.rank() == 0 and self._pool is None:
             records_entropy = any(config.rollout.entropy for config in self._configs)
             num_alternatives = max(config.rollout.top_alternatives for config in self._configs)
             settings = self._configs[0].rollout.model_copy(
                 update={"entropy": records_entropy, "top_alternatives": num_alternatives}
             )
-            self._pool = EnginePool(settings, self._spec())
+            self._pool = EnginePool(settings, self._spec(), trainer=self._trainer)
         return self._pool
 
     def _spec(self) -> EngineSpec:
@@ -53,3 +57,8 @@ class RunEngines:
             dtype=resolve_name(first.rollout.dtype, arch),
             device="cuda" if cpu.device().type == "cuda" else "cpu",
         )
+
+
+def _own_gpu() -> TrainerGpu | None:
+    device = cpu.device()
+    return TrainerGpu(network.host_name(), name_of_gpu(device.index)) if device.type == "cuda" else None

@@ -4,13 +4,15 @@ Also which of several ranks prints a failure, and how an error of Ray's memory m
 """
 
 import copy
+import signal
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from megatron_entropy.distributed import network
+from megatron_entropy.distributed import liveness, network
 from megatron_entropy.errors import ConfigError
-from megatron_entropy.launch import agreement, failures
+from megatron_entropy.launch import agreement, failures, rank
 
 FACTS = {
     "node": "a", "config": "1", "model": {"/m": "1"}, "data": {"/d": "1"}, "code": "1",
@@ -83,6 +85,39 @@ def test_a_broken_connection_is_no_bug():
     assert (failure.kind, failure.details) == ("lost", "")
     assert failure.message == "rank 1 on b: the connection to another rank broke: Connection closed by peer [::1]:4"
     assert failures.describe(RuntimeError("shapes differ"), rank=0).kind == "bug"
+
+
+def test_a_stop_signal_waits_for_a_connection_that_comes_back():
+    """After a short cut the store's connection may still be silent; the step is done and saved first."""
+    ended = []
+    peers: Any = SimpleNamespace(rank=0, world_size=2, nodes=["a", "b"], node="a")
+    watch = liveness.Liveness(peers, lost_after=300, end=lambda reason, code: ended.append((reason, code)))
+    begin = watch._heard[1]
+    watch._stop_signal, watch._signalled = signal.SIGTERM, begin + 20
+    watch._judge(begin + 29)
+    watch._heard[1] = begin + 25
+    watch._judge(begin + 34)
+    assert not ended
+    watch._judge(begin + 36)
+    assert ended == [("SIGTERM received while rank 1 on b does not answer; continue with --resume", 143)]
+
+
+def test_every_rank_ends_with_the_code_of_the_first_failure(capsys):
+    left: dict[str, Any] = {}
+    peers: list[Any] = [
+        SimpleNamespace(
+            rank=number,
+            nodes=["a", "b"],
+            node="ab"[number],
+            failure=lambda timeout: left.get("failure"),
+            post_failure=lambda failure: left.setdefault("failure", failure),
+        )
+        for number in range(2)
+    ]
+    reason = "SIGTERM received while rank 1 on b does not answer"
+    assert rank._report_loss(peers[0], reason, 143) == 143
+    assert rank._report_loss(peers[1], "another rank has failed", 1) == 143
+    assert capsys.readouterr().err == f"error: rank 0 on a: {reason}\n"
 
 
 def test_the_memory_monitor_is_named():
