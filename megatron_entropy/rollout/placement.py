@@ -58,10 +58,12 @@ def gpus_beside_the_trainer(config: RolloutConfig) -> list[str]:
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     free, needed = gpus[ranks:], config.num_engines * config.tensor_parallel
     if len(free) < needed:
+        beside = f" beside the trainer's {ranks}" if ranks else ""
+        advice = " or actor.parallel, or set rollout.colocate=true" if ranks else ""
         raise ConfigError(
             f"rollout.num_engines={config.num_engines} engines with rollout.tensor_parallel={config.tensor_parallel} "
-            f"need {needed} GPUs beside the trainer's {ranks}; this machine has {len(gpus)}, so {needed - len(free)} "
-            "are missing; lower one of them or actor.parallel, or set rollout.colocate=true"
+            f"need {needed} GPUs{beside}; this machine has {len(gpus)}, so {needed - len(free)} are missing; lower one "
+            f"of them{advice}"
         )
     return free
 
