@@ -121,12 +121,16 @@ def hold_gpus(nodes: Sequence[Node], trainer: Sequence[TrainerGpu]) -> list[Any]
     import ray
     from ray.exceptions import RayError
 
+    class Holder:  # in here, so that Ray sends it with its code: other nodes may not have this package on their path
+        def gpu(self) -> str:
+            return str(ray.get_gpu_ids()[0])
+
     held = []
     for node in nodes:
         used = {rank.gpu for rank in trainer if rank.node in (node.name, node.address)}
         if not used or node.gpus < 1:
             continue
-        actor = ray.remote(_Holder).options(  # type: ignore[attr-defined]
+        actor = ray.remote(Holder).options(  # type: ignore[attr-defined]
             num_cpus=0, num_gpus=1, max_restarts=0, label_selector={NODE_LABEL: node.ray_id}
         )
         holders = [actor.remote() for _ in range(int(node.gpus))]
@@ -146,16 +150,6 @@ def hold_gpus(nodes: Sequence[Node], trainer: Sequence[TrainerGpu]) -> list[Any]
             else:
                 ray.kill(cast(Any, holder))
     return held
-
-
-class _Holder:
-    """Ray actor that keeps its GPU from others and does not touch it."""
-
-    def gpu(self) -> str:
-        """Return the name of the GPU that Ray has given to this actor."""
-        import ray
-
-        return str(ray.get_gpu_ids()[0])
 
 
 def check_room(config: RolloutConfig, nodes: Sequence[Node], *, on_gpus: bool, num_held: int = 0) -> None:

@@ -31,14 +31,13 @@ def cluster():
         ray.shutdown()
 
 
-class Engine:
+def start(size: int, names=()):
     """What an engine is to Ray: an actor with GPUs."""
 
-    def gpus(self) -> list[str]:
-        return [str(gpu) for gpu in ray.get_gpu_ids()]
+    class Engine:
+        def gpus(self) -> list[str]:
+            return [str(gpu) for gpu in ray.get_gpu_ids()]
 
-
-def start(size: int, names=()):
     options = {"num_cpus": 1, "num_gpus": size, "label_selector": placement.selector(names)}
     return ray.remote(Engine).options(**options).remote()  # type: ignore[attr-defined]
 
