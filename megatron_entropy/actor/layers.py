@@ -74,7 +74,7 @@ def describe_sequences(
     longest = cp * max(lengths)
     # Padding follows the tokens of its sequence, so the causal mask hides it: layers treat it as tokens.
     whole = boundaries * cp
-    padded = whole if cp > 1 else None
+    padded: Any = whole if cp > 1 else None  # Megatron's annotation lacks the None
     return PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=whole,
