@@ -203,7 +203,7 @@ def test_flags_of_tools_exist():
     for text in TEXTS:
         for line in commands(text.read_text()):
             called = re.match(r"(?:\.venv/bin/)?python ((?:tools|kernels|examples)/\w+\.py)(.*)", line)
-            for flag in re.findall(r"--[a-z-]+", called[2]) if called else ():
+            for flag in re.findall(r"--[a-z0-9-]+", called[2]) if called else ():
                 source = "".join(path.read_text() for path in (ROOT / called[1]).parent.glob("*.py"))
                 assert f'"{flag}"' in source, f"{text.name}: {line}"
 
