@@ -1,8 +1,8 @@
 """Every file under examples/ passes `train --dry-run` with a model of the published shape and rows in published forms.
 
 The models are folders with the published config.json (tests/unit/fixtures/published_models.json), safetensors headers
-of all their tensors over a file without content, and a tokenizer that knows no word. Scripts for clusters pass shellcheck, and
-each of the papers' files names its way to start. Not shown: that the settings train on GPUs.
+of all their tensors over a file without content, and a tokenizer that knows no word. Scripts for clusters pass
+shellcheck, and each of the papers' files names its way to start. Not shown: that the settings train on GPUs.
 """
 
 import json
