@@ -1,8 +1,8 @@
 """The examples: the tiny files have the papers' stages, and train the same under TP2 and PP2 on the same rollouts.
 
-That every file is valid is shown by test_example_runs.py. The tiny ones run as a whole with `-m exhaustive`: three steps
-of each stage under TP2 with recorded responses, then under PP2 on the recording. Losses agree within 1e-4: layouts sum
-in another order, and three steps of Adam at these learning rates amplify the difference.
+That every file is valid is shown by test_example_runs.py. The tiny ones run as a whole with `-m exhaustive`: three
+steps of each stage under TP2 with recorded responses, then under PP2 on the recording. Losses agree within 1e-4:
+layouts sum in another order, and three steps of Adam at these learning rates amplify the difference.
 """
 
 import dataclasses
