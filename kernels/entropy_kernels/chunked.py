@@ -40,10 +40,16 @@ class Saved:
         valid = request.shard.valid
         saved = Saved(like.new_empty((-(-valid // width), rows)))
         if request.save:
-            saved.shifted = torch.empty((rows, valid), dtype=torch.float16, device=like.device)
+            columns = aligned_columns(valid)
+            saved.shifted = torch.empty((rows, columns), dtype=torch.float16, device=like.device)[:, :valid]
         if request.skip_mass:
             saved.sums = [torch.empty_like(saved.maxima) for _ in request.betas]
         return saved
+
+
+def aligned_columns(columns: int) -> int:
+    """Columns rounded up to 8, so that rows of a 16-bit matrix start at multiples of 16 bytes as TMA wants."""
+    return -(-columns // 8) * 8
 
 
 def tile_sizes(request: Request, rows: int, cuda: bool) -> tuple[int, int]:

@@ -27,6 +27,7 @@ from .collectives import gather_rows, locate, reduce_gradient
 from .guided import LOG2E
 from .head import kept_rows, spread
 from .moments import FLOOR
+from .prepare import uses_triton
 from .records import Shard, accumulate_dtype, column, take
 from .tiles import HiddenTiles
 
@@ -52,6 +53,7 @@ def distillation(
     sequence_parallel: bool = False,
     vocab_size: int | None = None,
     ignore_index: int = -100,
+    impl: str = "auto",
     row_chunk: int | None = None,
 ) -> Tensor:
     """KL divergence per token between a student and a teacher over the whole vocabulary.
@@ -73,7 +75,8 @@ def distillation(
             reduce-scattered. Without it the gradient is all-reduced.
         vocab_size: true size over all shards; later rows are padding and never count.
         ignore_index: rows with this target are not computed: 0, no gradient.
-        row_chunk: rows of a tile; None: a good size.
+        impl: "chunked", "triton" or "auto" (triton on CUDA where it is installed).
+        row_chunk: rows of a tile; None: a good size. Triton's tiles do not heed it.
 
     Returns:
         [T] nats, >= 0, float32 (float64 for float64 students), the same bits on every rank;
@@ -109,6 +112,7 @@ def distillation(
         reverse=direction == "reverse",
         sequence_parallel=sequence_parallel and shard.size > 1,
         row_chunk=row_chunk,
+        triton=uses_triton(impl, hidden, teacher_hidden),
     )
     return _Distillation.apply(hidden, weight, teacher_hidden.detach(), teacher_weight.detach(), call)
 
@@ -125,6 +129,7 @@ class _Call:
     reverse: bool
     sequence_parallel: bool
     row_chunk: int | None
+    triton: bool
 
     def betas(self, rows: Tensor | None) -> _Betas:
         """The inverse temperatures of some rows (None: all)."""
@@ -179,7 +184,13 @@ class _Distillation(torch.autograd.Function):
             rows = live if rows is None else rows[live]
         pair = _Pair.of(student, weight, teacher, teacher_weight, call)
         pair.student.begin_backward(ctx.needs_input_grad[:2], None, call.shard.valid)
-        _backward(pair, call.betas(rows), call, numbers, upstream)
+        if call.triton:
+            from . import triton_divergence
+
+            sides = pair.student, pair.teacher, pair.valid
+            triton_divergence.backward(*sides, call.betas(rows), call.reverse, numbers, upstream)
+        else:
+            _backward(pair, call.betas(rows), call, numbers, upstream)
         grad_hidden = pair.student.grad_hidden
         if grad_hidden is not None:
             grad_hidden = spread(grad_hidden, rows, call.keep.shape[0])
@@ -237,20 +248,41 @@ _Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """m_A, s_A, u, m_B, s_B of some columns, [N] each."""
 
 
-def _forward(pair: _Pair, betas: _Betas, call: _Call) -> tuple[Tensor, Tensor, Tensor]:
-    """[N] each: log-normalisers of student and teacher, and the divergence; over the whole group."""
-    count = pair.student.rows
-    like = torch.empty(0, dtype=pair.student.dtype, device=pair.student.hidden.device)
-    totals = like.new_zeros((5, count))
+def _no_columns(pair: _Pair) -> Tensor:
+    """[5, N] sums over no columns at all."""
+    totals = torch.zeros((5, pair.student.rows), dtype=pair.student.dtype, device=pair.student.hidden.device)
     totals[[0, 3]] = -torch.inf
+    return totals
+
+
+def _sums(pair: _Pair, betas: _Betas, call: _Call) -> Tensor:
+    """[5, N] sums over this shard's columns."""
+    totals = _no_columns(pair)
     for part, x, y in pair.walk(betas):
         a, b = (x, y) if call.reverse else (y, x)
         merged = _merge(_unbind(totals[:, part]), _tile_parts(a, b))
         totals[:, part] = torch.stack(merged)
-    first, *rest = gather_rows(totals[None], call.shard)
+    return totals
+
+
+def _merged(parts: Tensor) -> Tensor:
+    """[5, N] sums of the union of parts [n, 5, N], in their order."""
+    first, *rest = parts
     for other in rest:
         first = torch.stack(_merge(_unbind(first), _unbind(other)))
-    m_a, s_a, u, m_b, s_b = first
+    return first
+
+
+def _forward(pair: _Pair, betas: _Betas, call: _Call) -> tuple[Tensor, Tensor, Tensor]:
+    """[N] each: log-normalisers of student and teacher, and the divergence; over the whole group."""
+    if call.triton:
+        from . import triton_divergence
+
+        parts = triton_divergence.forward(pair.student, pair.teacher, pair.valid, betas, call.reverse)
+        local = _merged(torch.cat([_no_columns(pair)[None], parts]))
+    else:
+        local = _sums(pair, betas, call)
+    m_a, s_a, u, m_b, s_b = _merged(gather_rows(local[None], call.shard))
     divergence = (u / s_a - s_a.log() + s_b.log()).clamp(min=0.0)
     log_a, log_b = m_a + s_a.log(), m_b + s_b.log()
     return (log_a, log_b, divergence) if call.reverse else (log_b, log_a, divergence)

@@ -22,6 +22,7 @@ from .chunked import spans
 from .collectives import gather_rows, locate
 from .head import kept_rows, spread
 from .moments import FLOOR, Moments, merge
+from .prepare import uses_triton
 from .records import Shard, column
 from .tiles import HiddenTiles
 
@@ -73,6 +74,7 @@ def guided_teacher(
     sequence_parallel: bool = False,
     vocab_size: int | None = None,
     ignore_index: int = -100,
+    impl: str = "auto",
     row_chunk: int | None = None,
 ) -> GuidedTeacher:
     """Log-prob of the target under a teacher whose temperature its own entropy chooses.
@@ -94,6 +96,8 @@ def guided_teacher(
         sequence_parallel: hidden is split over the group.
         vocab_size: true size over all shards; later rows are padding and never count.
         ignore_index: rows with this target are not computed: outputs 0.
+        impl: "chunked", "triton" or "auto" (triton on CUDA where it is installed). The logits are
+            torch's products in each; Triton reads them in fewer passes.
         row_chunk: rows whose logits [row_chunk, V/tp] exist at a time; None: a good number.
 
     Returns:
@@ -112,6 +116,7 @@ def guided_teacher(
     if fixed is not None:
         checks.check_number("fixed", fixed, lowest=0.0, inclusive=False)
     checks.check_tile("row_chunk", row_chunk)
+    triton = uses_triton(impl, hidden)
     shard = locate(group, weight.shape[0], vocab_size)
     gathers = sequence_parallel and shard.size > 1
     tokens = hidden.shape[0] * (shard.size if sequence_parallel else 1)
@@ -124,7 +129,7 @@ def guided_teacher(
         rows = kept_rows(target != ignore_index, compact=True)
         active, chosen = (full, target) if rows is None else (full[rows], target[rows])
         labels = chosen.to(torch.int64) - shard.start
-        values = _compute(HiddenTiles(active, weight), labels, shard, search, fixed, row_chunk)
+        values = _compute(HiddenTiles(active, weight), labels, shard, search, fixed, row_chunk, triton)
         return GuidedTeacher(*(spread(value, rows, tokens) for value in values))
 
 
@@ -224,10 +229,16 @@ def _shifted(logits: Tensor) -> Tensor:
 
 
 def _compute(
-    tiles: HiddenTiles, labels: Tensor, shard: Shard, search: Search, fixed: float | None, row_chunk: int | None
+    tiles: HiddenTiles,
+    labels: Tensor,
+    shard: Shard,
+    search: Search,
+    fixed: float | None,
+    row_chunk: int | None,
+    triton: bool,
 ) -> Tensor:
     """[3, N]: log-prob, temperature and entropy of the N rows of `tiles`."""
-    chunk = _Chunk.allocate(tiles, labels, shard, row_chunk)
+    chunk = _Chunk.allocate(tiles, labels, shard, row_chunk, triton)
     results = torch.empty((3, tiles.rows), dtype=tiles.dtype, device=labels.device)
     for first, last in spans(tiles.rows, chunk.logits.shape[0]):
         chunk.load(first, last)
@@ -238,7 +249,7 @@ def _compute(
             moments = merge(moments, local.unpack(part), [1.0])
         entropy = moments.sums[0].log() - moments.firsts[0] / moments.sums[0]
         if fixed is None:
-            temperature = _shared_search(tops, entropy, shard, search)
+            temperature = _shared_search(tops, entropy, shard, search, triton)
         else:
             temperature = torch.full_like(entropy, fixed)
         sums = gather_rows(chunk.temper(moments.maximum, temperature)[None], shard).sum(dim=0)
@@ -257,7 +268,7 @@ def _exchange(local: Moments, tops: Tensor, shard: Shard) -> tuple[Tensor, Tenso
     return gathered[:, :split].view(size, fields, rows), gathered[:, split:].view(size, *tops.shape)
 
 
-def _shared_search(tops: Tensor, entropy: Tensor, shard: Shard, search: Search) -> Tensor:
+def _shared_search(tops: Tensor, entropy: Tensor, shard: Shard, search: Search, triton: bool) -> Tensor:
     """[n] temperatures from every rank's top logits; each rank merges and searches its share of the rows."""
     rows = entropy.shape[0]
     share = -(-rows // shard.size)
@@ -265,7 +276,12 @@ def _shared_search(tops: Tensor, entropy: Tensor, shard: Shard, search: Search) 
     merged = tops[:, own].transpose(0, 1).flatten(1)
     merged = merged.topk(search.top, dim=1).values
     found = entropy.new_ones(share)
-    found[: merged.shape[0]] = search.temperature(merged, entropy[own])
+    if triton:
+        from . import triton_guided
+
+        found[: merged.shape[0]] = triton_guided.temperature(search, merged, entropy[own])
+    else:
+        found[: merged.shape[0]] = search.temperature(merged, entropy[own])
     return gather_rows(found, shard)[:rows]
 
 
@@ -279,12 +295,13 @@ class _Chunk:
     logits: Tensor
     """[rows, width] buffer: `valid` columns of logits, then -inf up to whole blocks."""
     scratch: Tensor
-    """[2, block rows, valid]."""
+    """[2, block rows, valid]; Triton needs none."""
     valid: int
+    triton: bool
     rows: slice = field(default_factory=lambda: slice(0, 0))
 
     @staticmethod
-    def allocate(tiles: HiddenTiles, labels: Tensor, shard: Shard, row_chunk: int | None) -> _Chunk:
+    def allocate(tiles: HiddenTiles, labels: Tensor, shard: Shard, row_chunk: int | None, triton: bool) -> _Chunk:
         """Buffers for `row_chunk` rows (None: as many as are good)."""
         cuda, valid = labels.is_cuda, shard.valid
         width = max(1, -(-valid // FAN**3)) * FAN**3
@@ -294,7 +311,7 @@ class _Chunk:
         block = count if cuda else max(1, min(count, CACHE_BYTES // size))
         logits = torch.empty((count, width), dtype=tiles.dtype, device=labels.device)
         logits[:, valid:] = -torch.inf
-        return _Chunk(tiles, labels, logits, logits.new_empty((2, block, valid)), valid)
+        return _Chunk(tiles, labels, logits, logits.new_empty((2, 0 if triton else block, valid)), valid, triton)
 
     def load(self, first: int, last: int) -> None:
         """Make [first, last) the current rows: one product, in tiles of columns."""
@@ -311,6 +328,8 @@ class _Chunk:
     def summarise(self, top: int) -> tuple[Tensor, Moments]:
         """The largest logits [n, top] in no order, and the moments at temperature 1."""
         rows = self.rows.stop - self.rows.start
+        if self.triton:
+            return self._summarise_at_once(rows, top)
         tops = self.logits.new_empty((rows, top))
         maximum, sums, firsts = self.logits.new_empty((3, rows))
         for block in self.blocks():
@@ -327,6 +346,16 @@ class _Chunk:
             firsts[block] = terms.mul_(shifted).sum(dim=1)
         return tops, Moments(maximum, [sums], [firsts], [], self._label_logit(rows))
 
+    def _summarise_at_once(self, rows: int, top: int) -> tuple[Tensor, Moments]:
+        """`summarise` with Triton, which also makes the lowest level of the maxima."""
+        from . import triton_guided
+
+        z = self.logits[:rows]
+        (maximum, sums, firsts), maxima = triton_guided.summarise(z)
+        pyramid = [z, *_pyramid(maxima, top)] if maxima.shape[1] >= top else [z]
+        tops = _largest(pyramid, top) if top else z[:, :0]
+        return tops, Moments(maximum, [sums], [firsts], [], self._label_logit(rows))
+
     def _label_logit(self, rows: int) -> Tensor:
         """[n], -inf where another rank holds the label."""
         labels = self.labels[self.rows]
@@ -335,7 +364,11 @@ class _Chunk:
         return picked.masked_fill(~inside, -torch.inf)
 
     def temper(self, maximum: Tensor, temperature: Tensor) -> Tensor:
-        """[n] sums of e^{(z - maximum) / temperature} over this shard; the logits are overwritten."""
+        """[n] sums of e^{(z - maximum) / temperature} over this shard; the logits may be overwritten."""
+        if self.triton:
+            from . import triton_guided
+
+            return triton_guided.temper(self.logits[: maximum.shape[0], : self.valid], maximum, temperature)
         sums = torch.empty_like(maximum)
         for block in self.blocks():
             z = self.logits[block, : self.valid]

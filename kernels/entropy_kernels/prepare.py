@@ -126,31 +126,42 @@ def engine(settings: Settings, source: Tensor) -> Engine | None:
     """The module that computes tiles; None stands for the reference."""
     if settings.impl == "reference":
         return None
-    obstacle = _triton_obstacle(settings, source)
-    if settings.impl == "triton" and obstacle is not None:
-        raise ValueError(f"impl is 'triton', but {obstacle}")
-    if settings.impl == "chunked" or (settings.impl == "auto" and _slow(source, obstacle)):
+    if not _triton_serves(settings.impl, source, _settings_obstacle(settings) or _triton_obstacle(source)):
         return chunked
     from . import triton_engine
 
     return triton_engine
 
 
-def _slow(source: Tensor, obstacle: str | None) -> bool:
-    """Whether "auto" should leave Triton alone: it cannot serve, or only in its interpreter."""
-    return obstacle is not None or not source.is_cuda
+def uses_triton(impl: str, *sources: Tensor) -> bool:
+    """Whether `impl` ("chunked", "triton" or "auto") makes Triton's kernels serve these hidden states."""
+    if impl not in ("chunked", "triton", "auto"):
+        raise ValueError(f"impl is {impl!r}; known: chunked, triton, auto")
+    return _triton_serves(impl, sources[0], next(filter(None, map(_triton_obstacle, sources)), None))
 
 
-def _triton_obstacle(settings: Settings, source: Tensor) -> str | None:
-    """Why the Triton kernels cannot serve this call; None if they can."""
-    if settings.from_logits:
-        return "token_stats_from_logits has no Triton kernel"
+def _triton_serves(impl: str, source: Tensor, obstacle: str | None) -> bool:
+    """Whether Triton computes; "auto" leaves it alone where only its interpreter could."""
+    if impl == "triton" and obstacle is not None:
+        raise ValueError(f"impl is 'triton', but {obstacle}")
+    return impl == "triton" or (impl == "auto" and obstacle is None and source.is_cuda)
+
+
+def _triton_obstacle(source: Tensor) -> str | None:
+    """Why Triton cannot serve these hidden states; None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if not source.is_cuda and os.environ.get("TRITON_INTERPRET", "0") != "1":
         return f"hidden is on {source.device} (CPU needs TRITON_INTERPRET=1)"
     if source.dtype == torch.float64:
         return "hidden is float64; its statistics are float32"
+    return None
+
+
+def _settings_obstacle(settings: Settings) -> str | None:
+    """What of a call the Triton kernels do not offer; None if nothing."""
+    if settings.from_logits:
+        return "token_stats_from_logits has no Triton kernel"
     if settings.top_k:
         return f"top_k is {settings.top_k}; its kernels have no top-k"
     if settings.skip_mass:

@@ -8,7 +8,10 @@ accumulate in float32. Extra memory: the [rows, columns] gradient block and [row
 
 from __future__ import annotations
 
+import functools
+import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +20,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .chunked import Saved, spans
+from .chunked import Saved, aligned_columns, spans
 from .moments import Coefficients, Moments, merge
 from .records import Request
 from .tiles import HiddenTiles
@@ -31,6 +34,8 @@ GRADIENT_COLUMNS = 8192
 GRADIENT_ELEMENTS = 1 << 26
 """Elements of the gradient block; long batches get fewer columns at a time."""
 TILES_PER_SPLIT = 16
+COVERED = ((9, 0), (10, 0))
+"""Compute capabilities from 9.0 on that the compile table covers."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,13 @@ class Blocks:
     depth: int
     warps: int
     stages: int
+    parts: int = 2
+    """How many column parts a tile's epilogue takes one after the other."""
+
+
+WIDE, NARROW = Blocks(128, 256, 64, 8, 3, 4), Blocks(128, 128, 64, 8, 3, 2)
+FINE, SINGLE = Blocks(128, 128, 64, 8, 3, 4), Blocks(128, 64, 64, 8, 3, 1)
+"""Tiles of the covered generations, by `device_blocks`."""
 
 
 def interpreted() -> bool:
@@ -49,48 +61,95 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def blocks(tiles: HiddenTiles, request: Request) -> Blocks:
-    """Hopper's 128 x 256 x 64 for 16-bit operands; smaller for float32 and the interpreter."""
+def blocks(tiles: HiddenTiles, request: Request, use: str) -> Blocks:
+    """Tile of a launch; `use` as in `device_blocks`."""
+    columns = min(64, max(16, triton.next_power_of_2(request.vocab_tile or 64)))
+    return choose_blocks(tiles, functools.partial(device_blocks, use, request.softcap is not None), columns)
+
+
+def choose_blocks(tiles: HiddenTiles, covered: Callable[[int], Blocks], columns: int) -> Blocks:
+    """Tile for 16-bit operands on a covered device; smaller for float32, older devices and the interpreter.
+
+    Args:
+        covered: what to take on a covered generation, by its major number.
+        columns: of the interpreter's tile.
+    """
     if interpreted():
-        columns = triton.next_power_of_2(request.vocab_tile or 64)
-        return Blocks(16, min(64, max(16, columns)), 32, 1, 1)
+        return Blocks(16, columns, 32, 1, 1, 4 if columns == 64 else 2)
     if tiles.hidden.dtype == torch.float32:
         return Blocks(64, 64, 32, 4, 2)
-    if torch.cuda.get_device_capability(tiles.hidden.device)[0] >= 9:
-        return Blocks(128, 256, 64, 8, 3)
+    capability = torch.cuda.get_device_capability(tiles.hidden.device)
+    if capability[0] >= 9:
+        check_covered(capability)
+        return covered(capability[0])
     return Blocks(128, 128, 32, 8, 3)
 
 
-def _uses_tma(tiles: HiddenTiles) -> bool:
+def device_blocks(use: str, softcap: bool, capability: int) -> Blocks:
+    """Tile of 16-bit operands on a covered generation, the widest with which nothing spills (docs/kernels.md).
+
+    Save mode agrees on parts of 64 columns.
+
+    Args:
+        use: "moments", "gradient" (of logits that are made again) or "saved" (of saved logits).
+        capability: its major number.
+    """
+    if capability == 9:
+        return NARROW if softcap else WIDE
+    if use == "saved":
+        return SINGLE
+    return FINE if softcap and use == "gradient" else WIDE
+
+
+def check_covered(capability: tuple[int, int]) -> None:
+    """Refuse a generation for which nobody has compiled the tiles: they may spill, or not fit its memory."""
+    if capability not in COVERED:
+        known = ", ".join(f"{major}.{minor}" for major, minor in COVERED)
+        raise ValueError(
+            f"the Triton kernels are not compiled for compute capability {capability[0]}.{capability[1]} (only for "
+            f'{known}): pass impl="chunked", or add it to triton_engine.COVERED and to kernels/compile_table.py'
+        )
+
+
+def uses_tma(tiles: HiddenTiles) -> bool:
     """TMA needs 16-byte aligned rows and a device (or an interpreter) that has it."""
-    operands = (tiles.hidden, tiles.weight)
-    aligned = all(x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0 for x in operands)
+    both = (tiles.hidden, tiles.weight)
+    aligned = all(x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0 for x in both)
     if not aligned or tiles.hidden.dtype == torch.float32:
         return False
     return interpreted() or torch.cuda.get_device_capability(tiles.hidden.device)[0] >= 9
 
 
-def _wide(tiles: HiddenTiles) -> bool:
+def wide(tiles: HiddenTiles) -> bool:
     """Products in float32; always so in the interpreter, which has no bfloat16 product."""
     return tiles.hidden.dtype == torch.float32 or interpreted()
 
 
-def _programs(tiles: HiddenTiles, tasks: int) -> tuple[int]:
+def programs(tiles: HiddenTiles, tasks: int) -> tuple[int]:
+    """The grid of a persistent kernel."""
     if interpreted():
         return (min(tasks, 4),)
     count = torch.cuda.get_device_properties(tiles.hidden.device).multi_processor_count
     return (min(tasks, count),)
 
 
-def _operands(tiles: HiddenTiles, valid: int, block: Blocks) -> tuple[object, object, bool]:
-    if not _uses_tma(tiles):
-        return tiles.hidden, tiles.weight, False
+def operands(tiles: HiddenTiles, valid: int, block: Blocks, tma: bool) -> tuple[object, object]:
+    """What a kernel loads hidden and weight from."""
+    if not tma:
+        return tiles.hidden, tiles.weight
     hidden = TensorDescriptor.from_tensor(tiles.hidden, [block.rows, block.depth])
-    weight = TensorDescriptor.from_tensor(tiles.weight[:valid], [block.columns, block.depth])
-    return hidden, weight, True
+    return hidden, TensorDescriptor.from_tensor(tiles.weight[:valid], [block.columns, block.depth])
 
 
-def _vector(value: Tensor | float | None, rows: int, device: torch.device) -> Tensor:
+def output(matrix: Tensor, block: Blocks, tma: bool) -> object:
+    """What a kernel stores parts of tiles to."""
+    if not tma:
+        return matrix
+    return TensorDescriptor.from_tensor(matrix, [block.rows, block.columns // block.parts])
+
+
+def vector(value: Tensor | float | None, rows: int, device: torch.device) -> Tensor:
+    """[rows] float32: per-row values, or one for all (None: 0)."""
     if isinstance(value, Tensor):
         return value.to(torch.float32).contiguous()
     return torch.full((rows,), 0.0 if value is None else value, device=device)
@@ -101,28 +160,30 @@ def forward(
 ) -> tuple[Moments, Saved | None, bool]:
     """Moments of this shard's part of the vocabulary, and what save mode keeps."""
     valid = request.shard.valid
-    _contiguous_rows(tiles)
+    contiguous_rows(tiles)
     if rows == 0 or valid == 0:
         like = torch.empty(0, device=device)
         return Moments.empty(rows, request, like), Saved.allocate(request, rows, 1, like), True
-    block = blocks(tiles, request)
+    block = blocks(tiles, request, "moments")
     count = triton.cdiv(valid, block.columns)
     splits = triton.cdiv(count, TILES_PER_SPLIT)
     out = torch.empty((splits, FIELDS, rows), device=device)
-    saved = Saved.allocate(request, rows, block.columns, out)
-    h, w, tma = _operands(tiles, valid, block)
+    saved = Saved.allocate(request, rows, block.columns // block.parts, out)
+    tma = uses_tma(tiles)
+    h, w = operands(tiles, valid, block, tma)
+    kept = out if saved is None or saved.shifted is None else saved.shifted
     tasks = triton.cdiv(rows, block.rows) * splits
-    MOMENTS_KERNEL[_programs(tiles, tasks)](
-        h, w, request.labels, _vector(request.beta, rows, device),
-        _vector(request.teacher_beta, rows, device), out,
-        out if saved is None else saved.shifted, out if saved is None else saved.maxima,
-        tiles.hidden.stride(0), tiles.weight.stride(0), rows, tiles.hidden.shape[1], valid,
+    MOMENTS_KERNEL[programs(tiles, tasks)](
+        h, w, request.labels.to(torch.int32), vector(request.beta, rows, device),
+        vector(request.teacher_beta, rows, device), out,
+        out if saved is None else output(kept, block, tma), out if saved is None else saved.maxima,
+        tiles.hidden.stride(0), tiles.weight.stride(0), kept.stride(0), rows, tiles.hidden.shape[1], valid,
         request.softcap or 1.0, splits, TILES_PER_SPLIT,
         TEACHER=request.teacher_beta is not None, FIRST=request.want_entropy,
         SECOND=request.want_variance, SAVE=saved is not None,
         HAS_CAP=request.softcap is not None, TMA=tma,
-        IEEE=_wide(tiles),
-        BLOCK_M=block.rows, BLOCK_N=block.columns, BLOCK_K=block.depth,
+        IEEE=wide(tiles),
+        BLOCK_M=block.rows, BLOCK_N=block.columns, BLOCK_K=block.depth, PARTS=block.parts,
         num_warps=block.warps, num_stages=block.stages,
     )  # fmt: skip
     moments = Moments.empty(rows, request, out)
@@ -131,7 +192,7 @@ def forward(
     return moments, saved, True
 
 
-def _contiguous_rows(tiles: HiddenTiles) -> None:
+def contiguous_rows(tiles: HiddenTiles) -> None:
     """The kernels read rows with unit stride; other layouts are copied once."""
     if tiles.hidden.stride(1) != 1 and tiles.hidden.numel():
         tiles.hidden = tiles.hidden.contiguous()
@@ -162,32 +223,34 @@ def backward(
 ) -> None:
     """Walk blocks of columns; each gradient block goes to `tiles.write`."""
     valid, device = request.shard.valid, coefs.shift.device
-    _contiguous_rows(tiles)
+    contiguous_rows(tiles)
     if rows == 0 or valid == 0:
         return
-    block = blocks(tiles, request)
+    block = blocks(tiles, request, "gradient" if saved is None or saved.shifted is None else "saved")
     wanted = request.vocab_tile or min(GRADIENT_COLUMNS, GRADIENT_ELEMENTS // rows)
     width = max(block.columns, wanted // block.columns * block.columns)
     # The interpreter truncates to bfloat16 where a device rounds to nearest; there torch rounds.
     dtype = torch.float32 if interpreted() else tiles.weight.dtype
-    buffer = torch.empty(rows * min(width, valid), dtype=dtype, device=device)
+    buffer = torch.empty((rows, aligned_columns(min(width, valid))), dtype=dtype, device=device)
     numbers = _numbers(coefs, rows, device)
-    h, w, tma = _operands(tiles, valid, block)
-    labels = coefs.spike_ids[:, 0].contiguous()
+    source = numbers if saved is None or saved.shifted is None else saved.shifted
+    tma = uses_tma(tiles)
+    h, w = operands(tiles, valid, block, tma)
+    labels = coefs.spike_ids[:, 0].to(torch.int32)
     for start, stop in spans(valid, width):
         tasks = triton.cdiv(rows, block.rows) * triton.cdiv(stop - start, block.columns)
-        gradient = buffer[: rows * (stop - start)].view(rows, stop - start)
-        GRADIENT_KERNEL[_programs(tiles, tasks)](
-            h, w, labels, numbers, numbers if saved is None else saved.shifted,
-            numbers if saved is None else saved.maxima, labels if kept is None else kept,
-            gradient, tiles.hidden.stride(0), tiles.weight.stride(0), stop - start, rows,
+        gradient = buffer[:, : stop - start]
+        GRADIENT_KERNEL[programs(tiles, tasks)](
+            h, w, labels, numbers, source, numbers if saved is None else saved.maxima, labels if kept is None else kept,
+            output(gradient, block, tma), tiles.hidden.stride(0), tiles.weight.stride(0),
+            source.stride(0), gradient.stride(0), rows,
             1 if saved is None else saved.maxima.shape[1], tiles.hidden.shape[1], start, stop,
-            valid, request.softcap or 1.0,
+            request.softcap or 1.0,
             LINEAR=coefs.c1 is not None, SQUARE=coefs.c2 is not None,
             TEACHER=coefs.k0 is not None, SAVED=saved is not None, KEPT=kept is not None,
             HAS_CAP=request.softcap is not None, TMA=tma,
-            IEEE=_wide(tiles),
-            BLOCK_M=block.rows, BLOCK_N=block.columns, BLOCK_K=block.depth,
+            IEEE=wide(tiles),
+            BLOCK_M=block.rows, BLOCK_N=block.columns, BLOCK_K=block.depth, PARTS=block.parts,
             num_warps=block.warps, num_stages=block.stages,
         )  # fmt: skip
         tiles.load_weight(start, stop)
@@ -195,9 +258,17 @@ def backward(
 
 
 def _numbers(coefs: Coefficients, rows: int, device: torch.device) -> Tensor:
-    """The per-row numbers of the gradient kernel, in its order."""
+    """The per-row numbers of the gradient kernel, [10, rows], in its order and units."""
+
+    def numbers(value: Tensor | float | None) -> Tensor:
+        return vector(value, rows, device)
+
+    log2e = math.log2(math.e)
+    beta = numbers(coefs.beta)
+    scale = beta * log2e
     columns = [
-        coefs.shift, coefs.beta, coefs.c0, coefs.c1, coefs.c2, coefs.spikes[:, 0],
-        coefs.teacher_beta, coefs.teacher_log, coefs.k0, coefs.k1,
+        scale, numbers(coefs.shift), numbers(coefs.c0), numbers(coefs.c1) / scale,
+        numbers(coefs.c2) / (scale * scale), numbers(coefs.spikes[:, 0]), numbers(coefs.teacher_beta) / beta,
+        numbers(coefs.teacher_log) * log2e, numbers(coefs.k0), numbers(coefs.k1) / scale,
     ]  # fmt: skip
-    return torch.stack([_vector(c, rows, device) for c in columns])
+    return torch.stack(columns)

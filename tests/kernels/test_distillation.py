@@ -1,16 +1,18 @@
 """Proves `distillation` and its gradients against autograd of the definition in float64.
 
 Both directions, temperatures per token, 1, 2 and 4 gloo ranks, padding, ignored rows, 16-bit
-inputs, teachers of another hidden size and type, bad arguments. It does not cover CUDA.
+inputs, teachers of another hidden size and type, bad arguments. It does not cover CUDA; test_triton
+runs it with the Triton kernels in Triton's interpreter.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
-from cases import operands, relative
+from cases import IMPL, WIDE, limit, operands, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,12 +20,13 @@ from torch import Tensor
 import entropy_kernels as ek
 from entropy_kernels import reference
 
+distillation = functools.partial(ek.distillation, impl=IMPL)
 DIRECTIONS = ("forward", "reverse")
-A = torch.tensor([[2.0, 1.0, 0.0, -1.0]], dtype=torch.float64)
+A = torch.tensor([[2.0, 1.0, 0.0, -1.0]], dtype=WIDE)
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def problem(tokens: int = 8, vocab: int = 70, dtype: torch.dtype = torch.float64, seed: int = 0) -> Inputs:
+def problem(tokens: int = 8, vocab: int = 70, dtype: torch.dtype = WIDE, seed: int = 0) -> Inputs:
     """hidden, weight, teacher's hidden and weight (of another size), target with one ignored row."""
     hidden, weight, target = operands(tokens, 12, vocab, dtype, seed)
     teacher_hidden, teacher_weight, _ = operands(tokens, 9, vocab, dtype, seed + 1)
@@ -48,7 +51,7 @@ def upstream_of(tokens: int) -> Tensor:
     return values
 
 
-def temperatures(tokens: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+def temperatures(tokens: int, dtype: torch.dtype = WIDE) -> dict[str, Tensor]:
     return {
         "temperature": torch.linspace(0.6, 2.0, tokens, dtype=dtype),
         "teacher_temperature": torch.linspace(1.5, 0.8, tokens, dtype=dtype),
@@ -70,10 +73,8 @@ def sharded(rank: int, group: Any, inputs: Inputs, padding: int, options: dict) 
         hidden, teacher_hidden = hidden.chunk(tp)[rank], teacher_hidden.chunk(tp)[rank]
     hidden = hidden.clone().requires_grad_()
     shards[0].requires_grad_()
-    value = ek.distillation(
-        hidden, shards[0], teacher_hidden, shards[1], target, group=group, vocab_size=vocab, **options
-    )
-    (value * upstream_of(target.shape[0])).sum().backward()
+    value = distillation(hidden, shards[0], teacher_hidden, shards[1], target, group=group, vocab_size=vocab, **options)
+    (value * upstream_of(target.shape[0]).to(value)).sum().backward()
     return {"value": value.detach(), "hidden": hidden.grad, "weight": shards[0].grad}
 
 
@@ -90,12 +91,12 @@ def test_equals_autograd(
     results = ranks.run(sharded, tp, inputs, padding, options | {"sequence_parallel": sequence_parallel})
     for result in results:
         assert torch.equal(result["value"], results[0]["value"]), "the same bits on every rank"
-        assert relative(result["value"], value) < 1e-12
+        assert relative(result["value"], value) < limit(1e-12, 1e-5)
     parts = [r["hidden"] for r in results]
     for part in [torch.cat(parts)] if sequence_parallel else parts:
-        assert relative(part, grad_hidden) < 1e-11
+        assert relative(part, grad_hidden) < limit(1e-11, 1e-5)
     weight = torch.cat([r["weight"] for r in results])
-    assert relative(weight[:vocab], grad_weight) < 1e-11
+    assert relative(weight[:vocab], grad_weight) < limit(1e-11, 1e-5)
     assert not weight[vocab:].any(), "padded rows must have no gradient"
 
 
@@ -105,7 +106,7 @@ def test_low_precision(direction: str, dtype: torch.dtype, allowed: float) -> No
     inputs = problem(tokens=16, vocab=1100, dtype=dtype)
     value, grad_hidden, grad_weight = exact(inputs, direction, upstream_of(16), teacher_temperature=1.3)
     hidden, weight = (x.requires_grad_() for x in inputs[:2])
-    got = ek.distillation(hidden, weight, *inputs[2:], teacher_temperature=1.3, direction=direction)
+    got = distillation(hidden, weight, *inputs[2:], teacher_temperature=1.3, direction=direction)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.detach().double(), value, rtol=0, atol=1e-5)
     (got * upstream_of(16).float()).sum().backward()
@@ -117,19 +118,20 @@ def test_low_precision(direction: str, dtype: torch.dtype, allowed: float) -> No
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_teacher_of_another_type(direction: str) -> None:
     inputs = problem(dtype=torch.float32)
-    wide = (*inputs[:2], inputs[2].double(), inputs[3].double(), inputs[4])
-    plain = ek.distillation(*inputs, direction=direction)
-    torch.testing.assert_close(ek.distillation(*wide, direction=direction), plain, rtol=0, atol=5e-6)
+    other = torch.bfloat16 if IMPL == "triton" else torch.float64
+    mixed = (*inputs[:2], inputs[2].to(other), inputs[3].to(other), inputs[4])
+    expected = exact(mixed, direction, upstream_of(8))[0]
+    torch.testing.assert_close(distillation(*mixed, direction=direction).double(), expected, rtol=0, atol=1e-5)
 
 
 def test_worked_vector() -> None:
     """KL(p || q) of vector A with its teacher softened to 1.438572."""
-    one = torch.ones(1, 1, dtype=torch.float64)
-    got = ek.distillation(one, A.t(), one, A.t(), torch.tensor([0]), teacher_temperature=1.438572, direction="reverse")
+    one = torch.ones(1, 1, dtype=WIDE)
+    got = distillation(one, A.t(), one, A.t(), torch.tensor([0]), teacher_temperature=1.438572, direction="reverse")
     assert got.item() == pytest.approx(0.032291, abs=1e-6)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=5 if IMPL == "triton" else 30, deadline=None)
 @given(
     vocab=st.integers(1, 1500),
     row_chunk=st.integers(1, 9),
@@ -139,12 +141,12 @@ def test_worked_vector() -> None:
 def test_properties(vocab: int, row_chunk: int, seed: int, direction: str) -> None:
     """Never negative, indifferent to the row chunk, zero with zero gradient for the same model."""
     inputs = problem(vocab=vocab, dtype=torch.float32, seed=seed)
-    whole = ek.distillation(*inputs, direction=direction)
-    parts = ek.distillation(*inputs, direction=direction, row_chunk=row_chunk)
+    whole = distillation(*inputs, direction=direction)
+    parts = distillation(*inputs, direction=direction, row_chunk=row_chunk)
     assert (whole >= 0).all()
     torch.testing.assert_close(whole, parts, rtol=0, atol=2e-5)
     hidden = inputs[0].clone().requires_grad_()
-    same = ek.distillation(hidden, inputs[1], inputs[0], inputs[1], inputs[4], direction=direction)
+    same = distillation(hidden, inputs[1], inputs[0], inputs[1], inputs[4], direction=direction)
     same.sum().backward()
     assert same.max() < 2e-6
     assert hidden.grad.abs().max() < 1e-5
@@ -156,7 +158,7 @@ def test_guided_teacher_enters() -> None:
     guided = ek.guided_teacher(*inputs[2:])
     assert guided.temperature[8 // 3] == 0
     chosen = torch.where(inputs[4] == -100, 1.0, guided.temperature)
-    got = ek.distillation(*inputs, teacher_temperature=guided.temperature)
+    got = distillation(*inputs, teacher_temperature=guided.temperature)
     expected = exact(inputs, "forward", upstream_of(8), teacher_temperature=chosen.double())[0]
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-5)
 
@@ -166,14 +168,14 @@ def test_ignored_rows_and_zero_gradients() -> None:
     for index in (0, 2):
         inputs[index][8 // 3] = torch.nan
     hidden, weight = (x.requires_grad_() for x in inputs[:2])
-    value = ek.distillation(hidden, weight, *inputs[2:])
+    value = distillation(hidden, weight, *inputs[2:])
     assert value[8 // 3] == 0
     value.sum().backward()
     assert not hidden.grad[8 // 3].any() and torch.isfinite(weight.grad).all()
-    nothing = ek.distillation(hidden, weight, *inputs[2:4], torch.full_like(inputs[4], -100))
+    nothing = distillation(hidden, weight, *inputs[2:4], torch.full_like(inputs[4], -100))
     grads = torch.autograd.grad(nothing.sum(), (hidden, weight))
     assert not nothing.any() and not grads[0].any() and not grads[1].any()
-    empty = ek.distillation(hidden[:0], weight, inputs[2][:0], inputs[3], inputs[4][:0])
+    empty = distillation(hidden[:0], weight, inputs[2][:0], inputs[3], inputs[4][:0])
     assert empty.shape == (0,)
 
 
@@ -181,9 +183,9 @@ def test_teacher_is_a_constant() -> None:
     inputs = problem(dtype=torch.float32)
     teacher = [x.requires_grad_() for x in inputs[2:4]]
     weight = inputs[1].requires_grad_()
-    ek.distillation(inputs[0], weight, *teacher, inputs[4]).sum().backward()
+    distillation(inputs[0], weight, *teacher, inputs[4]).sum().backward()
     assert teacher[0].grad is None and teacher[1].grad is None and weight.grad is not None
-    assert not ek.distillation(inputs[0], inputs[1].detach(), *teacher, inputs[4]).requires_grad
+    assert not distillation(inputs[0], inputs[1].detach(), *teacher, inputs[4]).requires_grad
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -196,6 +198,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"target": torch.zeros(4, dtype=torch.long)}, r"target must have shape \(8,\), got \(4,\)"),
     ({"temperature": 0.0}, "temperature must be a finite number > 0, got 0.0"),
     ({"teacher_temperature": torch.zeros(8)}, r"teacher_temperature\[0\] is 0.0"),
+    ({"impl": "fast"}, "impl is 'fast'; known: chunked, triton, auto"),
     ({"direction": "both"}, "direction is 'both'; known: forward, reverse"),
     ({"row_chunk": 0}, "row_chunk must be at least 1 or None, got 0"),
     ({"vocab_size": 71}, r"vocab_size is 71, but 1 shard\(s\) of 70 rows hold 70"),
@@ -205,7 +208,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("change", "message"), BAD)
 def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
     names = ("hidden", "weight", "teacher_hidden", "teacher_weight", "target")
-    arguments = dict(zip(names, problem(dtype=torch.float32), strict=True)) | change
+    arguments: dict[str, Any] = dict(zip(names, problem(dtype=torch.float32), strict=True)) | change
     positional = [arguments.pop(name) for name in names]
     with pytest.raises(ValueError, match=message):
-        ek.distillation(*positional, **arguments)
+        distillation(*positional, **arguments)

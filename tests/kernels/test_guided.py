@@ -2,17 +2,18 @@
 
 The temperature rule on worked vectors; log-probs, temperatures and entropies from hidden states
 over 1, 2 and 4 gloo ranks and any row chunk; padding, ignored rows, 16-bit inputs, bad arguments.
-It does not cover CUDA.
+It does not cover CUDA; test_triton runs it with the Triton kernels in Triton's interpreter.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import pytest
 import torch
-from cases import operands
+from cases import IMPL, chunked_only, operands
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch import Tensor
 import entropy_kernels as ek
 from entropy_kernels import guided, reference
 
+guided_teacher = functools.partial(ek.guided_teacher, impl=IMPL)
 SEARCH = guided.Search((1.1, 1.5), 512, 1.2, 2.0, 0.5, 0.03, 20)
 A = [2.0, 1.0, 0.0, -1.0]
 
@@ -77,7 +79,7 @@ def test_floor_is_a_rule_of_its_own() -> None:
 
 
 def test_vector_a_from_hidden_states() -> None:
-    teacher = ek.guided_teacher(torch.ones(1, 1), torch.tensor(A)[:, None], torch.tensor([0]))
+    teacher = guided_teacher(torch.ones(1, 1), torch.tensor(A)[:, None], torch.tensor([0]))
     assert teacher.temperature.item() == pytest.approx(1.438572, abs=3e-6)
     assert teacher.logprob.item() == pytest.approx(-0.627154, abs=2e-6)
     assert teacher.entropy.item() == pytest.approx(0.947537, abs=2e-6)
@@ -108,7 +110,7 @@ def assert_is_reference(teacher: ek.GuidedTeacher, logits: Tensor, target: Tenso
 def test_is_the_definition(vocab: int, dtype: torch.dtype) -> None:
     hidden, weight, target = operands(24, 64, vocab, dtype)
     hidden *= torch.linspace(0.05, 6, 24)[:, None].to(dtype)
-    teacher = ek.guided_teacher(hidden, weight, target)
+    teacher = guided_teacher(hidden, weight, target)
     assert {v.dtype for v in (teacher.logprob, teacher.temperature, teacher.entropy)} == {torch.float32}
     assert_is_reference(teacher, hidden.double() @ weight.double().t(), target)
     if vocab > 5:
@@ -116,15 +118,16 @@ def test_is_the_definition(vocab: int, dtype: torch.dtype) -> None:
         assert kinds.unique().numel() == 3, "bottom_k_mask, searched and top_k_mask must all occur"
 
 
+@chunked_only("its statistics are float32")
 def test_float64() -> None:
     hidden, weight, target = operands(12, 16, 900, torch.float64, scale=3.0)
-    teacher = ek.guided_teacher(hidden, weight, target, row_chunk=5)
+    teacher = guided_teacher(hidden, weight, target, row_chunk=5)
     expected = reference.guided(hidden @ weight.t(), target)
     for got, want in zip((teacher.logprob, teacher.temperature, teacher.entropy), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=5 if IMPL == "triton" else 40, deadline=None)
 @given(
     vocab=st.integers(1, 1500),
     top=st.integers(1, 600),
@@ -135,14 +138,14 @@ def test_float64() -> None:
 def test_properties(vocab: int, top: int, scale: float, seed: int, row_chunk: int) -> None:
     """Within bounds, the same for any row chunk, and the order of the logits is the teacher's."""
     hidden, weight, target = whole_numbers(9, 12, vocab, seed, max(1, round(8 * scale)))
-    whole = ek.guided_teacher(hidden, weight, target, top=top)
-    parts = ek.guided_teacher(hidden, weight, target, top=top, row_chunk=row_chunk)
+    whole = guided_teacher(hidden, weight, target, top=top)
+    parts = guided_teacher(hidden, weight, target, top=top, row_chunk=row_chunk)
     assert torch.equal(whole.temperature, parts.temperature)
     torch.testing.assert_close(whole.logprob, parts.logprob, rtol=0, atol=2e-6)
     logits = hidden.double() @ weight.double().t()
     assert_is_reference(whole, logits, target, top=top)
     other = torch.randint(vocab, target.shape, generator=torch.Generator().manual_seed(seed))
-    again = ek.guided_teacher(hidden, weight, other, top=top)
+    again = guided_teacher(hidden, weight, other, top=top)
     assert torch.equal(again.temperature, whole.temperature), "the target has no say in the temperature"
     above = logits.gather(1, target[:, None]) >= logits.gather(1, other[:, None])
     assert torch.equal(whole.logprob >= again.logprob, above[:, 0])
@@ -161,24 +164,24 @@ def test_selection_is_exact(width: int, top: int, seed: int, kinds: int) -> None
 
 def test_ignored_rows_are_zero_and_not_computed() -> None:
     hidden, weight, target = operands(10, 16, 300)
-    expected = ek.guided_teacher(hidden, weight, target)
+    expected = guided_teacher(hidden, weight, target)
     masked = target.clone()
     masked[[0, 4, 9]] = -100
     hidden[[0, 4, 9]] = torch.nan
-    teacher = ek.guided_teacher(hidden, weight, masked)
+    teacher = guided_teacher(hidden, weight, masked)
     keep = masked != -100
     for name in ("logprob", "temperature", "entropy"):
         got = getattr(teacher, name)
         assert not got[~keep].any(), name
         torch.testing.assert_close(got[keep], getattr(expected, name)[keep], rtol=0, atol=5e-6)
-    nothing = ek.guided_teacher(hidden, weight, torch.full_like(target, -100))
+    nothing = guided_teacher(hidden, weight, torch.full_like(target, -100))
     assert not torch.stack([nothing.logprob, nothing.temperature, nothing.entropy]).any()
-    assert ek.guided_teacher(hidden[:0], weight, target[:0]).logprob.shape == (0,)
+    assert guided_teacher(hidden[:0], weight, target[:0]).logprob.shape == (0,)
 
 
 def test_fixed_temperature() -> None:
     hidden, weight, target = operands(10, 16, 300)
-    teacher = ek.guided_teacher(hidden, weight, target, fixed=1.3)
+    teacher = guided_teacher(hidden, weight, target, fixed=1.3)
     stats = ek.token_stats(hidden, weight, target, teacher_temperature=1.3)
     assert (teacher.temperature == 1.3).all()
     torch.testing.assert_close(teacher.logprob, stats.teacher_logprob, rtol=0, atol=1e-5)
@@ -187,7 +190,7 @@ def test_fixed_temperature() -> None:
 
 def test_no_gradient() -> None:
     hidden, weight, target = operands(4, 16, 30)
-    teacher = ek.guided_teacher(hidden.requires_grad_(), weight.requires_grad_(), target)
+    teacher = guided_teacher(hidden.requires_grad_(), weight.requires_grad_(), target)
     assert not (teacher.logprob.requires_grad or teacher.temperature.requires_grad or teacher.entropy.requires_grad)
 
 
@@ -195,11 +198,11 @@ def test_impossible_tokens() -> None:
     """A -inf logit (an overflowing product) is an impossible token, inside and outside the top."""
     hidden = torch.tensor([[1.0, 1e30]])
     weight = torch.tensor([[2.0, 0], [1.0, 0], [0.0, 0], [-1.0, 0], [0.0, -1e30]])
-    teacher = ek.guided_teacher(hidden, weight, torch.tensor([0]))
+    teacher = guided_teacher(hidden, weight, torch.tensor([0]))
     assert teacher.temperature.item() == pytest.approx(1.438572, abs=3e-6)
     assert teacher.logprob.item() == pytest.approx(-0.627154, abs=2e-6)
     assert teacher.entropy.item() == pytest.approx(0.947537, abs=2e-6)
-    assert ek.guided_teacher(hidden, weight, torch.tensor([4])).logprob.item() == -math.inf
+    assert guided_teacher(hidden, weight, torch.tensor([4])).logprob.item() == -math.inf
 
 
 def sharded(rank: int, group: Any, inputs: tuple[Tensor, ...], padding: int, options: dict) -> ek.GuidedTeacher:
@@ -212,7 +215,7 @@ def sharded(rank: int, group: Any, inputs: tuple[Tensor, ...], padding: int, opt
     if options.get("sequence_parallel"):
         hidden = hidden.chunk(tp)[rank]
     shard = padded[rank * rows : (rank + 1) * rows]
-    return ek.guided_teacher(hidden, shard, target, group=group, vocab_size=weight.shape[0], **options)
+    return guided_teacher(hidden, shard, target, group=group, vocab_size=weight.shape[0], **options)
 
 
 # V=3 with padding 5 leaves whole shards of padding; V=67 leaves fewer columns than `top` on a rank.
@@ -223,7 +226,7 @@ def test_same_on_every_layout(ranks: Any, tp: int, vocab: int, padding: int, opt
     hidden, weight, target = whole_numbers(16, 12, vocab, seed=vocab, largest=20)
     target[3] = -100
     plain = {name: value for name, value in options.items() if name in ("top", "fixed")}
-    expected = ek.guided_teacher(hidden, weight, target, **plain)
+    expected = guided_teacher(hidden, weight, target, **plain)
     results = ranks.run(sharded, tp, (hidden, weight, target), padding, options)
     for result in results:
         # Products of whole eighths are exact, so the logits and with them the searches are the same bits.
@@ -255,6 +258,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"amplitude": float("inf")}, "amplitude must be a finite number >= 0, got inf"),
     ({"floor": float("inf")}, "floor must be a finite number, got inf"),
     ({"fixed": 0.0}, "fixed must be a finite number > 0, got 0.0"),
+    ({"impl": "fast"}, "impl is 'fast'; known: chunked, triton, auto"),
     ({"row_chunk": 0}, "row_chunk must be at least 1 or None, got 0"),
     ({"vocab_size": 51}, r"vocab_size is 51, but 1 shard\(s\) of 50 rows hold 50"),
 ]
@@ -266,7 +270,7 @@ def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
     arguments = {"hidden": hidden, "weight": weight, "target": target} | change
     positional = [arguments.pop(name) for name in ("hidden", "weight", "target")]
     with pytest.raises(ValueError, match=message):
-        ek.guided_teacher(*positional, **arguments)
+        guided_teacher(*positional, **arguments)
 
 
 def test_bad_top_logits_are_named() -> None:
