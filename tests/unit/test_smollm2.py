@@ -1,6 +1,6 @@
 """examples/smollm2: the data is what its page says, the settings fit the model, and a missing network is one line.
 
-Not shown: that the model can be had and learns, which takes the network and a quarter of an hour (`make demo-real`).
+Not shown: that the model can be had and learns, which takes the network and half an hour (`make demo-real`).
 """
 
 import json
