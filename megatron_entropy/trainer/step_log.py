@@ -62,7 +62,7 @@ class StepLog:
 def throughput(
     groups: Sequence[Group], metrics: Mapping[str, Metric], seconds: Mapping[str, float]
 ) -> dict[str, Metric]:
-    """Return `perf/throughput` and, where responses were sampled, `perf/generate_throughput`, in tokens/s.
+    """Return `perf/throughput` and, where engines sampled the responses, `perf/generate_throughput`, in tokens/s.
 
     Args:
         groups: of the step, branches and all; their prompts count.
@@ -73,6 +73,6 @@ def throughput(
     training = seconds["step"] - seconds.get("eval", 0.0) - seconds.get("save", 0.0)
     if groups:
         rates["perf/throughput"] = Metric(sum(len(sample.tokens) for sample in samples_of(groups)), training)
-    if "rollout/tokens" in metrics:
+    if "rollout/tokens" in metrics and "generate" in seconds:  # a replay has no phase `generate`
         rates["perf/generate_throughput"] = Metric(metrics["rollout/tokens"].value, seconds["generate"])
     return rates

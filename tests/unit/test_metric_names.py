@@ -7,6 +7,8 @@ from pathlib import Path
 
 from megatron_entropy.monitor.metric_names import AREAS, METRICS, metric_table_markdown, unknown_metrics
 from megatron_entropy.monitor.timer import PHASES
+from megatron_entropy.records import Metric
+from megatron_entropy.trainer.step_log import throughput
 
 PACKAGE = Path(__file__).parents[2] / "megatron_entropy"
 LITERAL = re.compile(rf"({'|'.join(AREAS)})/[a-z0-9_@]+")
@@ -55,3 +57,9 @@ def test_unknown_metric_is_found():
 def test_markdown_holds_every_metric_once():
     names = Counter(re.findall(r"^\| `(.+?)` \| \S+ \| .+ \|$", metric_table_markdown(), flags=re.MULTILINE))
     assert names == Counter(metric.name for metric in METRICS)
+
+
+def test_a_replay_has_no_rate_of_generation():
+    rates = throughput([], {"rollout/tokens": Metric(10.0)}, {"step": 2.0})
+    assert not rates
+    assert throughput([], {"rollout/tokens": Metric(10.0)}, {"step": 2.0, "generate": 1.0})
