@@ -27,7 +27,7 @@ from entropy_kernels import triton_engine  # noqa: E402
 HERE = Path(__file__).resolve().parent
 COMMON = ("moments entropy", "moments entropy teacher", "gradient", "gradient entropy")
 SECOND_MODEL = ("test_guided.py", "test_distillation.py")
-SOME = "definition and 700 or impossible or fixed or ranks and dtype0 or low_precision or another or 1203 and reverse-2"
+SOME = "dtype1-700 or impossible or fixed_temp or low_precision and dtype1 or another or 1203 and True-reverse-2"
 """What the interpreter runs of them in a time that a test may take."""
 ONE_RANK = ("test_exactness.py", "test_precision.py", "test_awkward.py", "test_options.py")
 
