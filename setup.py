@@ -16,6 +16,7 @@ INSTALL_REQUIRES = [
     "safetensors>=0.6",  # model folders, read tensor by tensor
     "sentencepiece>=0.2",  # tokenizer.model files
     "ray>=2.50",  # rollout engines as actors that can be restarted
+    "grpcio>=1.60",  # asks the head of a Ray cluster why a node could not join
     "psutil>=5.9",  # the launcher finds the ranks that it sends stop signals to
     "math-verify>=0.9",  # grades mathematical answers
     "mpmath>=1.3",  # graders compare formulas by value, with 30 digits
@@ -52,6 +53,7 @@ EXTRAS_REQUIRE = {
     "wandb": ["wandb>=0.18"],
     "dev": [
         "pytest>=8",
+        "PyYAML>=6",  # tests read the manifests of examples/cluster
         "pytest-timeout>=2.3",  # a hung collective fails its test
         "hypothesis>=6.100",  # properties of packing, configuration and graders
         "ruff>=0.14",

@@ -7,7 +7,7 @@ The logits of a chunk exist in memory, [rows, columns] float32, for their larges
 # ruff: noqa: N803 - compile-time constants are written in capitals
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -16,9 +16,6 @@ from torch import Tensor
 
 from .triton_engine import Blocks
 from .triton_kernels import FLOOR
-
-if TYPE_CHECKING:
-    from .guided import Search
 
 FAN = 4
 """Columns per block of the level of maxima that is made here; the same as guided.FAN."""
@@ -150,8 +147,8 @@ def temper(logits: Tensor, maximum: Tensor, temperature: Tensor) -> Tensor:
     return out
 
 
-def temperature(search: Search, tops: Tensor, entropy: Tensor) -> Tensor:
-    """[n] temperatures for top logits [n, K], as `Search.temperature`."""
+def temperature(search: Any, tops: Tensor, entropy: Tensor) -> Tensor:
+    """[n] temperatures for top logits [n, K], as `Search.temperature` of `search`, a `guided.Search`."""
     if tops.shape[1] > MOST_SEARCHED:
         return search.temperature(tops, entropy)
     rows, count = tops.shape

@@ -22,11 +22,13 @@ DISTRIBUTION_OF = {
     "math_verify": "math-verify",
     "prometheus_client": "prometheus-client",
     "transformer_engine": "transformer-engine",
+    "grpc": "grpcio",
+    "yaml": "PyYAML",
 }
 """Distributions with another name than their module."""
 NOT_IMPORTED = {"einops": "imported by megatron-core", "tensorboard": "imported by torch.utils.tensorboard"}
 """Declared packages that another package needs."""
-OWN = {"megatron_entropy", "entropy_kernels"}
+OWN = {"megatron_entropy", "entropy_kernels", "compile_table"}
 
 
 def imported(*folders):
