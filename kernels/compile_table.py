@@ -42,7 +42,7 @@ ALIGNED = (
     "h_stride", "w_stride", "teacher_h_stride", "teacher_w_stride", "saved_stride", "out_stride",
     "H", "teacher_H", "valid", "start", "stop",
 )  # fmt: skip
-"""Integers that are multiples of 16 in practice, which the JIT compiler notices."""
+"""Integers that are usually multiples of 16, which the JIT compiler notices."""
 Facts = dict[str, int]
 Row = dict[str, Facts]
 
