@@ -46,6 +46,7 @@ PURPOSES = {
     "safetensors": "model folders",
     "sentencepiece": "tokenizer.model files",
     "ray": "rollout engines as actors",
+    "grpcio": "why a node could not join a Ray cluster",
     "psutil": "stopping ranks gracefully",
     "math-verify": "grading of mathematical answers",
     "mpmath": "comparison of formulas by value",
