@@ -3,7 +3,7 @@
 
     python examples/smollm2/report.py runs/smollm2/times_tables_dapo runs/smollm2/times_tables_cure ...
 
-Everything is read from the run folders. Intervals are of 95 % over questions, the answers to one question together
+Everything is read from the run folders; runs of an earlier `results.json` that are not named stay. Intervals are of 95 % over questions, the answers to one question together
 (`megatron_entropy.evaluation.metrics.clustered_mean`). Answers that the verifier could not grade are left out.
 """
 
@@ -73,9 +73,10 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         runs = [read_run(RunFolder(path)) for path in args.runs]
+        known = {run[0].run: run for run in (*read_results(args.out / "results.json"), *runs)}
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
-    write_page(args.out, runs, args.conditions)
+    write_page(args.out, list(known.values()), args.conditions)
     print(f"wrote {args.out / 'README.md'}")
 
 
@@ -90,6 +91,27 @@ def read_run(folder: RunFolder) -> list[Stage]:
         raise DataError(f"{folder.root}: no finished stage; train it first")
     rows = read_metrics(folder.metrics)
     return [read_stage(folder, summary, [row for row in rows if row["stage"] == summary.name]) for summary in summaries]
+
+
+def read_results(path: Path) -> list[list[Stage]]:
+    """Read the runs of an earlier page, none if there is no page.
+
+    Raises:
+        DataError: the file is not one that this program wrote.
+    """
+    if not path.exists():
+        return []
+    runs: dict[str, list[Stage]] = {}
+    try:
+        for values in json.loads(path.read_text(encoding="utf-8")):
+            evaluations = [
+                Evaluation(**{**evaluation, "accuracy": Estimate(**evaluation["accuracy"])})
+                for evaluation in values["evaluations"]
+            ]
+            runs.setdefault(values["run"], []).append(Stage(**{**values, "evaluations": evaluations}))
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not the results of earlier runs ({error}); delete it") from None
+    return list(runs.values())
 
 
 def read_stage(folder: RunFolder, summary: StageSummary, rows: Sequence[Mapping[str, Any]]) -> Stage:
