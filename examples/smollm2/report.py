@@ -3,8 +3,9 @@
 
     python examples/smollm2/report.py runs/smollm2/times_tables_dapo runs/smollm2/times_tables_cure ...
 
-Everything is read from the run folders; runs of an earlier `results.json` that are not named stay. Intervals are of 95 % over questions, the answers to one question together
-(`megatron_entropy.evaluation.metrics.clustered_mean`). Answers that the verifier could not grade are left out.
+Everything is read from the run folders; runs of an earlier `results.json` that are not named stay. Intervals are of
+95 % over questions, the answers to one question together (`megatron_entropy.evaluation.metrics.clustered_mean`).
+Answers that the verifier could not grade are left out.
 """
 
 from __future__ import annotations
