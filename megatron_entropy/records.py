@@ -186,6 +186,7 @@ class HeadInputs:
     group: ProcessGroup | None  # tensor parallel ranks
     sequence_parallel: bool
     vocab_size: int  # without padding rows
+    impl: str = "auto"  # of `entropy_kernels`
 
 
 TokenStatistics = Callable[[HeadInputs], Mapping[str, "torch.Tensor"]]

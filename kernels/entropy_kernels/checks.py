@@ -14,6 +14,20 @@ from torch import Tensor
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 IMPLEMENTATIONS = ("auto", "reference", "chunked", "triton")
 SAVE_MODES = ("recompute", "half", "auto")
+COVERED = ((9, 0), (10, 0))
+"""Compute capabilities from 9.0 on that the compile table covers."""
+
+
+def uncovered(capability: tuple[int, int]) -> str:
+    """What keeps Triton from a generation for which nobody has compiled the tiles; the empty text if nothing does.
+
+    There they may spill, or not fit its memory.
+    """
+    if capability < COVERED[0] or capability in COVERED:
+        return ""
+    known = ", ".join(f"{major}.{minor}" for major, minor in COVERED)
+    found = ".".join(map(str, capability))
+    return f"the Triton kernels are not compiled for compute capability {found} (only for {known})"
 
 
 def check_matrix(name: str, value: Tensor) -> None:

@@ -20,6 +20,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import checks
 from .chunked import Saved, aligned_columns, spans
 from .moments import Coefficients, Moments, merge
 from .records import Request
@@ -34,8 +35,6 @@ GRADIENT_COLUMNS = 8192
 GRADIENT_ELEMENTS = 1 << 26
 """Elements of the gradient block; long batches get fewer columns at a time."""
 TILES_PER_SPLIT = 16
-COVERED = ((9, 0), (10, 0))
-"""Compute capabilities from 9.0 on that the compile table covers."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,10 @@ def choose_blocks(tiles: HiddenTiles, covered: Callable[[int], Blocks], columns:
         return Blocks(64, 64, 32, 4, 2)
     capability = torch.cuda.get_device_capability(tiles.hidden.device)
     if capability[0] >= 9:
-        check_covered(capability)
+        if problem := checks.uncovered(capability):
+            raise ValueError(
+                f'{problem}: pass impl="chunked", or add it to checks.COVERED and to kernels/compile_table.py'
+            )
         return covered(capability[0])
     return Blocks(128, 128, 32, 8, 3)
 
@@ -99,16 +101,6 @@ def device_blocks(use: str, softcap: bool, capability: int) -> Blocks:
     if use == "saved":
         return SINGLE
     return FINE if softcap and use == "gradient" else WIDE
-
-
-def check_covered(capability: tuple[int, int]) -> None:
-    """Refuse a generation for which nobody has compiled the tiles: they may spill, or not fit its memory."""
-    if capability not in COVERED:
-        known = ", ".join(f"{major}.{minor}" for major, minor in COVERED)
-        raise ValueError(
-            f"the Triton kernels are not compiled for compute capability {capability[0]}.{capability[1]} (only for "
-            f'{known}): pass impl="chunked", or add it to triton_engine.COVERED and to kernels/compile_table.py'
-        )
 
 
 def uses_tma(tiles: HiddenTiles) -> bool:

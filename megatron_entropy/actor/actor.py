@@ -271,6 +271,7 @@ class Actor:
             group=group,
             sequence_parallel=self.config.parallel.sequence_parallel,
             vocab_size=self.arch.vocab_size,
+            impl=self.config.performance.head_kernels,
         )
 
 

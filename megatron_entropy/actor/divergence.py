@@ -71,4 +71,5 @@ def compute_divergence(
         group=head.group,
         sequence_parallel=head.sequence_parallel,
         vocab_size=head.vocab_size,
+        impl=head.impl,
     )

@@ -50,4 +50,5 @@ def head_statistics(head: HeadInputs, *, temperature: float, entropy: bool) -> T
         group=head.group,
         sequence_parallel=head.sequence_parallel,
         vocab_size=head.vocab_size,
+        impl=head.impl,
     )

@@ -219,7 +219,7 @@ def performance_choices(machine: Machine) -> dict[str, Choice]:
     from megatron_entropy.config.speedups import choices, find_software
 
     actor = ActorConfig(parallel=ParallelConfig(dp=2, distributed_optimizer=True))
-    return choices(actor, find_software(bool(machine.devices)))
+    return choices(actor, find_software(machine.devices[0][1] if machine.devices else None))
 
 
 def add_parser(subparsers: Subparsers) -> None:

@@ -1,4 +1,4 @@
-"""What of `actor.performance` an actor uses on a machine, and why. torch is imported to look for a GPU only."""
+"""What of `actor.performance` an actor uses on a machine, and why. torch is imported for GPUs only."""
 
 from __future__ import annotations
 
@@ -13,13 +13,20 @@ from megatron_entropy.errors import ConfigError
 class Software:
     """What the choices depend on.
 
-    `apex_fusion`: Apex's extension `fused_weight_gradient_mlp_cuda` is there, which not every build of Apex has.
+    `capability`: compute capability of the GPU, None without one. `apex_fusion`: Apex's extension
+    `fused_weight_gradient_mlp_cuda` is there, which not every build of Apex has.
     """
 
-    gpu: bool
+    capability: tuple[int, int] | None
     transformer_engine: bool
     apex: bool
     apex_fusion: bool
+    triton: bool
+
+    @property
+    def gpu(self) -> bool:
+        """Whether there is a GPU."""
+        return self.capability is not None
 
     @property
     def fused_layers(self) -> bool:
@@ -36,12 +43,14 @@ class Choice:
     problem: str = ""
 
 
-def find_software(gpu: bool) -> Software:
-    """Look for the packages, without importing them."""
-    found = [
-        importlib.util.find_spec(name) for name in ("transformer_engine", "apex", "fused_weight_gradient_mlp_cuda")
-    ]
-    return Software(gpu, *(spec is not None for spec in found))
+def find_software(capability: tuple[int, int] | None) -> Software:
+    """Look for the packages, without importing them.
+
+    Args:
+        capability: compute capability of the GPU, None without one.
+    """
+    names = ("transformer_engine", "apex", "fused_weight_gradient_mlp_cuda", "triton")
+    return Software(capability, *(importlib.util.find_spec(name) is not None for name in names))
 
 
 def choices(actor: ActorConfig, software: Software) -> dict[str, Choice]:
@@ -53,6 +62,7 @@ def choices(actor: ActorConfig, software: Software) -> dict[str, Choice]:
         "overlap_grad_reduce": reduce,
         "overlap_param_gather": _overlap_param_gather(actor, software, reduce),
         "fuse_grad_accumulation": _fuse_grad_accumulation(actor, software),
+        "Triton head kernels": _head_kernels(actor, software),
         "fused rope, bias and SwiGLU": Choice(engine, "Transformer Engine's" if engine else plain),
         "fused AdamW": Choice(
             engine or apex,
@@ -105,6 +115,19 @@ def _fuse_grad_accumulation(actor: ActorConfig, software: Software) -> Choice:
     return Choice(asked, "as configured")
 
 
+def _head_kernels(actor: ActorConfig, software: Software) -> Choice:
+    if actor.performance.head_kernels == "chunked":
+        return Choice(False, "actor.performance.head_kernels=chunked")
+    if software.capability is None or not software.triton:
+        return Choice(False, "Triton is not installed" if software.gpu else "no GPU")
+    from entropy_kernels.checks import uncovered
+
+    problem = uncovered(software.capability)
+    if problem and actor.dtype != "float32":  # whose tiles are small
+        return Choice(False, problem, f'actor.performance.head_kernels="auto": {problem}; set it to "chunked"')
+    return Choice(True, "statistics and divergences without logits")
+
+
 def resolve(config: ActorConfig) -> dict[str, Choice]:
     """Return what the actor uses.
 
@@ -113,7 +136,8 @@ def resolve(config: ActorConfig) -> dict[str, Choice]:
     """
     import torch
 
-    found = choices(config, find_software(torch.cuda.is_available()))
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    found = choices(config, find_software(capability))
     for choice in found.values():
         if choice.problem:
             raise ConfigError(choice.problem)

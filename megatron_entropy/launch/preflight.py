@@ -100,8 +100,7 @@ def check_memory(config: Config, arch: ModelArchitecture) -> None:
     Raises:
         ConfigError: they do not.
     """
-    has_driver = os.path.exists("/proc/driver/nvidia/version")  # or torch would be imported for nothing
-    if has_driver and not config.rollout.replay and _samples(config) and (gpus := count_gpus()):
+    if _has_driver() and not config.rollout.replay and _samples(config) and (gpus := count_gpus()):
         import torch
 
         smallest = min(torch.cuda.get_device_properties(index).total_memory for index in range(gpus))
@@ -138,7 +137,7 @@ def check_packages(config: Config) -> None:
             )
     if actor.fp8.recipe and not actor.fp8.emulate:
         _check_fp8(actor.fp8.recipe)
-    if actor.performance != PerformanceConfig():
+    if actor.performance != PerformanceConfig() or _has_driver():
         resolve(actor)
     if rollout.weight_transfer == "nccl" and not count_gpus():
         raise ConfigError("rollout.weight_transfer=nccl needs a GPU, and this machine has none; change the setting")
@@ -222,6 +221,11 @@ def check_machine(configs: Sequence[Config]) -> None:
                 f"rollout.num_engines * rollout.tensor_parallel = {engines} processes; this machine ({cores} cores) "
                 f"starts at most {limit}; lower one of them, or join a Ray cluster with RAY_ADDRESS"
             )
+
+
+def _has_driver() -> bool:
+    """Whether there may be GPUs; without a driver torch would be imported for nothing."""
+    return os.path.exists("/proc/driver/nvidia/version")
 
 
 def count_gpus() -> int:

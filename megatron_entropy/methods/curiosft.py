@@ -82,6 +82,7 @@ class GuidedTemperature:
             group=head.group,
             sequence_parallel=head.sequence_parallel,
             vocab_size=head.vocab_size,
+            impl=head.impl,
         )
         return {"reference_logprob": guided.logprob, "reference_temperature": guided.temperature}
 

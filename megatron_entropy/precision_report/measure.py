@@ -98,7 +98,15 @@ class Scorer:
 
     def _run(self, samples: Sequence[Sample], temperature: float) -> list[dict[str, Any]]:
         def compute(batch: Any, chunk: Any, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            head = HeadInputs(hidden.squeeze(0), head_weight(chunk), batch.targets, None, False, self.arch.vocab_size)
+            head = HeadInputs(
+                hidden.squeeze(0),
+                head_weight(chunk),
+                batch.targets,
+                group=None,
+                sequence_parallel=False,
+                vocab_size=self.arch.vocab_size,
+                impl="chunked",  # the same on every GPU generation
+            )
             stats = head_statistics(head, temperature=temperature, entropy=True)
             assert stats.entropy is not None
             found = {"logprob": stats.logprob, "entropy": stats.entropy, "top_token": _top_tokens(head)}

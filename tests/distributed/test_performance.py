@@ -6,6 +6,7 @@ gradient accumulation needs a GPU: here only which layers are told to do it is l
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import check_layouts
 import numpy as np
@@ -14,10 +15,11 @@ import torch
 from local_ranks import run_on_ranks
 
 from megatron_entropy.config.architecture import read_architecture
-from megatron_entropy.config.performance import PerformanceConfig
+from megatron_entropy.config.performance import PerformanceConfig, Switch
 from megatron_entropy.config.schema import ActorConfig, LoraConfig, MoeConfig, OptimizerConfig, ParallelConfig
 from megatron_entropy.config.speedups import Software, choices
 from megatron_entropy.distributed import process_groups
+from megatron_entropy.records import HeadInputs
 
 pytestmark = pytest.mark.actor
 
@@ -40,12 +42,17 @@ def updates(folder: str, layout: ParallelConfig, settings: PerformanceConfig) ->
     load(TensorFolder(folder), actor.arch, layout, actor.named_shards())
     actor.after_load()
     samples = check_layouts.make_samples(actor.arch.vocab_size)
+
+    def statistics(head):
+        assert head.impl == settings.head_kernels
+        return policy_statistics(temperature=1.0)(head)
+
     found = []
     for update in range(3):
         metrics = actor.update(samples, lambda s, b: (-b.advantage * s.logprob, {}), temperature=1.0)
         found.append([metrics[f"train/{name}"].value for name in ("loss", "grad_norm")])
         if update == 1:
-            scored = actor.score(samples, policy_statistics(temperature=1.0))
+            scored = actor.score(samples, statistics)
             found.append([float(sample.logprob.sum()) for sample in scored[:2]])
     actor.gather_weights()
     if settings.overlap_grad_reduce is True and process_groups.rank() == 0:
@@ -64,7 +71,7 @@ def updates(folder: str, layout: ParallelConfig, settings: PerformanceConfig) ->
 )
 def test_overlapped_communication_changes_no_number(tmp_path, layout):
     check_layouts.make_checkpoint(tmp_path, experts=False)
-    plain = PerformanceConfig(overlap_grad_reduce=False, overlap_param_gather=False)
+    plain = PerformanceConfig(overlap_grad_reduce=False, overlap_param_gather=False, head_kernels="chunked")
     overlapped = PerformanceConfig(overlap_grad_reduce=True, overlap_param_gather=layout.distributed_optimizer)
     expected = run_on_ranks(updates, layout.world_size, str(tmp_path), layout, plain)
     found = run_on_ranks(updates, layout.world_size, str(tmp_path), layout, overlapped)
@@ -74,8 +81,9 @@ def test_overlapped_communication_changes_no_number(tmp_path, layout):
             np.testing.assert_allclose(weight, expected_weights[name], atol=1e-6, err_msg=name)
 
 
-GPU = Software(gpu=True, transformer_engine=True, apex=False, apex_fusion=False)
-CPU = Software(gpu=False, transformer_engine=False, apex=False, apex_fusion=False)
+GPU = Software((9, 0), transformer_engine=True, apex=False, apex_fusion=False, triton=True)
+CPU = Software(None, transformer_engine=False, apex=False, apex_fusion=False, triton=True)
+NEWER = dataclasses.replace(GPU, capability=(12, 0))
 SHARDED = ParallelConfig(dp=2, distributed_optimizer=True)
 
 
@@ -84,12 +92,13 @@ def active(actor: ActorConfig, software: Software) -> set[str]:
 
 
 def test_defaults_use_what_the_machine_has():
-    keys = set(PerformanceConfig.model_fields)
+    keys = {name for name, field in PerformanceConfig.model_fields.items() if field.annotation == Switch}
+    assert len(keys) == len(PerformanceConfig.model_fields) - 1 and "Triton head kernels" in active(ActorConfig(), GPU)
     assert keys <= active(ActorConfig(parallel=SHARDED), GPU)
     assert active(ActorConfig(parallel=SHARDED), CPU) == set()
     assert keys & active(ActorConfig(), GPU) == {"fuse_grad_accumulation"}, "one data parallel rank"
     assert keys & active(ActorConfig(parallel=ParallelConfig(dp=2)), GPU) == keys - {"overlap_param_gather"}
-    plain = Software(gpu=True, transformer_engine=False, apex=False, apex_fusion=False)
+    plain = dataclasses.replace(GPU, transformer_engine=False)
     found = choices(ActorConfig(parallel=SHARDED), plain)
     assert "Apex" in found["fuse_grad_accumulation"].reason and "Apex would help" in found["fused AdamW"].reason
     assert "fuse_grad_accumulation" not in active(ActorConfig(lora=LoraConfig(rank=4)), GPU)
@@ -107,12 +116,39 @@ def test_defaults_use_what_the_machine_has():
             "needs actor.performance.overlap_grad_reduce=true",
         ),
         (dict(fuse_grad_accumulation=True), SHARDED, CPU, "needs a GPU"),
+        ({}, SHARDED, NEWER, 'head_kernels="auto": the Triton kernels are not compiled for compute capability 12.0'),
     ],
 )
 def test_a_setting_that_cannot_be_obeyed_is_one_line(settings, layout, software, expected):
     actor = ActorConfig(parallel=layout, performance=PerformanceConfig(**settings))
     problems = [choice.problem for choice in choices(actor, software).values() if choice.problem]
     assert len(problems) == 1 and expected in problems[0] and problems[0].startswith("actor.performance.")
+
+
+def test_a_gpu_that_the_triton_kernels_were_not_compiled_for_can_be_configured():
+    chunked = ActorConfig(performance=PerformanceConfig(head_kernels="chunked"))
+    for actor in (chunked, ActorConfig(dtype="float32")):
+        assert not any(choice.problem for choice in choices(actor, NEWER).values())
+    assert "Triton head kernels" not in active(chunked, NEWER) | active(chunked, GPU)
+
+
+@pytest.mark.parametrize("statistic", ["policy", "guided", "divergence"])
+def test_the_configured_head_kernels_are_asked_for(statistic):
+    from megatron_entropy.actor.divergence import ReferenceStates, compute_divergence
+    from megatron_entropy.actor.statistics import policy_statistics
+    from megatron_entropy.methods.curiosft import GuidedTemperature
+
+    hidden, batch = torch.ones(2, 8), SimpleNamespace(order=(0,), reference_temperature=None)
+    head = HeadInputs(hidden, torch.ones(4, 8), torch.zeros(2).long(), None, False, 4, impl="triton")
+    compute = {
+        "policy": lambda: policy_statistics(temperature=1.0)(head),
+        "guided": lambda: GuidedTemperature()(head),
+        "divergence": lambda: compute_divergence(
+            head, batch, ReferenceStates({(0,): hidden}, head.weight), temperature=1.0, direction="forward"
+        ),
+    }
+    with pytest.raises(ValueError, match="impl is 'triton', but hidden is on cpu"):
+        compute[statistic]()
 
 
 def test_fused_accumulation_reaches_the_linear_layers():

@@ -22,7 +22,8 @@ import torch
 pytest.importorskip("triton")
 import compile_table  # noqa: E402 - needs no Triton, what it is compared with does
 
-from entropy_kernels import triton_engine  # noqa: E402
+from entropy_kernels import checks, triton_engine  # noqa: E402
+from entropy_kernels.tiles import HiddenTiles  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 COMMON = ("moments entropy", "moments entropy teacher", "gradient", "gradient entropy")
@@ -136,8 +137,11 @@ def test_table_refuses_what_it_does_not_cover(
     assert error.count("\n") == 1 and message in error
 
 
-def test_a_generation_that_is_not_covered_is_refused() -> None:
+def test_a_generation_that_is_not_covered_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_engine, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    tiles = HiddenTiles(torch.zeros(1, 16).bfloat16(), torch.zeros(16, 16).bfloat16())
     with pytest.raises(ValueError, match=r"compute capability 12\.0 \(only for 9\.0, 10\.0\): pass impl="):
-        triton_engine.check_covered((12, 0))
-    for capability in triton_engine.COVERED:
-        triton_engine.check_covered(capability)
+        triton_engine.choose_blocks(tiles, lambda major: triton_engine.WIDE, 64)
+    for capability in (*checks.COVERED, (8, 0)):
+        assert not checks.uncovered(capability)
