@@ -56,7 +56,9 @@ def contestants(options: argparse.Namespace, problem: common.Problem, group: Any
 
     def product() -> None:
         shard = locate(group, weight.shape[0], options.vocab)
-        chunk = guided._Chunk.allocate(HiddenTiles(hidden, weight), target, shard, options.row_chunk)
+        chunk = guided._Chunk.allocate(
+            HiddenTiles(hidden, weight), target, shard, options.row_chunk, guided.uses_triton("auto", hidden)
+        )
         for first, last in spans(options.tokens, chunk.logits.shape[0]):
             chunk.load(first, last)
 
