@@ -170,10 +170,13 @@ def start_ray(
     try:
         if own:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
-        # Otherwise Ray ends this process a minute after the death of gcs_server, in the middle of a long step.
         if not any(name in os.environ for name in TOKEN_VARIABLES):
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # otherwise Ray writes one into the home folder
-        system_config = {"gcs_rpc_server_reconnect_timeout_s": 10**6}
+        system_config = {
+            # Otherwise Ray ends this process a minute after the death of gcs_server, in the middle of a long step.
+            "gcs_rpc_server_reconnect_timeout_s": 10**6,
+            "worker_niceness": 0,  # of 15: an engine would wait for everything else on the machine
+        }
         cluster.start(num_cpus=config.num_engines + 1, include_dashboard=False, _system_config=system_config)
     finally:
         if own and visible is None:
