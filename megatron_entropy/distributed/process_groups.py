@@ -40,11 +40,13 @@ def init_process_group(timeout: float = 3600.0, *, store: dist.Store | None = No
     limit = datetime.timedelta(seconds=timeout)
     if store is None:
         dist.init_process_group(backend, timeout=limit)
+        _connect_nccl()
         return
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     own = dist.PrefixStore("default", store)
     try:
         dist.init_process_group(backend, timeout=limit, store=own, rank=rank, world_size=world_size)
+        _connect_nccl()
     except (RuntimeError, dist.DistError) as error:
         reason = " ".join(str(error).split())
         interface = os.environ.get(network.GLOO, "chosen by its host name")
@@ -52,6 +54,12 @@ def init_process_group(timeout: float = 3600.0, *, store: dist.Store | None = No
             f"the ranks cannot connect to one another over {network.host_name()}'s interface {interface} ({reason}); "
             f"name another one with {network.GLOO} and {network.NCCL}, or open the ports between the nodes"
         ) from None
+
+
+def _connect_nccl() -> None:
+    """Make NCCL's communicator of all ranks: a batch of sends between some of them must not be its first call."""
+    if torch.cuda.is_available():
+        dist.all_reduce(torch.zeros(1, device="cuda"))
 
 
 def init_model_parallel(layout: ParallelConfig, seed: int) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -118,10 +118,10 @@ class ShardedSource:
             for tp_rank, holder in enumerate(placement.ranks)
             if (slices := _slices(placement, index, self.arch, tp_rank, first, count))
         ]
-        finish_receiving = []
+        finish_receiving = None
         if rank == 0 and not in_place:
             assert out is not None
-            finish_receiving = [self._receive(holder, slices, out) for holder, slices in slices_of if holder != 0]
+            finish_receiving = self._receive([(holder, slices) for holder, slices in slices_of if holder != 0], out)
         for holder, slices in slices_of:
             if holder == rank:
                 shard = self._read_shard(self._name_of[placement.entry.megatron])
@@ -132,9 +132,9 @@ class ShardedSource:
                         cut.of_slab(out).copy_(value)
                 else:
                     flat = [value.reshape(-1).to(self.dtype) for value in values]
-                    dist.send(flat[0] if len(flat) == 1 else torch.cat(flat), dst=0)
-        for finish in finish_receiving:
-            finish()
+                    _wait(_start(dist.isend, [(0, flat[0] if len(flat) == 1 else torch.cat(flat))]))
+        if finish_receiving is not None:
+            finish_receiving()
         if index == len(placement.entry.tensors) - 1 and first + count == placement.entry.shapes[index][0]:
             self._shard = None
 
@@ -145,30 +145,56 @@ class ShardedSource:
             self._shard = (name, self._local[name].detach())
         return self._shard[1]
 
-    def _receive(self, holder: int, slices: list[_SlabSlice], out: Tensor) -> Callable[[], None]:
-        """Start to receive a rank's slices; the function returned waits for them and writes them into `out`."""
-        targets = [cut.of_slab(out) for cut in slices]
-        total = sum(target.numel() for target in targets)
-        direct = _are_adjacent(targets) and out.device == self._device
-        # The buffer must be on the sender's kind of device.
-        received = (
-            targets[0].as_strided((total,), (1,))
-            if direct
-            else torch.empty(total, dtype=self.dtype, device=self._device)
-        )
-        work = dist.irecv(received, src=holder)
-        assert work is not None
+    def _receive(self, slices_of: list[tuple[int, list[_SlabSlice]]], out: Tensor) -> Callable[[], None]:
+        """Start to receive the slices of other ranks; the function returned waits and writes them into `out`."""
+        arriving = [_Arriving.into([cut.of_slab(out) for cut in slices], self._device) for _, slices in slices_of]
+        works = _start(dist.irecv, [(holder, a.buffer) for (holder, _), a in zip(slices_of, arriving, strict=True)])
 
         def finish() -> None:
             begin = time.monotonic()
-            work.wait()
+            _wait(works)
             self.gather_seconds += time.monotonic() - begin
-            if not direct:
-                values = received.split([target.numel() for target in targets])
-                for target, value in zip(targets, values, strict=True):
-                    target.copy_(value.view(target.shape))
+            for slices in arriving:
+                slices.store()
 
         return finish
+
+
+class _Arriving(NamedTuple):
+    """What another rank sends: the memory of the targets themselves, or a buffer where they are apart."""
+
+    buffer: Tensor
+    targets: list[Tensor]
+    direct: bool
+
+    @classmethod
+    def into(cls, targets: list[Tensor], device: torch.device) -> _Arriving:
+        """Take the targets where they are adjacent and on `device`, the sender's kind of device."""
+        total = sum(target.numel() for target in targets)
+        direct = _are_adjacent(targets) and targets[0].device == device
+        if direct:
+            return cls(targets[0].as_strided((total,), (1,)), targets, direct)
+        return cls(torch.empty(total, dtype=targets[0].dtype, device=device), targets, direct)
+
+    def store(self) -> None:
+        """Copy the buffer into the targets."""
+        if self.direct:
+            return
+        values = self.buffer.split([target.numel() for target in self.targets])
+        for target, value in zip(self.targets, values, strict=True):
+            target.copy_(value.view(target.shape))
+
+
+def _start(operation: Callable[..., Any], transfers: list[tuple[int, Tensor]]) -> list[dist.Work]:
+    """Start sending or receiving (rank, tensor); over NCCL a batch needs no communicator for each pair of ranks."""
+    if not transfers:
+        return []
+    return dist.batch_isend_irecv([dist.P2POp(operation, tensor, peer) for peer, tensor in transfers])
+
+
+def _wait(works: list[dist.Work]) -> None:
+    for work in works:
+        work.wait()
 
 
 class _SlabSlice(NamedTuple):
