@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -129,17 +130,27 @@ def _text(failure: RankFailure) -> str:
 
 def write_report(failure: RankFailure, *, rank: int) -> int:
     """Write a failure to torchrun's error file, and print it unless our launcher does; returns the exit code."""
-    if target := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        extra = {"py_callstack": failure.details, "timestamp": str(int(failure.time))}
-        message = {"message": failure.details or failure.message, "extraInfo": extra}
-        Path(target).write_text(json.dumps({"message": message, "megatron_entropy": asdict(failure)}))
-        by_launcher = LAUNCHER_VARIABLE in os.environ
-    else:
-        by_launcher = False
+    is_left = _leave_for_agent(failure)
+    if not is_left:
         print(failure.details, end="", file=sys.stderr)
-    if not by_launcher and not failure.quiet:
+    if not (is_left and LAUNCHER_VARIABLE in os.environ) and not failure.quiet:
         print(f"error: {failure.message}", file=sys.stderr, flush=True)
     return failure.exit_code if failure.exit_code > 0 else 1
+
+
+def _leave_for_agent(failure: RankFailure) -> bool:
+    """Write a failure to torchrun's error file; False where there is none, or no room for it."""
+    if not (target := os.environ.get("TORCHELASTIC_ERROR_FILE")):
+        return False
+    extra = {"py_callstack": failure.details, "timestamp": str(int(failure.time))}
+    message = {"message": failure.details or failure.message, "extraInfo": extra}
+    try:
+        Path(target).write_text(json.dumps({"message": message, "megatron_entropy": asdict(failure)}))
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(target)  # torchrun fails on half a file
+        return False
+    return True
 
 
 def first_failure(failures: Sequence[RankFailure]) -> RankFailure:

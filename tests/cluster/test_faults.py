@@ -33,6 +33,7 @@ def errors(job: Job) -> dict[str, list[str]]:
         log = job.log(node)
         assert "Traceback" not in log, log
         found[node.name] = [line for line in log.splitlines() if line.startswith("error: ")]
+    print(found)
     return found
 
 
@@ -116,3 +117,17 @@ def test_a_short_cut_during_updates(bed: Bed, inputs):
     job.wait_for(bed.nodes[0], "rank 1 on node-b answers again", 60)
     bed.nodes[0].signal(job.processes["node-a"], signal.SIGTERM)
     assert set(job.wait(60).values()) == {143}, job.all_logs()
+
+
+def test_a_disk_that_fills_on_one_node(tmp_path, inputs):
+    """The run goes on, and a failure is still one line, although its report cannot be written there."""
+    with Bed(tmp_path, sizes={"node-b": {"tmp": "100m"}}) as bed:
+        job = started(bed, inputs, "full")
+        bed.nodes[1].run(["bash", "-c", "! dd if=/dev/zero of=/tmp/big bs=4k 2>/dev/null"])
+        before = len(job.metrics())
+        job.wait_for(bed.nodes[0], rf"step {before + 2}/", 60)
+        bed.nodes[0].ranks()[0].kill()
+        assert set(job.wait(60).values()) == {1}, job.all_logs()
+        found = errors(job)
+        assert "rank 0 on node-a was killed by SIGKILL" in found["node-a"][0]
+        assert [len(found[name]) for name in ("node-a", "node-b")] == [1, 1], found

@@ -18,7 +18,9 @@ def lines(job: Job, name: str) -> list[str]:
     """The error lines of a node; there must be nothing that only a developer can read."""
     log = job.log(job.bed.node(name))
     assert "Traceback" not in log, log
-    return [line for line in log.splitlines() if line.startswith("error: ")]
+    found = [line for line in log.splitlines() if line.startswith("error: ")]
+    print(f"{name}:", *found, sep="\n    ")
+    return found
 
 
 def test_host_names_that_lead_to_loopback(tmp_path, inputs):
@@ -184,3 +186,23 @@ def test_clocks_that_differ(bed: Bed, inputs):
     job.train([b], number=2, endpoint=a.address, python_path=clock)
     assert job.wait(TIMEOUT) == {"node-a": 0, "node-b": 0}, job.all_logs()
     assert "the clock of node-b is +3600 s from that of node-a" in job.log(b)
+
+
+@pytest.mark.parametrize(
+    ("counts", "ranks", "message"),
+    [
+        ((2, 1), 2, "node-b: this machine has 1 GPUs for 2 ranks; start as many ranks as it has GPUs"),
+        ((1, 0), 1, "node-a has 1 GPUs and node-b has 0; all ranks need a GPU, or none"),
+    ],
+)
+def test_nodes_with_other_numbers_of_gpus(bed: Bed, inputs, counts, ranks, message):
+    """The nodes have none, so each one's Python is told a number: emulated."""
+    job = Job(bed, inputs, "gpus", overrides={**SFT, "actor.parallel.dp": str(2 * ranks)})
+    for node, count in zip(bed.nodes, counts, strict=True):
+        folder = bed.folder / f"python.{node.name}"
+        folder.mkdir()
+        code = f"from megatron_entropy.launch import preflight; preflight.count_gpus = lambda: {count}\n"
+        (folder / "sitecustomize.py").write_text(code)
+        job.train([node], number=2, endpoint=bed.nodes[0].address, python_path=folder)
+    assert job.wait(TIMEOUT) == {"node-a": 2, "node-b": 2}, job.all_logs()
+    assert lines(job, "node-a") == [f"error: {message}"]

@@ -299,6 +299,10 @@ def test_plain_torchrun_gets_one_line_and_the_error_file(tmp_path, monkeypatch, 
     assert capsys.readouterr().err == printed
     record = json.loads((tmp_path / "error.json").read_text())
     assert record["message"]["message"] and re.fullmatch(r"\d+", record["message"]["extraInfo"]["timestamp"])
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "no_room" / "error.json"))  # as on a full disk
+    monkeypatch.setenv(failures.LAUNCHER_VARIABLE, str(os.getpid()))
+    assert failures.report_failure(error, rank=rank) == code
+    assert capsys.readouterr().err.endswith(printed)
 
 
 @pytest.mark.parametrize("failed, has_gpu, destroyed", [(True, True, 0), (True, False, 1), (False, True, 1)])
