@@ -17,8 +17,12 @@ if [[ $address == 127.* || " $(hostname -I) " == *" $address "* ]]; then
     [[ $address != 127.* ]] || address=$(hostname -I | awk '{ print $1 }') # /etc/hosts leads the own name to loopback
     exec ray start --head --node-ip-address="$address" --port="${RAY_ADDRESS##*:}" --include-dashboard=false "${options[@]}"
 fi
+# In the background, so that a signal that reaches this shell ends Ray as well.
+trap 'kill $ray; wait $ray; exit 143' TERM INT
 for _ in $(seq 60); do # until the head listens
-    ray start --address="$RAY_ADDRESS" "${options[@]}" && exit
+    ray start --address="$RAY_ADDRESS" "${options[@]}" &
+    ray=$!
+    wait $ray && exit
     sleep 2
 done
 exit 1
