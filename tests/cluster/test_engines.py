@@ -13,7 +13,7 @@ TIMEOUT = 600
 pytestmark = pytest.mark.timeout(2400)
 LONG_ANSWERS = {
     "rollout.max_response_tokens": "400",
-    "batch.prompts": "48",
+    "batch.prompts": "24",
     "actor.max_tokens_per_microbatch": "8192",
     "checkpoint.every": "1",
 }
@@ -41,7 +41,7 @@ def test_short_cuts_while_engines_work(bed: Bed, inputs):
         time.sleep(20)
         b.restore()
         begin = time.monotonic()
-        job.wait_for(a, rf"rl step {step + 1}/", 200)
+        job.wait_for(a, rf"rl step {step + 1}/", TIMEOUT)
         line = next(line for line in job.log(a).splitlines() if f"rl step {step + 1}/" in line)
         print(f"cut {number}: {longest_phase(line)}, {time.monotonic() - begin:.0f} s after it: {line}")
         assert number or longest_phase(line) == "generate", line
