@@ -12,9 +12,9 @@ import pytest
 from bed import Bed
 from job import SFT, Job
 
-TIMEOUT = 200
+TIMEOUT = 400
 LOST_AFTER = 20
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 LONG = {**SFT, "checkpoint.every": "1", "cluster.lost_after": str(LOST_AFTER)}
 
 

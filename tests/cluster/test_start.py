@@ -10,8 +10,8 @@ import pytest
 from bed import Bed
 from job import SFT, Job
 
-TIMEOUT = 150
-pytestmark = pytest.mark.timeout(400)
+TIMEOUT = 300
+pytestmark = pytest.mark.timeout(800)
 
 
 def lines(job: Job, name: str) -> list[str]:
