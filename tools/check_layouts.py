@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import tempfile
 import time
@@ -265,6 +266,7 @@ def main() -> int:
     parser.add_argument("--tolerance", type=float, default=TOLERANCE)
     parser.add_argument("--fp8", nargs="+", choices=RECIPES, default=[], metavar="RECIPE", help=", ".join(RECIPES))
     arguments = parser.parse_args()
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # megatron-core's, from every rank
     if arguments.fp8:
         return check_fp8(arguments.fp8, arguments.out)
     rows = run() + run(EXPERT_LAYOUTS, experts=True)
