@@ -187,6 +187,7 @@ class HeadInputs:
     sequence_parallel: bool
     vocab_size: int  # without padding rows
     impl: str = "auto"  # of `entropy_kernels`
+    main_grad: torch.Tensor | None = None  # [V/tp, H] fp32, Megatron's sum of the weight's gradients
 
 
 TokenStatistics = Callable[[HeadInputs], Mapping[str, "torch.Tensor"]]

@@ -25,7 +25,7 @@ from . import checks
 from .chunked import Workspace, spans
 from .collectives import gather_rows, locate, reduce_gradient
 from .guided import LOG2E
-from .head import kept_rows, spread
+from .head import kept_rows, spread, weight_gradient
 from .moments import FLOOR
 from .prepare import uses_triton
 from .records import Shard, accumulate_dtype, column, take
@@ -54,6 +54,7 @@ def distillation(
     vocab_size: int | None = None,
     ignore_index: int = -100,
     impl: str = "auto",
+    main_grad: Tensor | None = None,
     row_chunk: int | None = None,
 ) -> Tensor:
     """KL divergence per token between a student and a teacher over the whole vocabulary.
@@ -76,6 +77,7 @@ def distillation(
         vocab_size: true size over all shards; later rows are padding and never count.
         ignore_index: rows with this target are not computed: 0, no gradient.
         impl: "chunked", "triton" or "auto" (triton on CUDA where it is installed).
+        main_grad: float32 [V/tp, H]; the weight gradient is added here instead of returned.
         row_chunk: rows of a tile; None: a good size. Triton's tiles do not heed it.
 
     Returns:
@@ -91,6 +93,7 @@ def distillation(
         CurioSFT's self-distillation (arXiv 2602.02244), whose release compares the label only.
     """
     checks.check_operands(hidden, weight)
+    checks.check_main_grad(main_grad, weight)
     checks.check_teacher(teacher_hidden, teacher_weight, hidden, weight)
     vocab_size = checks.check_vocabulary(vocab_size, weight.shape[0], group, validate=False)
     if direction not in DIRECTIONS:
@@ -111,6 +114,7 @@ def distillation(
         teacher_beta=_inverse(teacher_temperature, dtype),
         reverse=direction == "reverse",
         sequence_parallel=sequence_parallel and shard.size > 1,
+        main_grad=main_grad,
         row_chunk=row_chunk,
         triton=uses_triton(impl, hidden, teacher_hidden),
     )
@@ -128,6 +132,7 @@ class _Call:
     teacher_beta: Tensor | float
     reverse: bool
     sequence_parallel: bool
+    main_grad: Tensor | None
     row_chunk: int | None
     triton: bool
 
@@ -183,7 +188,7 @@ class _Distillation(torch.autograd.Function):
             numbers = [number[live] for number in numbers]
             rows = live if rows is None else rows[live]
         pair = _Pair.of(student, weight, teacher, teacher_weight, call)
-        pair.student.begin_backward(ctx.needs_input_grad[:2], None, call.shard.valid)
+        pair.student.begin_backward(ctx.needs_input_grad[:2], call.main_grad, call.shard.valid)
         if call.triton:
             from . import triton_divergence
 
@@ -195,7 +200,7 @@ class _Distillation(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden = spread(grad_hidden, rows, call.keep.shape[0])
             grad_hidden = reduce_gradient(grad_hidden, call.shard, call.sequence_parallel).to(weight.dtype)
-        return grad_hidden, pair.student.grad_weight, None, None, None
+        return grad_hidden, weight_gradient(pair.student, weight), None, None, None
 
 
 def _active(hidden: Tensor, call: _Call, rows: Tensor | None) -> Tensor:

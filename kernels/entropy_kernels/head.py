@@ -172,7 +172,7 @@ class TokenStatsFunction(torch.autograd.Function):
         tiles.begin_backward(need, call.main_grad, request.shard.valid)
         assert call.engine is not None
         call.engine.backward(tiles, active.shape[0], request, coefs, saved, live, ctx.infinite)
-        return _hidden_gradient(ctx, tiles.grad_hidden, live), _weight_gradient(tiles, weight), None
+        return _hidden_gradient(ctx, tiles.grad_hidden, live), weight_gradient(tiles, weight), None
 
 
 def _remember(ctx: Any, active: Tensor, weight: Tensor, statistics: Statistics, saved: chunked.Saved | None) -> None:
@@ -202,15 +202,19 @@ def _hidden_gradient(ctx: Any, gradient: Tensor | None, live: Tensor | None) -> 
     return gradient.to(ctx.saved_tensors[0].dtype)
 
 
-def _weight_gradient(tiles: HiddenTiles, weight: Tensor) -> Tensor | None:
+def weight_gradient(tiles: HiddenTiles, weight: Tensor) -> Tensor | None:
     """The gradient to return; with `main_grad` it is already where it belongs.
 
-    Megatron-Core's data-parallel hooks run only when a gradient arrives. A parameter that carries
-    `grad_added_to_main_grad` (their protocol) is therefore marked and given a tensor of zeros.
+    Megatron-Core's data-parallel hooks run where a gradient arrives. A parameter that carries
+    `grad_added_to_main_grad` (their protocol) is marked, so that they ignore its gradient, and gets
+    some numbers that take no memory. With `zero_out_wgrad` they add what arrives: the gradient of
+    another use, such as a tied embedding, which makes them run as well.
     """
     if tiles.main_grad is None:
         return tiles.grad_weight
     if not hasattr(weight, "grad_added_to_main_grad"):
         return None
     setattr(weight, "grad_added_to_main_grad", True)  # noqa: B010 - not an attribute of Tensor
-    return torch.zeros_like(weight)
+    if getattr(weight, "zero_out_wgrad", False):
+        return None
+    return tiles.main_grad.view(-1).view(weight.dtype)[: weight.numel()].view(weight.shape)

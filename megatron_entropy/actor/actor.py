@@ -264,14 +264,16 @@ class Actor:
 
     def _head_inputs(self, batch: Batch, chunk: GPTModel, hidden: Tensor) -> HeadInputs:
         group: Any = parallel_state.get_tensor_model_parallel_group()  # annotated as if it could be a number
+        weight = head_weight(chunk)
         return HeadInputs(
             hidden=hidden.squeeze(0),
-            weight=head_weight(chunk),
+            weight=weight,
             targets=batch.targets,
             group=group,
             sequence_parallel=self.config.parallel.sequence_parallel,
             vocab_size=self.arch.vocab_size,
             impl=self.config.performance.head_kernels,
+            main_grad=getattr(weight, "main_grad", None),  # a frozen weight has none
         )
 
 

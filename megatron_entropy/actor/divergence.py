@@ -72,4 +72,5 @@ def compute_divergence(
         sequence_parallel=head.sequence_parallel,
         vocab_size=head.vocab_size,
         impl=head.impl,
+        main_grad=head.main_grad,
     )

@@ -51,4 +51,5 @@ def head_statistics(head: HeadInputs, *, temperature: float, entropy: bool) -> T
         sequence_parallel=head.sequence_parallel,
         vocab_size=head.vocab_size,
         impl=head.impl,
+        main_grad=head.main_grad,
     )

@@ -24,7 +24,8 @@ class PerformanceConfig(Section):
     `parallel.distributed_optimizer` and `overlap_grad_reduce`. `auto`: where both are on and on GPUs."""
     fuse_grad_accumulation: Switch = "auto"
     """Add weight gradients to the fp32 buffer inside the matrix product. Needs Transformer Engine, or Apex's
-    `fused_weight_gradient_mlp_cuda` with plain layers. `auto`: where one is installed, without LoRA."""
+    `fused_weight_gradient_mlp_cuda` with plain layers. `auto`: where one is installed, without LoRA. The head's own
+    kernels always do it."""
     head_kernels: Literal["auto", "chunked"] = "auto"
     """Code of the head's statistics and divergences: `auto` is Triton on a GPU and tiles in plain PyTorch on a CPU,
     `chunked` those tiles everywhere, for a GPU generation that the Triton kernels were not compiled for."""

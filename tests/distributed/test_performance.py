@@ -160,6 +160,66 @@ def test_fused_accumulation_reaches_the_linear_layers():
     assert layer.fuse_wgrad_accumulation and not hasattr(other, "fuse_wgrad_accumulation")
 
 
+def head_gradients(folder: str, layouts: list[ParallelConfig]) -> list[list[dict]]:
+    """Gradients of an update by parameter, added to `main_grad` by the head's kernels and by Megatron's hooks.
+
+    Statistics and divergence both give the head a gradient, a tied embedding a third one.
+    """
+    from megatron_entropy.actor import schedules
+    from megatron_entropy.actor.actor import Actor
+    from megatron_entropy.actor.model import head_weight
+    from megatron_entropy.weights.hf_folder import TensorFolder
+    from megatron_entropy.weights.source import load
+
+    def gradients(actor) -> dict[str, np.ndarray]:
+        actor.update(samples, lambda s, b: (s.kl_forward - s.logprob, {}), temperature=1.0, divergence="forward")
+        if schedules.is_output_rank():
+            added = head_weight(actor.chunks[-1].module).grad_added_to_main_grad
+            assert added == (actor._head_inputs == fused), "the kernels add the gradient"
+        return {name: weight.main_grad.numpy().copy() for name, weight in actor.named_shards().items()}
+
+    found = []
+    for layout in layouts:
+        process_groups.init_model_parallel(layout, seed=1)
+        overlap = PerformanceConfig(overlap_grad_reduce=True)
+        config = ActorConfig(
+            parallel=layout, dtype="float32", max_tokens_per_microbatch=96, performance=overlap,
+        )  # fmt: skip
+        actor = Actor(read_architecture(folder), config, total_updates=10)
+        load(TensorFolder(folder), actor.arch, layout, actor.named_shards())
+        actor.set_reference("initial")
+        for weight in actor.named_shards().values():
+            weight.data.mul_(1.1)  # else the divergence is zero
+        actor._optimizer_step = dict  # the weights stay
+        samples = check_layouts.make_samples(actor.arch.vocab_size)
+        fused = actor._head_inputs
+        both = [gradients(actor)]
+        actor._head_inputs = lambda *inputs, fused=fused: dataclasses.replace(fused(*inputs), main_grad=None)
+        found.append([*both, gradients(actor)])
+    return found
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_the_head_adds_its_whole_gradient_to_main_grad(tmp_path, tied):
+    from transformers import AutoModelForCausalLM
+
+    check_layouts.make_checkpoint(tmp_path)
+    AutoModelForCausalLM.from_pretrained(tmp_path, tie_word_embeddings=tied).save_pretrained(tmp_path)
+    layouts = [
+        ParallelConfig(tp=2, sequence_parallel=True),
+        ParallelConfig(pp=2),
+        ParallelConfig(dp=2, distributed_optimizer=True),
+        ParallelConfig(cp=2),
+    ]
+    for rank in run_on_ranks(head_gradients, 2, str(tmp_path), layouts):
+        for layout, (fused, plain) in zip(layouts, rank, strict=True):
+            assert fused.keys() == plain.keys()
+            for name, gradient in fused.items():
+                np.testing.assert_allclose(
+                    gradient, plain[name], rtol=1e-5, atol=1e-6 * np.abs(plain[name]).max(), err_msg=f"{layout} {name}"
+                )
+
+
 def device_waits(folder: str, max_tokens: int) -> tuple[int, int]:
     """Micro-batches of an update, and numbers that actor and methods read from tensors meanwhile.
 

@@ -42,7 +42,8 @@ Results = tuple[ek.TokenStats, Tensor, Tensor]
 """Statistics, gradient of hidden, gradient of weight."""
 
 token_stats = functools.partial(ek.token_stats, impl=IMPL)
-"""The front door with the implementation under test; another `impl` overrides it."""
+distillation = functools.partial(ek.distillation, impl=IMPL)
+"""The front doors with the implementation under test; another `impl` overrides it."""
 
 
 def chunked_only(reason: str) -> pytest.MarkDecorator:

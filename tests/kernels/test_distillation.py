@@ -7,12 +7,11 @@ runs it with the Triton kernels in Triton's interpreter.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
 import torch
-from cases import IMPL, WIDE, limit, operands, relative
+from cases import IMPL, WIDE, distillation, limit, operands, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -20,7 +19,6 @@ from torch import Tensor
 import entropy_kernels as ek
 from entropy_kernels import reference
 
-distillation = functools.partial(ek.distillation, impl=IMPL)
 DIRECTIONS = ("forward", "reverse")
 A = torch.tensor([[2.0, 1.0, 0.0, -1.0]], dtype=WIDE)
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
