@@ -198,9 +198,9 @@ class Job:
         return [{key: value for key, value in row.items() if not key.startswith(("timing/", "perf/"))} for row in rows]
 
 
-def wait_for(condition: Any, timeout: float, what: str, details: Any = lambda: "") -> None:
+def wait_for(condition: Any, timeout: float, what: str, details: Any = lambda: "", *, interval: float = 0.05) -> None:
     """Wait until the condition holds; an assertion after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout:.0f} s for {what}\n{details()}"
-        time.sleep(0.05)
+        time.sleep(interval)

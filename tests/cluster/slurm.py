@@ -16,6 +16,8 @@ PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scancel", "scont
 FOLDERS = "/usr/sbin:/usr/bin:/sbin:/bin"
 NODE_TIMEOUT = 10
 """Seconds until slurmctld takes a silent node for dead."""
+POLL = 0.5
+"""Seconds between two questions to Slurm, each of which is a process."""
 CONF = """
 ClusterName=bed
 SlurmctldHost={head.name}({head.address})
@@ -70,7 +72,7 @@ class Slurm:
         (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-7]\n")
         for node in bed.nodes:
             self.start(node)
-        wait_for(self._is_up, 60, "all nodes of Slurm", self.logs)
+        wait_for(self._is_up, 60, "all nodes of Slurm", self.logs, interval=POLL)
 
     def start(self, node: Node) -> None:
         """Start the daemons of a node."""
@@ -112,7 +114,7 @@ class Slurm:
                 is_advanced = True
             return shown["JobState"] in states
 
-        wait_for(reached, timeout, f"job {job} in {states}", self.logs)
+        wait_for(reached, timeout, f"job {job} in {states}", self.logs, interval=POLL)
         return self.show(job)["JobState"]
 
     def logs(self) -> str:

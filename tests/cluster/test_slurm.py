@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from bed import ROOT, Bed
 from job import SFT, Job, make_inputs, wait_for
-from slurm import Slurm, why_not
+from slurm import POLL, Slurm, why_not
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=f"no Slurm: {why_not()}")
 
@@ -54,7 +54,7 @@ class SlurmJob(Job):
                 row["step"] >= step for row in self.metrics_so_far()
             )
 
-        wait_for(is_done, timeout, f"step {step} of {self.id}", self.text)
+        wait_for(is_done, timeout, f"step {step} of {self.id}", self.text, interval=POLL)
 
     def metrics_so_far(self) -> list[dict]:
         return self.metrics() if (self.output / "metrics.jsonl").exists() else []
@@ -79,7 +79,7 @@ def test_a_signal_stops_the_run_and_queues_it_again(slurm, inputs):
     job.submit(slurm)
     job.wait_for_step(1)
     slurm.run("scancel", "--batch", "--signal=TERM", job.id)  # what --signal=B:TERM@600 sends before the time limit
-    wait_for(lambda: slurm.show(job.id)["Restarts"] == "1", 120, "the requeue", job.text)
+    wait_for(lambda: slurm.show(job.id)["Restarts"] == "1", 120, "the requeue", job.text, interval=POLL)
     stopped = job.steps()[-1]
     assert "exit code 143" in job.text() and stopped < 100_000
     slurm.wait_for_state(job.id, "RUNNING")
@@ -114,7 +114,7 @@ def test_a_run_goes_on_after_the_death_of_a_node(slurm, inputs):
     job.wait_for_step(3)
     begin = time.monotonic()
     slurm.bed.node("node-b").kill()
-    wait_for(lambda: slurm.show(job.id)["Restarts"] == "1", 300, "the requeue", job.text)
+    wait_for(lambda: slurm.show(job.id)["Restarts"] == "1", 300, "the requeue", job.text, interval=POLL)
     print(f"queued again {time.monotonic() - begin:.0f} s after the death of the node")
     slurm.start(slurm.bed.boot("node-b"))
     slurm.wait_for_state(job.id, "RUNNING")
