@@ -134,9 +134,11 @@ def _open_store(spec: NodesSpec, address: str) -> Any:
             return _store(address, spec, is_master=True)
         except (RuntimeError, dist.DistError) as error:
             if time.monotonic() > deadline:
+                text = " ".join(str(error).split())
+                reason = "is in use" if "EADDRINUSE" in text else f"cannot be opened ({text[:200]})"
                 raise ConfigError(
-                    f"port {spec.port} of {network.host_name()} is in use ({' '.join(str(error).split())[:200]}); end "
-                    "what uses it, or choose another with --rdzv-endpoint=HOST:PORT on every node"
+                    f"port {spec.port} of {network.host_name()} {reason}; end what uses it, or choose another with "
+                    "--rdzv-endpoint=HOST:PORT on every node"
                 ) from None
             time.sleep(1.0)
 
