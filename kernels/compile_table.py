@@ -55,6 +55,8 @@ def variants() -> dict[str, dict[str, bool]]:
             words = {"entropy": first, "varentropy": second, "teacher": teacher, "save": save, "softcap": cap}
             constants = {"FIRST": first, "SECOND": second, "TEACHER": teacher, "SAVE": save, "HAS_CAP": cap}
             result[_name("moments", words)] = constants
+            if not (save or cap or (second and teacher)):
+                result[_name("moments", words | {"specialized": True})] = constants | {"SPECIALIZED": True}
     for linear, square, teacher, saved, cap in itertools.product((False, True), repeat=5):
         if linear or not square:
             words = {"entropy": linear, "varentropy": square, "teacher": teacher, "saved": saved, "softcap": cap}
@@ -63,6 +65,11 @@ def variants() -> dict[str, dict[str, bool]]:
     for kernel, reverse in itertools.product(("distillation", "distillation gradient"), (False, True)):
         result[f"{kernel} {'reverse' if reverse else 'forward'}"] = {"REVERSE": reverse}
     return result | {"guided summary": {}, "guided temper": {}, "guided search": {}}
+
+
+def covered(name: str, target: str) -> bool:
+    """Whether a variant exists for a target: the warp-specialised form is Hopper's only."""
+    return "specialized" not in name.split() or target == "sm_90a"
 
 
 def _name(kernel: str, words: dict[str, bool]) -> str:
@@ -92,10 +99,12 @@ def compile_variant(name: str, target: str) -> Facts:
         "out": f"tensordesc<bf16[{part}]>" if "gradient" in name.split() else "*fp32",
     }
     types |= {"teacher_h": types["h"], "teacher_w": types["w"]}
+    if block.specialized:
+        types |= {"h": "*bf16", "w": "*bf16"}
     if constants.get("SAVE"):
         types["saved"] = f"tensordesc<fp16[{part}]>"
     shape = {"BLOCK_M": block.rows, "BLOCK_N": block.columns, "BLOCK_K": block.depth, "PARTS": block.parts}
-    fixed = constants | shape | {"TMA": True, "IEEE": False, "TEACHER_IEEE": False}
+    fixed = {"SPECIALIZED": False} | constants | shape | {"TMA": True, "IEEE": False, "TEACHER_IEEE": False}
     fixed = {n: value for n, value in fixed.items() if n in kernel.arg_names}
     signature = {n: "constexpr" if n in fixed else types.get(n, "i32") for n in kernel.arg_names}
     attributes = {
@@ -109,6 +118,8 @@ def compile_variant(name: str, target: str) -> Facts:
         options={"num_warps": block.warps, "num_stages": block.stages},
     )
     facts = binary_facts(result.asm["cubin"], Path(triton.__file__).parent / "backends/nvidia/bin")
+    if block.specialized:
+        facts["setmaxnreg"] = result.asm["ptx"].count("setmaxnreg")
     return {"columns": block.columns, "shared": result.metadata.shared} | facts
 
 
@@ -124,6 +135,8 @@ def _kernel(name: str, constants: dict[str, bool], capability: int) -> tuple[Any
         return kernels[gradient], triton_divergence.device_blocks(capability)
     use = ("saved" if constants["SAVED"] else "gradient") if gradient else "moments"
     kernels = triton_kernels.moments_kernel, triton_kernels.gradient_kernel
+    if constants.get("SPECIALIZED"):
+        return triton_kernels.moments_kernel, triton_engine.SPECIALIZED
     return kernels[gradient], triton_engine.device_blocks(use, constants["HAS_CAP"], capability)
 
 
@@ -188,6 +201,8 @@ def problems(name: str, target: str, found: Facts, known: Facts | None) -> list[
         lines.append(
             f"{where}: the loop has {found['loop_products']} tensor-core instructions, TMA loads {found['tma_loads']}"
         )
+    if not found.get("setmaxnreg", True):
+        lines.append(f"{where}: the compiler did not specialise the warps (no setmaxnreg)")
     if found["shared"] > SHARED_LIMIT:
         lines.append(f"{where}: {found['shared']} bytes of shared memory, a block has {SHARED_LIMIT}")
     return lines
@@ -199,8 +214,8 @@ def markdown(table: dict[str, dict[str, Row]]) -> str:
     head = ["variant", *(f"{target}, Triton {version}" for version, target in versions)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name in variants():
-        cells = [table[version][target][name] for version, target in versions]
-        shown = [f"{c['columns']}: {c['registers']} / {c['stack']} / {c['spills']}" for c in cells]
+        cells = [table[version][target].get(name) for version, target in versions]
+        shown = [f"{c['columns']}: {c['registers']} / {c['stack']} / {c['spills']}" if c else "-" for c in cells]
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
@@ -235,6 +250,8 @@ def main() -> int:
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     known, made, bad = table.get(triton.__version__, {}), {}, []
     for target, name in itertools.product(options.targets, options.only or variants()):
+        if not covered(name, target):
+            continue
         facts = compile_variant(name, target)
         made.setdefault(target, {})[name] = facts
         print(f"{name}, {target}: {facts}", flush=True)

@@ -1,6 +1,7 @@
 """Host side of the Triton implementation; the same two functions as `chunked`.
 
-Forward: one persistent kernel writes moments per split of the vocabulary, merged here in order.
+Forward: one persistent kernel writes moments per split of the vocabulary, merged here in order. On
+Hopper it has two forms, plain and warp-specialised (triton_choice.py).
 Backward: per block of columns one kernel recomputes the logits (or reads the saved ones) and
 writes their gradient in the weight's type; the two gradient products are cuBLAS calls that
 accumulate in float32. Extra memory: the [rows, columns] gradient block and [rows, H] float32.
@@ -8,6 +9,7 @@ accumulate in float32. Extra memory: the [rows, columns] gradient block and [row
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import os
@@ -20,7 +22,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import checks
+from . import checks, triton_choice
 from .chunked import Saved, aligned_columns, spans
 from .moments import Coefficients, Moments, merge
 from .records import Request
@@ -48,11 +50,15 @@ class Blocks:
     stages: int
     parts: int = 2
     """How many column parts a tile's epilogue takes one after the other."""
+    specialized: bool = False
+    """Whether one group of warps loads and the others compute."""
 
 
 WIDE, NARROW = Blocks(128, 256, 64, 8, 3, 4), Blocks(128, 128, 64, 8, 3, 2)
 FINE, SINGLE = Blocks(128, 128, 64, 8, 3, 4), Blocks(128, 64, 64, 8, 3, 1)
 """Tiles of the covered generations, by `device_blocks`."""
+SPECIALIZED = Blocks(128, 256, 64, 4, 3, 1, specialized=True)
+"""Tile of the warp-specialised form of the forward kernel; the compiler makes 12 warps of the 4."""
 
 
 def interpreted() -> bool:
@@ -101,6 +107,18 @@ def device_blocks(use: str, softcap: bool, capability: int) -> Blocks:
     if use == "saved":
         return SINGLE
     return FINE if softcap and use == "gradient" else WIDE
+
+
+def can_specialize(*, SAVE: bool, HAS_CAP: bool, SECOND: bool, TEACHER: bool, **unused: bool) -> bool:
+    """Whether the forward kernel with these options has a warp-specialised form; with others it spills."""
+    return not (SAVE or HAS_CAP or (SECOND and TEACHER))
+
+
+def specialized_blocks(tiles: HiddenTiles, plain: Blocks) -> Blocks | None:
+    """Tile of the warp-specialised form; None but on Hopper and in the interpreter: on Blackwell it spills."""
+    if interpreted():
+        return dataclasses.replace(plain, parts=1, specialized=True)
+    return SPECIALIZED if torch.cuda.get_device_capability(tiles.hidden.device)[0] == 9 else None
 
 
 def uses_tma(tiles: HiddenTiles) -> bool:
@@ -162,22 +180,34 @@ def forward(
     out = torch.empty((splits, FIELDS, rows), device=device)
     saved = Saved.allocate(request, rows, block.columns // block.parts, out)
     tma = uses_tma(tiles)
-    h, w = operands(tiles, valid, block, tma)
     kept = out if saved is None or saved.shifted is None else saved.shifted
-    tasks = triton.cdiv(rows, block.rows) * splits
-    MOMENTS_KERNEL[programs(tiles, tasks)](
-        h, w, request.labels.to(torch.int32), vector(request.beta, rows, device),
-        vector(request.teacher_beta, rows, device), out,
-        out if saved is None else output(kept, block, tma), out if saved is None else saved.maxima,
-        tiles.hidden.stride(0), tiles.weight.stride(0), kept.stride(0), rows, tiles.hidden.shape[1], valid,
-        request.softcap or 1.0, splits, TILES_PER_SPLIT,
-        TEACHER=request.teacher_beta is not None, FIRST=request.want_entropy,
-        SECOND=request.want_variance, SAVE=saved is not None,
-        HAS_CAP=request.softcap is not None, TMA=tma,
-        IEEE=wide(tiles),
-        BLOCK_M=block.rows, BLOCK_N=block.columns, BLOCK_K=block.depth, PARTS=block.parts,
-        num_warps=block.warps, num_stages=block.stages,
-    )  # fmt: skip
+    grid = programs(tiles, triton.cdiv(rows, block.rows) * splits)
+    labels, beta = request.labels.to(torch.int32), vector(request.beta, rows, device)
+    teacher_beta = vector(request.teacher_beta, rows, device)
+    options = {
+        "TEACHER": request.teacher_beta is not None, "FIRST": request.want_entropy, "SECOND": request.want_variance,
+        "SAVE": saved is not None, "HAS_CAP": request.softcap is not None, "TMA": tma, "IEEE": wide(tiles),
+    }  # fmt: skip
+
+    def launch(form: Blocks) -> Tensor:
+        if form.specialized:
+            triton.set_allocator(lambda size, *unused: torch.empty(size, dtype=torch.int8, device=device))
+        MOMENTS_KERNEL[grid](
+            *operands(tiles, valid, form, tma and not form.specialized), labels, beta, teacher_beta, out,
+            out if saved is None else output(kept, form, tma), out if saved is None else saved.maxima,
+            tiles.hidden.stride(0), tiles.weight.stride(0), kept.stride(0), rows, tiles.hidden.shape[1], valid,
+            request.softcap or 1.0, splits, TILES_PER_SPLIT, **options, SPECIALIZED=form.specialized,
+            BLOCK_M=form.rows, BLOCK_N=form.columns, BLOCK_K=form.depth, PARTS=form.parts,
+            num_warps=form.warps, num_stages=form.stages,
+        )  # fmt: skip
+        return out
+
+    other = specialized_blocks(tiles, block) if tma and can_specialize(**options) else None
+    if other is not None:
+        rounded = triton.next_power_of_2(rows)
+        shape = (device, tiles.hidden.dtype, rounded, tiles.hidden.shape[1], valid, *options.values())
+        block = triton_choice.choose(shape, block, other, launch)
+    launch(block)
     moments = Moments.empty(rows, request, out)
     for part in out:
         moments = merge(moments, _split_moments(part, request), request.betas)

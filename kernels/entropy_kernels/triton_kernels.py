@@ -62,11 +62,13 @@ def _halves(tile):
 
 @triton.jit
 def column_parts(tile, PARTS: tl.constexpr):
-    """The columns of a tile in 2 or 4 parts, from left to right."""
-    left, right = _halves(tile)
-    if PARTS == 2:
-        return left, right
+    """The columns of a tile in 1, 2 or 4 parts, from left to right."""
+    if PARTS == 1:
+        return (tile,)
+    elif PARTS == 2:
+        return _halves(tile)
     else:
+        left, right = _halves(tile)
         a, b = _halves(left)
         c, d = _halves(right)
         return a, b, c, d
@@ -154,13 +156,20 @@ def moments_kernel(
     h, w, labels, beta, teacher_beta, out, saved, maxima,
     h_stride, w_stride, saved_stride, rows, H, valid, cap, splits, tiles_per_split,
     TEACHER: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, SAVE: tl.constexpr,
-    HAS_CAP: tl.constexpr, TMA: tl.constexpr, IEEE: tl.constexpr,
+    HAS_CAP: tl.constexpr, TMA: tl.constexpr, IEEE: tl.constexpr, SPECIALIZED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """out [splits, 7, rows]: m, s, t, w, label logit, teacher s, teacher t of each split."""
+    """out [splits, 7, rows]: m, s, t, w, label logit, teacher s, teacher t of each split.
+
+    SPECIALIZED: one group of warps loads and two compute. The compiler does so only for tiles in
+    one part, without branches on the way and with descriptors made here, from pointers.
+    """
     LOG2E: tl.constexpr = 1.4426950408889634
     WIDTH: tl.constexpr = BLOCK_N // PARTS
     blocks_m = tl.cdiv(rows, BLOCK_M)
+    if SPECIALIZED:
+        h = tl.make_tensor_descriptor(h, [rows, H], [h_stride, 1], [BLOCK_M, BLOCK_K])
+        w = tl.make_tensor_descriptor(w, [valid, H], [w_stride, 1], [BLOCK_N, BLOCK_K])
     for task in range(tl.program_id(0), blocks_m * splits, tl.num_programs(0)):
         row0 = (task % blocks_m) * BLOCK_M
         split = task // blocks_m
@@ -180,7 +189,7 @@ def moments_kernel(
         t2 = tl.zeros((BLOCK_M,), tl.float32)
         first_tile = split * tiles_per_split
         last_tile = tl.minimum(first_tile + tiles_per_split, tl.cdiv(valid, BLOCK_N))
-        for tile in range(first_tile, last_tile):
+        for tile in tl.range(first_tile, last_tile, warp_specialize=SPECIALIZED):
             col0 = tile * BLOCK_N
             parts = column_parts(logits_tile(
                 h, w, h_stride, w_stride, row0, col0, rows, valid, H,
@@ -191,9 +200,9 @@ def moments_kernel(
                 z, first = parts[index], col0 + index * WIDTH
                 if HAS_CAP:
                     z = _capped(z, cap)
-                if first + WIDTH > valid:
+                if SPECIALIZED or first + WIDTH > valid:
                     z = tl.where((first + tl.arange(0, WIDTH) < valid)[None, :], z, float("-inf"))
-                if has_label:
+                if SPECIALIZED or has_label:
                     y = tl.maximum(y, _label_logit(z, label, first))
                 top = tl.max(z, 1)
                 if SAVE:

@@ -189,6 +189,39 @@ def mfu(flops_per_second: float, device: torch.device) -> float | None:
     return flops_per_second / (peak * 1e12) if peak else None
 
 
+def kernel_forms(
+    device: torch.device, *, tokens: int, hidden: int, vocab: int, setting: Callable[[str, str], None]
+) -> dict[str, Any]:
+    """Milliseconds of both forms of the forward kernel and of the timed choice, and their results' largest difference.
+
+    Args:
+        setting: Set an environment variable.
+    """
+    import entropy_kernels as ek
+
+    generator = torch.Generator(device).manual_seed(0)
+    states = torch.randn(tokens, hidden, generator=generator, device=device).bfloat16()
+    weight = (torch.randn(vocab, hidden, generator=generator, device=device) * 2 / hidden**0.5).bfloat16()
+    target = torch.randint(vocab, (tokens,), generator=generator, device=device)
+    figures: dict[str, Any] = {}
+    values = {}
+    for name, value in (("plain", "0"), ("specialized", "1"), ("timed", "auto")):
+        setting("ENTROPY_KERNELS_SPECIALIZED", value)
+        seconds = []
+        for _ in range(6):
+            start = time.perf_counter()
+            values[name] = ek.token_stats(states, weight, target)
+            values[name].entropy.sum().item()
+            seconds.append(time.perf_counter() - start)
+        figures[f"{name} ms"] = 1000 * float(np.median(seconds[1:]))
+    differences = [
+        (getattr(values["plain"], field) - getattr(values["specialized"], field)).abs().max().item()
+        for field in ("logprob", "entropy")
+    ]
+    figures["largest difference"] = max(differences)
+    return figures
+
+
 def full_logits(head: HeadInputs) -> dict[str, torch.Tensor]:
     """Log-probability and entropy from the whole logits in float32: what the kernel saves."""
     logits = (head.hidden @ head.weight.T)[:, : head.vocab_size].float()

@@ -35,6 +35,8 @@ def missing(thing: str) -> str:
         return "needs a CUDA device, and this machine has none"
     if thing == "two GPUs":
         return "" if gpus > 1 else "needs two GPUs: NCCL connects no two processes on one"
+    if thing == "Hopper" and torch.cuda.get_device_capability()[0] != 9:
+        return f"needs a GPU of the Hopper generation, this is {torch.cuda.get_device_name()}"
     if thing in RECIPES:
         devices = [(torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i)) for i in range(gpus)]
         engine = installed_versions(["transformer-engine"]).get("transformer-engine")
@@ -80,6 +82,15 @@ def test_kernel_benchmark_with_peers(record_property, tmp_path, vocab, hidden):
         record_property(f"{name} ms", 1000 * values["median_s"])
         record_property(f"{name} peak MiB", values["peak_mib"])
     record_property("not run", "; ".join(f"{name} ({reason})" for name, reason in measured["not_run"].items()))
+
+
+@needs("Hopper")
+@pytest.mark.parametrize("hidden", [896, 4096])
+def test_forms_of_the_forward_kernel(record_property, monkeypatch, device, hidden):
+    figures = gpu_cases.kernel_forms(device, tokens=8192, hidden=hidden, vocab=151936, setting=monkeypatch.setenv)
+    for name, value in figures.items():
+        record_property(name, value)
+    assert figures["largest difference"] < 2e-5
 
 
 @needs("Transformer Engine")

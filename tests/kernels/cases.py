@@ -22,6 +22,10 @@ if DEVICE == "cuda":
     torch.set_default_device(DEVICE)
 WIDE = torch.float32 if IMPL == "triton" else torch.float64
 """The widest type the implementation serves."""
+INTERPRETED = IMPL == "triton" and DEVICE == "cpu"
+"""Slow: problems are smaller, and what does not enter a kernel is left to "chunked"."""
+RANKS = [2] if INTERPRETED else [1, 2, 4]
+"""Sizes of the tensor-parallel group: the kernels know nothing of it."""
 TILES = {"row_chunk": 4, "vocab_tile": 16}
 """Tiles smaller than the problems."""
 EVERYTHING = {"entropy": True, "varentropy": True, "teacher_temperature": 1.7}

@@ -16,9 +16,10 @@ for folder in (HERE, HERE.parents[1] / "kernels"):
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator:
-    """Four gloo processes that live for the whole session (starting them is the slow part)."""
+    """As many gloo processes as a test needs, for the whole session (starting them is the slow part)."""
+    from cases import RANKS
     from rank_pool import RankPool
 
-    pool = RankPool(4)
+    pool = RankPool(max(RANKS))
     yield pool
     pool.close()

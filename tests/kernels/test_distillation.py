@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import IMPL, WIDE, distillation, limit, operands, relative
+from cases import IMPL, RANKS, WIDE, distillation, limit, operands, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -76,7 +76,7 @@ def sharded(rank: int, group: Any, inputs: Inputs, padding: int, options: dict) 
     return {"value": value.detach(), "hidden": hidden.grad, "weight": shards[0].grad}
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("tp", RANKS)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize(("vocab", "padding"), [(3, 5), (1203, 2)])

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import IMPL, chunked_only, operands
+from cases import IMPL, RANKS, chunked_only, operands
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -219,7 +219,7 @@ def sharded(rank: int, group: Any, inputs: tuple[Tensor, ...], padding: int, opt
 
 
 # V=3 with padding 5 leaves whole shards of padding; V=67 leaves fewer columns than `top` on a rank.
-@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("tp", RANKS)
 @pytest.mark.parametrize(("vocab", "padding"), [(3, 5), (67, 0), (1203, 2)])
 @pytest.mark.parametrize("options", [{}, {"row_chunk": 3}, {"sequence_parallel": True, "top": 40}, {"fixed": 1.2}])
 def test_same_on_every_layout(ranks: Any, tp: int, vocab: int, padding: int, options: dict) -> None:

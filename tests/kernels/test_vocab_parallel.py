@@ -1,4 +1,4 @@
-"""Proves a call sharded over 1, 2 or 4 gloo ranks equals the unsharded call.
+"""Proves a call sharded over 1, 2 or 4 gloo ranks equals the unsharded call (2 for Triton).
 
 Values and every gradient, with padded rows (also a whole shard of them), sequence parallelism on
 and off, every statistic. Outputs are the same bits on every rank. It does not cover NCCL, and
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import EVERYTHING, TILES, WIDE, chunked_only, combine, limit, operands, relative, run, token_stats
+from cases import EVERYTHING, RANKS, TILES, WIDE, chunked_only, combine, limit, operands, relative, run, token_stats
 
 OPTIONS = EVERYTHING | TILES
 
@@ -63,7 +63,7 @@ def compare(results: list[dict], expected: tuple, sequence_parallel: bool, allow
 
 
 # V=37 leaves padding on the last rank at tp 2 and 4; V=5 with padding 3 leaves whole shards of it.
-@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("tp", RANKS)
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize(("vocab", "padding"), [(37, 0), (5, 3), (64, 0)])
 def test_equals_unsharded(ranks: Any, tp: int, sequence_parallel: bool, vocab: int, padding: int) -> None:
@@ -80,7 +80,7 @@ def test_equals_unsharded(ranks: Any, tp: int, sequence_parallel: bool, vocab: i
     compare(results, expected, sequence_parallel, limit(float64=1e-11, float32=2e-5))
 
 
-@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("tp", RANKS[-2:])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_low_precision(ranks: Any, tp: int, dtype: torch.dtype, sequence_parallel: bool) -> None:

@@ -15,6 +15,15 @@ from local_ranks import run_on_ranks
 ROOT = Path(__file__).parents[2]
 
 
+def test_both_forms_of_the_kernel_are_asked_for():
+    asked = []
+    figures = gpu_cases.kernel_forms(
+        torch.device("cpu"), tokens=4, hidden=8, vocab=20, setting=lambda name, value: asked.append(value)
+    )
+    assert asked == ["0", "1", "auto"] and figures["largest difference"] == 0, "a CPU has one form"
+    assert min(figures[f"{name} ms"] for name in ("plain", "specialized", "timed")) > 0
+
+
 def bodies(folder: str) -> tuple[dict, dict, dict]:
     cpu, small = torch.device("cpu"), {"count": 2, "length": 32}
     model = gpu_cases.write_model(Path(folder), gpu_cases.TINY, cpu)
