@@ -191,7 +191,7 @@ def forward(
 
     def launch(form: Blocks) -> Tensor:
         if form.specialized:
-            triton.set_allocator(lambda size, *unused: torch.empty(size, dtype=torch.int8, device=device))
+            triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
         MOMENTS_KERNEL[grid](
             *operands(tiles, valid, form, tma and not form.specialized), labels, beta, teacher_beta, out,
             out if saved is None else output(kept, form, tma), out if saved is None else saved.maxima,

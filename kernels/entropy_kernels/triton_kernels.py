@@ -10,7 +10,7 @@ spills (compile_table.py). The difference comes first: a fused multiply-add woul
 but round the shift, so that adding a constant to all logits would change results.
 """
 
-# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 # ruff: noqa: N803 - compile-time constants are written in capitals
 from __future__ import annotations
 
