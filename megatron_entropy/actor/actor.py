@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
@@ -145,6 +146,7 @@ class Actor:
         settings.grad_scale_func = settings.finalize_model_grads_func = settings.no_sync_func = None
         for chunk in self.chunks:
             chunk.grad_accs.clear()
+        RotaryEmbedding.forward.cache_clear()  # of the class: it holds the module and, with it, a process group
         for name in ("chunks", "optimizer", "schedule", "reference"):
             delattr(self, name)
 

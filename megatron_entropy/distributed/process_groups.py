@@ -71,7 +71,7 @@ def init_model_parallel(layout: ParallelConfig, seed: int) -> None:
     from megatron.core import parallel_state
 
     if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+        _destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
@@ -81,6 +81,18 @@ def init_model_parallel(layout: ParallelConfig, seed: int) -> None:
         expert_tensor_parallel_size=layout.etp,
     )
     seed_generators(seed)
+
+
+def _destroy_model_parallel() -> None:
+    """Destroy Megatron's groups, with their threads and communicators; Megatron itself only forgets most of them."""
+    from megatron.core import parallel_state
+
+    groups = dict.fromkeys(group for group in vars(parallel_state).values() if isinstance(group, dist.ProcessGroup))
+    barrier()  # until no other rank uses them
+    for group in groups:
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
 
 
 def rank() -> int:
