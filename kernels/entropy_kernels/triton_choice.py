@@ -10,24 +10,23 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .triton_engine import Blocks
-
+Form = TypeVar("Form")
+"""Tile and launch settings of a form of the kernel."""
 LOG = logging.getLogger(__name__)
 VARIABLE = "ENTROPY_KERNELS_SPECIALIZED"
 LAUNCHES = 5
 TOLERANCE = 1e-3
 """Relative and absolute difference of sums in another order; a wrong kernel is off by more."""
-chosen: dict[tuple, Blocks] = {}
+chosen: dict[tuple, Any] = {}
 """The choices of this process, by shape."""
 
 
-def choose(shape: tuple, plain: Blocks, specialized: Blocks, launch: Callable[[Blocks], Tensor]) -> Blocks:
+def choose(shape: tuple, plain: Form, specialized: Form, launch: Callable[[Form], Tensor]) -> Form:
     """The form that the environment names, or else the faster one.
 
     Args:
@@ -49,14 +48,14 @@ def choose(shape: tuple, plain: Blocks, specialized: Blocks, launch: Callable[[B
     return chosen[shape]
 
 
-def _faster(shape: tuple, plain: Blocks, specialized: Blocks, launch: Callable[[Blocks], Tensor]) -> Blocks:
+def _faster(shape: tuple, plain: Form, specialized: Form, launch: Callable[[Form], Tensor]) -> Form:
     expected = launch(plain).clone()
     if not torch.allclose(launch(specialized), expected, TOLERANCE, TOLERANCE, equal_nan=True):
         LOG.warning("forward kernel for %s: the forms disagree, taking the plain one; please report this", shape)
         return plain
     times = [_milliseconds(lambda form=form: launch(form)) for form in (plain, specialized)]
     best = specialized if times[1] < times[0] else plain
-    name = "specialized" if best.specialized else "plain"
+    name = "specialized" if best is specialized else "plain"
     LOG.info("forward kernel for %s: plain %.3f ms, specialized %.3f ms, taking %s", shape, *times, name)
     return best
 
