@@ -86,7 +86,7 @@ def write_responses(dump: Path, folder: Path, *, count: int, length: int) -> Non
     dump.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def build_actor(folder: Path, *, dtype: str, recipe: str = "", tokens: int, lr: float = 1e-4) -> Any:
+def build_actor(folder: Path, *, dtype: Any, recipe: Any = "", tokens: int, lr: float = 1e-4) -> Any:
     """Build an actor on one rank with a folder's weights."""
     from megatron_entropy.actor.actor import Actor
     from megatron_entropy.weights.hf_folder import TensorFolder
