@@ -255,7 +255,8 @@ class Actor:
     def _reference_states(self, batches: list[Batch]) -> ReferenceStates:
         assert self.reference is not None, "set_reference comes first"
         with self.reference.active():
-            return compute_states(self.chunks, batches, seq_length=self.config.max_tokens_per_microbatch)
+            limit = self.config.max_tokens_per_microbatch
+            return compute_states(self.chunks, batches, self._head_operands, seq_length=limit)
 
     def _run(
         self, batches: list[Batch], function: schedules.MicrobatchFunction, *, train: bool
@@ -266,17 +267,21 @@ class Actor:
 
     def _head_inputs(self, batch: Batch, chunk: GPTModel, hidden: Tensor) -> HeadInputs:
         group: Any = parallel_state.get_tensor_model_parallel_group()  # annotated as if it could be a number
-        weight = head_weight(chunk)
+        states, weight = self._head_operands(chunk, hidden)
         return HeadInputs(
-            hidden=hidden.squeeze(0),
+            hidden=states,
             weight=weight,
             targets=batch.targets,
             group=group,
             sequence_parallel=self.config.parallel.sequence_parallel,
             vocab_size=self.arch.vocab_size,
             impl=self.config.performance.head_kernels,
-            main_grad=getattr(weight, "main_grad", None),  # a frozen weight has none
+            main_grad=getattr(weight, "main_grad", None),  # a frozen or rounded weight has none
         )
+
+    def _head_operands(self, chunk: GPTModel, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        operands = hidden.squeeze(0), head_weight(chunk)
+        return fp8_emulation.quantize_head(*operands) if self.config.fp8.head else operands
 
 
 def _sum_gradients(model: list, num_tokens: Tensor | None = None, **kwargs: Any) -> None:

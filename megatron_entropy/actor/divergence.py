@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +11,6 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from entropy_kernels import distillation
-from megatron_entropy.actor.model import head_weight
 from megatron_entropy.actor.schedules import run_schedule
 from megatron_entropy.records import Batch, HeadInputs
 
@@ -28,14 +27,23 @@ class ReferenceStates:
 
 
 def compute_states(
-    chunks: Sequence[DistributedDataParallel], batches: Sequence[Batch], *, seq_length: int
+    chunks: Sequence[DistributedDataParallel],
+    batches: Sequence[Batch],
+    operands: Callable[[GPTModel, Tensor], tuple[Tensor, Tensor]],
+    *,
+    seq_length: int,
 ) -> ReferenceStates:
-    """Run the model, while the reference is active, and keep its hidden states; a collective without gradients."""
+    """Run the model, while the reference is active, and keep its hidden states; a collective without gradients.
+
+    Args:
+        operands: from the last stage's chunk and its output to the head's hidden states and weight.
+    """
     weights: list[Tensor] = []
 
     def keep(batch: Batch, chunk: GPTModel, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        weights.append(head_weight(chunk).detach())
-        return hidden.new_zeros(()), {"hidden": hidden.squeeze(0).detach()}
+        states, weight = operands(chunk, hidden)
+        weights[:] = [weight.detach()]
+        return hidden.new_zeros(()), {"hidden": states.detach()}
 
     results = run_schedule(chunks, batches, keep, train=False, seq_length=seq_length)
     hidden = {batch.order: result["hidden"] for batch, result in zip(batches, results, strict=False)}

@@ -5,7 +5,8 @@ Shows what a recipe of Transformer Engine does to the numbers; it saves neither 
     y  = Q(x) Q(w)^T        dx = Q(dy) Q(w)        dw = Q(dy)^T Q(x)
 
 with products summed in fp32 and stored in the layer's type, which is what a GPU does but for the order of the sums and
-the width of its accumulator. Nothing else is quantised: no norm, attention, router, embedding or residual.
+the width of its accumulator. `quantize_head` does the same for the head where the configuration asks for it. Nothing
+else is quantised: no norm, attention, router, embedding or residual.
 
 | recipe | x and dy | w | scale |
 |---|---|---|---|
@@ -192,6 +193,30 @@ class _EmulatedProduct(torch.autograd.Function):
         return grad_x, grad_weight, None, None
 
 
+def quantize_head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round the head's operands to E4M3 and back: one scale for each token, one for each vocabulary entry.
+
+    Scales are powers of two, so a rounded operand is exact in bfloat16, and every head kernel computes with it what a
+    product in FP8 with fp32 sums is. Gradients pass the rounding unchanged.
+
+    Args:
+        hidden: [T, H].
+        weight: [V / tp, H].
+    """
+    return _RoundedRows.apply(hidden), _RoundedRows.apply(weight)
+
+
+class _RoundedRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        rounded = quantize_blocks(values, E4M3, (1, values.shape[1]), "power_of_two")
+        return rounded.dequantize().to(values.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
 def attach_configured(chunks: Sequence[Any], num_layers: int, config: Fp8Config) -> None:
     """Attach the emulation that `actor.fp8` describes, and log it on rank 0.
 
@@ -210,11 +235,12 @@ def attach_configured(chunks: Sequence[Any], num_layers: int, config: Fp8Config)
     )
     if dist.get_rank() == 0:
         log.info(
-            "FP8 is EMULATED (%s%s): %d linear layers of this rank round their operands to 8 bits and back; "
+            "FP8 is EMULATED (%s%s): %d linear layers of this rank%s round their operands to 8 bits and back; "
             "the numbers are those of FP8, the speed is not",
             config.recipe,
             ", fp32 scales" * is_fp32,
             count,
+            " and the head" * config.head,
         )
 
 

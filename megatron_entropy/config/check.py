@@ -120,6 +120,8 @@ def _check_emulation(actor: ActorConfig) -> None:
             "actor.fp8.emulate=true; on a GPU set the environment variable NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1 instead"
         )
     if not fp8.emulate:
+        if fp8.head:
+            raise ConfigError("actor.fp8.head=true needs actor.fp8.emulate=true: a head in FP8 is emulated only")
         return
     if fp8.recipe not in EMULATED:
         raise ConfigError(

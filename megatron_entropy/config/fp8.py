@@ -14,7 +14,7 @@ class Fp8Config(Section):
     """FP8 matrix products in the linear layers (Transformer Engine).
 
     Weights, gradients and optimizer keep their type, and so does the head, which turns hidden states into
-    log-probabilities and entropies.
+    log-probabilities and entropies, unless `head` is set.
     """
 
     recipe: Literal["", "current", "delayed", "blockwise", "mxfp8", "nvfp4"] = ""
@@ -31,6 +31,9 @@ class Fp8Config(Section):
     block_scales: Literal["power_of_two", "fp32"] = "power_of_two"
     """Scales of `blockwise`. `fp32` emulated only: Transformer Engine reads the environment variable
     `NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1`."""
+    head: bool = False
+    """Round the head's operands to E4M3 as well, with a power of two as the scale of each token and of each vocabulary
+    entry; gradients are those of the rounded operands. Emulated only."""
     emulate: bool = False
     """Round to FP8 and back in plain PyTorch, on any device without Transformer Engine: shows what a recipe does to the
     numbers, saves nothing. Log, metrics and report say "emulated"."""
@@ -38,7 +41,7 @@ class Fp8Config(Section):
     @property
     def label(self) -> str:
         """For logs and pages, such as `FP8 current, emulated`; empty without FP8."""
-        return f"FP8 {self.recipe}{', emulated' * self.emulate}" if self.recipe else ""
+        return f"FP8 {self.recipe}{' + head' * self.head}{', emulated' * self.emulate}" if self.recipe else ""
 
 
 def token_multiple(fp8: Fp8Config, *, split: int) -> int:

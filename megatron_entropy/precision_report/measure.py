@@ -74,33 +74,34 @@ class Scorer:
         local = global_parameters(self.chunks, arch, self.config.parallel)
         source.load(TensorFolder(folder), arch, self.config.parallel, local)
 
-    def score(self, samples: Sequence[Sample], *, temperature: float, recipe: str = "") -> Pass:
+    def score(self, samples: Sequence[Sample], *, temperature: float, recipe: str = "", fp8_head: bool = False) -> Pass:
         """Compute the batch.
 
         Args:
             temperature: > 0; the distribution is softmax(logits / temperature).
             recipe: to emulate, of `fp8_emulation.SCALINGS`, or `bfloat16` for products summed in fp32; empty: the
                 model's own products. The scales of `delayed` come from a pass over the same batch before.
+            fp8_head: emulate a head in FP8.
         """
         fp8_emulation.detach(self.chunks)
         if recipe:
             fp8_emulation.attach(self.chunks, recipe, num_layers=self.arch.num_layers)
         if recipe == "delayed":
-            self._run(samples, temperature)
+            self._run(samples, temperature, fp8_head)
             for chunk in self.chunks:
                 fp8_emulation.update_scales(chunk.decoder)
-        fields = self._run(samples, temperature)
+        fields = self._run(samples, temperature, fp8_head)
         columns = {
             name: [values[name][sample.prompt_length :] for sample, values in zip(samples, fields, strict=True)]
             for name in ("logprob", "entropy", "top_token")
         }
         return Pass(columns["logprob"], columns["entropy"], [top.astype(np.int64) for top in columns["top_token"]])
 
-    def _run(self, samples: Sequence[Sample], temperature: float) -> list[dict[str, Any]]:
+    def _run(self, samples: Sequence[Sample], temperature: float, fp8_head: bool) -> list[dict[str, Any]]:
         def compute(batch: Any, chunk: Any, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            operands = hidden.squeeze(0), head_weight(chunk)
             head = HeadInputs(
-                hidden.squeeze(0),
-                head_weight(chunk),
+                *(fp8_emulation.quantize_head(*operands) if fp8_head else operands),
                 batch.targets,
                 group=None,
                 sequence_parallel=False,
@@ -156,6 +157,9 @@ def measure(
         progress(f"{recipe}, emulated")
         found = model.score(samples, temperature=temperature, recipe=recipe)
         yield Measurement(f"{recipe}, emulated", "operands of the linear layers in FP8, sums in fp32", found, base)
+    progress("head, emulated")
+    found = model.score(samples, temperature=temperature, fp8_head=True)
+    yield Measurement("head, emulated", "operands of the head alone in FP8, a scale for each row", found, base)
     del model
     progress("fp32")
     found = scorer("float32").score(samples, temperature=temperature)

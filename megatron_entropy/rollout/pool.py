@@ -260,8 +260,9 @@ class EnginePool:
 
     def shutdown(self) -> None:
         """Stop the engines, and Ray if this pool started it."""
-        for slot in self._slots:
-            self._kill(slot)
+        if not self._ray.is_ours:  # otherwise they end with Ray, which would report each kill
+            for slot in self._slots:
+                self._kill(slot)
         self._slots = []
         self._ray.stop()
 

@@ -75,6 +75,7 @@ def settings(**keys):
         ({"last_layers_bf16": 1}, "actor.fp8.last_layers_bf16 has no effect without actor.fp8.recipe"),
         ({"recipe": "nvfp4", "format": "hybrid"}, 'actor.fp8.format="hybrid": nvfp4 has one format'),
         ({"emulate": True}, "actor.fp8.emulate has no effect without actor.fp8.recipe"),
+        ({"recipe": "current", "head": True}, "actor.fp8.head=true needs actor.fp8.emulate=true"),
         ({"recipe": "nvfp4", "emulate": True}, "one that can be emulated: current, delayed, blockwise, mxfp8"),
         ({"recipe": "mxfp8", "emulate": True, "block_scales": "fp32"}, 'needs actor.fp8.recipe="blockwise" and'),
         ({"recipe": "delayed", "emulate": True, "recompute": "full"}, 'actor.recompute="full": the scales of emulated'),

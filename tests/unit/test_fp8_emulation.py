@@ -125,6 +125,19 @@ def test_the_three_products_use_operands_quantised_along_the_summed_dimension(re
         assert 0.005 < float((found - exact).norm() / exact.norm()) < 0.1
 
 
+def test_the_heads_operands_have_a_scale_for_each_row_and_stay_exact_in_bfloat16():
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = (torch.randn(rows, 48, generator=generator).bfloat16().requires_grad_() for rows in (5, 11))
+    rounded = emulation.quantize_head(hidden, weight)
+    for found, values in zip(rounded, (hidden, weight), strict=True):
+        for row, exact in zip(found.detach(), values.detach(), strict=True):
+            alone = quantize_blocks(exact[None], E4M3, (1, 48), "power_of_two").dequantize()[0]
+            assert torch.equal(row.float(), alone) and not torch.equal(row, exact)
+            assert float(((row - exact).abs() / exact.abs()).max()) <= 2**-4
+    (rounded[0].float() @ rounded[1].float().T).sum().backward()
+    torch.testing.assert_close(hidden.grad, rounded[1].float().sum(0).bfloat16().expand(5, -1))
+
+
 def test_formats_types_and_the_recipe_without_quantisation():
     x, weight, grad = make_operands(torch.bfloat16)
     hybrid = product("mxfp8", x, weight, grad, gradient=E5M2)

@@ -128,7 +128,7 @@ def test_the_command_writes_a_page_that_says_emulated(model, tmp_path):
     assert cli.main(command) == 0
     written = json.loads((out / "report.json").read_text())
     names = [entry["name"] for entry in written["rows"]]
-    assert names == ["bf16, sums in fp32", "delayed, emulated", "mxfp8, emulated", "fp32"]
+    assert names == ["bf16, sums in fp32", "delayed, emulated", "mxfp8, emulated", "head, emulated", "fp32"]
     spread = {entry["name"]: entry["logprob"]["sd"]["value"] for entry in written["rows"]}
     assert spread["mxfp8, emulated"] > spread["fp32"] > 0
     for file in ("report.html", "README.md"):
