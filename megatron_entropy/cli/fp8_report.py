@@ -162,8 +162,8 @@ def _report(
     rows = [(one, compare(one.found, one.base, responses, tokenizer.text_of, seed=args.seed)) for one in measured]
     process_groups.destroy_process_group()
     remarks = [
-        "FP8 is EMULATED: operands of every linear layer are rounded to 8 bits and back in plain PyTorch; norms, "
-        "attention and the head are exact."
+        "FP8 is EMULATED: operands of every linear layer are rounded to 8 bits and back in plain PyTorch; norms and "
+        "attention are exact, and so is the head but in its own row."
         + ("" if real else " No row is of a GPU."),
         "The base of every row is the same model in bf16, whose linear layers are PyTorch's. The first row is the "
         "noise floor: bf16 against itself with products summed in fp32.",
