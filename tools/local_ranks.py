@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from megatron_entropy.distributed.memory import use_one_heap
 from megatron_entropy.distributed.process_groups import destroy_process_group
 
 T = TypeVar("T")
@@ -79,6 +80,7 @@ def _rank_main(
     function: Callable, rank: int, ranks: int, folder: str, queue: multiprocessing.queues.SimpleQueue, args: tuple
 ) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+    use_one_heap()  # as a rank of `megatron-entropy train` does
     try:
         dist.init_process_group(
             "gloo",

@@ -57,11 +57,12 @@ def run_rank(
     Returns:
         Exit code: 0, 2 after a user's mistake, 1 after a fault, 143 after a stop signal was obeyed.
     """
-    from megatron_entropy.distributed import process_groups
+    from megatron_entropy.distributed import memory, process_groups
     from megatron_entropy.distributed.peers import Peers
     from megatron_entropy.monitor.console import setup_logging
 
     end_with_launcher()
+    memory.use_one_heap()
     rank = int(os.environ["RANK"])
     setup_logging(rank)
     peers, liveness = None, None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+import transformers.tokenization_utils_tokenizers  # noqa: F401 - takes 20 MB, which are not a stage's
 
 from megatron_entropy.actor.actor import Actor
 from megatron_entropy.actor.dtypes import DtypeSetting, choose_dtype, resolve_dtype

@@ -85,7 +85,7 @@ def _train_stage(
     components.actor.close()
     del components
     memory.release()
-    log.info("stage %s: %.2f GB in use before it, %.2f GB after it", config.name, before, memory.used_memory())
+    log.info("stage %s: %.3f GB in use before it, %.3f GB after it", config.name, before, memory.used_memory())
 
 
 def _write_settings(folder: RunFolder, plans: Sequence[StagePlan]) -> None:
