@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -122,7 +123,7 @@ class Slurm:
         return "\n".join(f"--- {path.name}\n{path.read_text()[-1500:]}" for path in sorted(self.folder.glob("*.log")))
 
     def _path(self) -> str:
-        return f"{Path(shutil.which('python') or '').parent}:{FOLDERS}"
+        return f"{Path(sys.executable).parent}:{FOLDERS}"
 
     def _spawn(self, node: Node, command: Sequence[object]) -> subprocess.Popen[str]:
         log = self.folder / f"daemons.{node.name}.log"
