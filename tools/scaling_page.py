@@ -33,7 +33,8 @@ def write_page(file: Path) -> None:
     """Write `README.md`, `weak.png` and `strong.png` beside the file of rows."""
     content = read(file)
     rows = content["rows"]
-    parts = ["# Scaling of a training step"]
+    models = ", ".join(sorted({str(row.case["model"]) for row in rows}))
+    parts = ["# Scaling of a training step", f"Written by `tools/benchmark_scaling.py` (`--model {models}`)."]
     if all(row.case["device"] == "cpu" for row in rows):
         parts.append(ON_CPU)
     parts.append(COLUMNS)

@@ -55,8 +55,10 @@ def run(args: argparse.Namespace) -> int:
     recipes = _check(args)
     from megatron_entropy.config.architecture import read_architecture
     from megatron_entropy.data.tokenizer import load_tokenizer
+    from megatron_entropy.monitor.console import hide_library_warnings
     from megatron_entropy.precision_report.responses import read_responses
 
+    hide_library_warnings()
     arch = read_architecture(args.model)
     tokenizer = load_tokenizer(args.model, vocab_size=arch.vocab_size)
     if args.responses:

@@ -57,13 +57,18 @@ def setup_logging(rank: int, *, level: int = logging.INFO) -> logging.Logger:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter(f"[rank {rank}] %(levelname)s %(message)s"))
         warnings.simplefilter("ignore")
-    for package in _NOISY_PACKAGES:
-        warnings.filterwarnings("ignore", module=rf"{package}\.")
+    hide_library_warnings()
     logger = logging.getLogger(ROOT_LOGGER)
     logger.handlers[:] = [handler]
     logger.propagate = False
     logger.setLevel(level if rank == 0 else max(level, logging.WARNING))
     return logger
+
+
+def hide_library_warnings() -> None:
+    """Hide the Python warnings of Megatron, torch, vLLM and Ray in this process."""
+    for package in _NOISY_PACKAGES:
+        warnings.filterwarnings("ignore", module=rf"{package}\.")
 
 
 def summary_line(
