@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,7 +66,8 @@ class Scaling:
     """How a recipe scales.
 
     `block`: values of a block; 0: one scale for the tensor. `weight_block`: rows and columns of a weight's block; None:
-    like other operands. `gradient`: 8-bit type of dy where the configuration leaves it to the recipe.
+    like other operands. `gradient`: 8-bit type of dy where the configuration leaves it to the recipe. `weight_margin`:
+    at least 1; the scales of weights are divided by it, which rounds the same weights otherwise.
     """
 
     gradient: torch.dtype
@@ -74,6 +75,7 @@ class Scaling:
     weight_block: tuple[int, int] | None = None
     scale_format: ScaleFormat = "fp32"
     is_delayed: bool = False
+    weight_margin: float = 1.0
 
 
 SCALINGS = {
@@ -153,15 +155,16 @@ class LinearEmulation(torch.nn.Module):
             return Unquantized(values)
         dtype = self.gradient if operand == GRADIENT else E4M3
         assert dtype is not None
+        margin = self.scaling.weight_margin if operand == WEIGHT else 1.0
         if self.scaling.is_delayed:
             row = self.amax_history[0]
             row[operand] = torch.maximum(row[operand], largest_magnitude(values)[0])
-            return quantize_scaled(values, self.scale[operand].view(1), dtype)
+            return quantize_scaled(values, self.scale[operand].view(1) / margin, dtype)
         if not self.scaling.block:
-            return quantize_tensor(values, dtype)
+            return quantize_tensor(values, dtype, amax=largest_magnitude(values) * margin)
         if operand == WEIGHT and self.scaling.weight_block:
             block = self.scaling.weight_block
-        return quantize_blocks(values, dtype, block, self.scaling.scale_format)
+        return quantize_blocks(values, dtype, block, self.scaling.scale_format, margin=margin)
 
 
 class _EmulatedProduct(torch.autograd.Function):
@@ -253,6 +256,7 @@ def attach(
     first_exact: int = 0,
     last_exact: int = 0,
     history: int = AMAX_HISTORY,
+    weight_margin: float = 1.0,
 ) -> int:
     """Let the linear layers of a model compute in emulated FP8; an earlier emulation is replaced.
 
@@ -263,10 +267,11 @@ def attach(
         gradient: 8-bit type of gradients; None: the recipe's.
         first_exact, last_exact: numbers of first and last layers that are left as they are.
         history: see `LinearEmulation`.
+        weight_margin: see `Scaling`.
     Returns:
         Number of emulated linear layers on this rank.
     """
-    scaling = None if recipe == "bfloat16" else SCALINGS[recipe]
+    scaling = None if recipe == "bfloat16" else replace(SCALINGS[recipe], weight_margin=weight_margin)
     detach(chunks)
     count = 0
     for chunk in chunks:

@@ -114,16 +114,19 @@ def quantize_tensor(
     return quantize_scaled(values, scale_of(amax, dtype, source=values.dtype, power_of_two=power_of_two), dtype)
 
 
-def quantize_blocks(values: Tensor, dtype: torch.dtype, block: tuple[int, int], scale_format: ScaleFormat) -> Quantized:
+def quantize_blocks(
+    values: Tensor, dtype: torch.dtype, block: tuple[int, int], scale_format: ScaleFormat, *, margin: float = 1.0
+) -> Quantized:
     """Quantize with a scale for each block; incomplete blocks at the ends have scales of their own.
 
     Args:
         values: [M, K].
         block: rows and columns of a block: (1, n) are n consecutive values of a row, (n, 1) of a column.
+        margin: at least 1; a block's largest magnitude becomes the largest number of `dtype` divided by this.
     """
     rows, columns = values.shape
     tiles = _tiles(values.float(), block)
-    amax = tiles.abs().amax(dim=(1, 3))
+    amax = tiles.abs().amax(dim=(1, 3)) * margin
     if scale_format == "e8m0":
         exponent = e8m0_exponent(amax, dtype)
         inverse = torch.ldexp(torch.ones_like(amax), exponent - 127)

@@ -37,6 +37,11 @@ def add_parser(subparsers: Subparsers) -> None:
     add("--data", metavar="DATA", nargs="+", default=[], help="JSONL or parquet files of questions to sample from")
     add("--responses", metavar="FILE", type=Path, help="a rollout dump (step_N.jsonl), or a run folder, instead")
     add("--recipes", metavar="RECIPE", nargs="+", help="default: every recipe that can be emulated")
+    add(
+        "--weight-margins", metavar="F", nargs="+", type=positive_float, default=[],
+        help="add rows with the scales of weights divided by F, at least 1: what another rounding of the same weights "
+        "does, which no interval here contains",
+    )  # fmt: skip
     add("--prompts", metavar="N", type=positive_int, default=24, help="first questions; default: %(default)s")
     add("--samples", metavar="M", type=positive_int, default=1, help="responses per question; default: %(default)s")
     add("--temperature", type=positive_float, default=1.0, help="default: %(default)s")
@@ -85,6 +90,11 @@ def _check(args: argparse.Namespace) -> list[str]:
     for recipe in args.recipes or []:
         if recipe not in EMULATED_NAMES:
             raise ConfigError(f"--recipes {recipe} cannot be emulated; choose from {', '.join(EMULATED_NAMES)}")
+    for margin in args.weight_margins:
+        if margin < 1:
+            raise ConfigError(
+                f"--weight-margins {margin:g} is below 1: the largest weights would exceed FP8; choose 1 to 2"
+            )
     args.out.mkdir(parents=True, exist_ok=True)
     return args.recipes or list(EMULATED_NAMES)
 
@@ -157,6 +167,7 @@ def _report(
         samples,
         emulated=recipes,
         real=real,
+        weight_margins=args.weight_margins,
         temperature=args.temperature,
         max_tokens=microbatch_tokens,
         progress=lambda name: print(f"computing {name}", file=sys.stderr, flush=True),
@@ -195,8 +206,10 @@ def _command(args: argparse.Namespace) -> str:
     """The command line, with what differs from the defaults."""
     parts = ["megatron-entropy fp8-report", args.model]
     parts += ["--data", *args.data] if args.data else ["--responses", str(args.responses)]
+    margins = ["--weight-margins", *map(str, args.weight_margins)] if args.weight_margins else []
     defaults = {"prompts": 24, "samples": 1, "temperature": 1.0, "max_tokens": 256, "seed": 1}
     for name, value in defaults.items():
         if args.data and getattr(args, name) != value:
             parts += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    return " ".join([*parts, *(["--recipes", *args.recipes] if args.recipes else []), "--out", str(args.out)])
+    recipes = ["--recipes", *args.recipes] if args.recipes else []
+    return " ".join([*parts, *recipes, *margins, "--out", str(args.out)])

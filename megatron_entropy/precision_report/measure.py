@@ -74,18 +74,27 @@ class Scorer:
         local = global_parameters(self.chunks, arch, self.config.parallel)
         source.load(TensorFolder(folder), arch, self.config.parallel, local)
 
-    def score(self, samples: Sequence[Sample], *, temperature: float, recipe: str = "", fp8_head: bool = False) -> Pass:
+    def score(
+        self,
+        samples: Sequence[Sample],
+        *,
+        temperature: float,
+        recipe: str = "",
+        weight_margin: float = 1.0,
+        fp8_head: bool = False,
+    ) -> Pass:
         """Compute the batch.
 
         Args:
             temperature: > 0; the distribution is softmax(logits / temperature).
             recipe: to emulate, of `fp8_emulation.SCALINGS`, or `bfloat16` for products summed in fp32; empty: the
                 model's own products. The scales of `delayed` come from a pass over the same batch before.
+            weight_margin: divides the scales of weights that the recipe chooses.
             fp8_head: emulate a head in FP8.
         """
         fp8_emulation.detach(self.chunks)
         if recipe:
-            fp8_emulation.attach(self.chunks, recipe, num_layers=self.arch.num_layers)
+            fp8_emulation.attach(self.chunks, recipe, num_layers=self.arch.num_layers, weight_margin=weight_margin)
         if recipe == "delayed":
             self._run(samples, temperature, fp8_head)
             for chunk in self.chunks:
@@ -126,6 +135,7 @@ def measure(
     *,
     emulated: Sequence[str],
     real: Sequence[str],
+    weight_margins: Sequence[float] = (),
     temperature: float,
     max_tokens: int,
     progress: Callable[[str], None],
@@ -137,6 +147,7 @@ def measure(
         samples: the batch.
         emulated: recipes of `fp8_emulation.SCALINGS`.
         real: recipes that Transformer Engine computes on this device; compared with its own bf16.
+        weight_margins: further rows of every emulated recipe, see `Scorer.score`.
         temperature: see `Scorer.score`.
         max_tokens: of a micro-batch.
         progress: called with what comes next.
@@ -157,6 +168,13 @@ def measure(
         progress(f"{recipe}, emulated")
         found = model.score(samples, temperature=temperature, recipe=recipe)
         yield Measurement(f"{recipe}, emulated", "operands of the linear layers in FP8, sums in fp32", found, base)
+        for margin in weight_margins:
+            name = f"{recipe}, emulated, weights / {margin:g}"
+            progress(name)
+            found = model.score(samples, temperature=temperature, recipe=recipe, weight_margin=margin)
+            yield Measurement(
+                name, "the row above with the scales of weights divided: another rounding of them", found, base
+            )
     progress("head, emulated")
     found = model.score(samples, temperature=temperature, fp8_head=True)
     yield Measurement("head, emulated", "operands of the head alone in FP8, a scale for each row", found, base)

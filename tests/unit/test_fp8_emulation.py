@@ -6,6 +6,7 @@ of their format. Layouts are in `tests/distributed/test_fp8_layouts.py`.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -123,6 +124,22 @@ def test_the_three_products_use_operands_quantised_along_the_summed_dimension(re
     ):
         torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-4)
         assert 0.005 < float((found - exact).norm() / exact.norm()) < 0.1
+
+
+@pytest.mark.parametrize("recipe", emulation.SCALINGS)
+def test_a_margin_rounds_the_same_weights_otherwise(recipe):
+    """Twice the scale is the same grid; another factor is another grid where scales are no powers of two."""
+    generator = torch.Generator().manual_seed(2)
+    values = 1 + torch.rand(64, 128, generator=generator)
+
+    def rounded(margin, operand=emulation.WEIGHT):
+        layer = emulation.LinearEmulation(replace(emulation.SCALINGS[recipe], weight_margin=margin))
+        return layer.quantize(values, operand).dequantize()
+
+    assert torch.equal(rounded(2.0), rounded(1.0))
+    assert torch.equal(rounded(1.3, emulation.INPUT), rounded(1.0, emulation.INPUT))
+    assert torch.equal(rounded(1.3), rounded(1.0)) == (recipe in ("blockwise", "mxfp8"))
+    assert float((rounded(1.3) / values - 1).abs().max()) <= 2**-4
 
 
 def test_the_heads_operands_have_a_scale_for_each_row_and_stay_exact_in_bfloat16():

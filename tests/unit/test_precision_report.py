@@ -125,10 +125,14 @@ def test_the_command_writes_a_page_that_says_emulated(model, tmp_path):
     dump = write_dump(tmp_path / "responses.jsonl", rows)
     out = tmp_path / "report"
     command = ["fp8-report", str(model), "--responses", str(dump), "--out", str(out), "--recipes", "delayed", "mxfp8"]
+    command += ["--weight-margins", "1.3"]
     assert cli.main(command) == 0
     written = json.loads((out / "report.json").read_text())
     names = [entry["name"] for entry in written["rows"]]
-    assert names == ["bf16, sums in fp32", "delayed, emulated", "mxfp8, emulated", "head, emulated", "fp32"]
+    emulated = [
+        f"{recipe}, emulated{weights}" for recipe in ("delayed", "mxfp8") for weights in ("", ", weights / 1.3")
+    ]
+    assert names == ["bf16, sums in fp32", *emulated, "head, emulated", "fp32"]
     spread = {entry["name"]: entry["logprob"]["sd"]["value"] for entry in written["rows"]}
     assert spread["mxfp8, emulated"] > spread["fp32"] > 0
     for file in ("report.html", "README.md"):
@@ -146,6 +150,7 @@ def test_the_command_writes_a_page_that_says_emulated(model, tmp_path):
             ["--data", "a.jsonl", "--recipes", "nvfp4"],
             "--recipes nvfp4 cannot be emulated; choose from current, delayed,",
         ),
+        (["--data", "a.jsonl", "--weight-margins", "0.5"], "--weight-margins 0.5 is below 1: the largest weights"),
     ],
 )
 def test_wrong_arguments_are_one_line(model, tmp_path, capsys, arguments, message):
