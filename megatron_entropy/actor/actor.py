@@ -21,7 +21,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from entropy_kernels import TokenStats
-from megatron_entropy.actor import fp8_emulation, lora, schedules
+from megatron_entropy.actor import fp8_emulation, fp8_weights, lora, schedules
 from megatron_entropy.actor.divergence import ReferenceStates, compute_divergence, compute_states
 from megatron_entropy.actor.model import (
     build_chunks,
@@ -54,6 +54,8 @@ class Actor:
     def __init__(self, arch: ModelArchitecture, config: ActorConfig, *, total_updates: int, seed: int = 0) -> None:
         """Build this rank's shard of the model; `weights.source.load` or a checkpoint sets its weights.
 
+        `loader.copy` is the `copy` of `weights.source.load`.
+
         Args:
             total_updates: optimizer steps of the whole stage, the length of the learning-rate schedule.
             seed: of the initial LoRA adapters.
@@ -76,6 +78,7 @@ class Actor:
             use_distributed_optimizer=config.parallel.distributed_optimizer,
             overlap_grad_reduce=used["overlap_grad_reduce"].is_active,
             overlap_param_gather=self._gathers_late,
+            fp8_param_gather=config.fp8.parameters,
         )
         self.chunks = [
             DistributedDataParallel(settings, ddp, chunk, disable_bucketing=index > 0)
@@ -86,6 +89,7 @@ class Actor:
             contexts: Any = [chunk.no_sync for chunk in self.chunks]
             settings.no_sync_func = contexts if len(contexts) > 1 else contexts[0]
         self.optimizer: MegatronOptimizer = build_optimizer(config, self.chunks)
+        self.loader = fp8_weights.WeightLoader(self.optimizer)
         self.schedule = build_schedule(config.optimizer, self.optimizer, total_updates)
         settings.grad_scale_func = self.optimizer.scale_loss
         self.reference: Reference | None = None
@@ -100,7 +104,9 @@ class Actor:
         return {name: shard for name, shard in self._parameters().items() if lora.is_adapter(name)}
 
     def merged_shards(self) -> Mapping[str, Tensor]:
-        """The parameters of `named_shards`, with adapters merged into a weight when it is read."""
+        """The parameters of `named_shards`, when read with adapters merged in, and in bfloat16 if stored in FP8."""
+        if self.config.fp8.parameters:
+            return fp8_weights.DequantizedShards(self.named_shards())
         if not self.config.lora.rank:
             return self.named_shards()
         return lora.MergedShards(self.named_shards(), self.adapter_shards(), self.config.lora.scale)
@@ -114,12 +120,14 @@ class Actor:
         Only where `performance.overlap_param_gather` is active is there anything to do.
         """
         if self._gathers_late:
-            for chunk in self.chunks:
-                chunk.start_param_sync(force_sync=True)
+            fp8_weights.gather(self.chunks)
 
     def after_load(self) -> None:
-        """Copy weights that were loaded into the model to the optimizer's fp32 weights."""
-        self.optimizer.reload_model_params()
+        """Copy weights that were loaded into the model to the optimizer's fp32 weights.
+
+        Those of FP8 weights that `loader.copy` has set stay: they are the values before rounding.
+        """
+        self.loader.finish(self._parameters().values())
 
     def offload(self, *, keep_weights: bool = False) -> None:
         """Free the GPU: weights and optimizer state move to host memory, gradients are dropped. No effect on a CPU.
@@ -147,7 +155,7 @@ class Actor:
         for chunk in self.chunks:
             chunk.grad_accs.clear()
         RotaryEmbedding.forward.cache_clear()  # of the class: it holds the module and, with it, a process group
-        for name in ("chunks", "optimizer", "schedule", "reference"):
+        for name in ("chunks", "optimizer", "loader", "schedule", "reference"):
             delattr(self, name)
 
     def set_reference(self, kind: ReferenceKind, *, own_weights: bool = False) -> None:

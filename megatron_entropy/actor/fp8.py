@@ -29,6 +29,7 @@ def model_settings(fp8: Fp8Config) -> dict[str, Any]:
         return {"fp4": "e2m1", "fp4_recipe": recipe.megatron, **settings}
     settings["fp8"] = recipe.format if fp8.format == "auto" else fp8.format
     settings["fp8_recipe"] = recipe.megatron
+    settings["fp8_param"] = fp8.parameters
     if fp8.recipe == "delayed":
         settings["fp8_amax_history_len"] = AMAX_HISTORY
         settings["fp8_amax_compute_algo"] = "max"

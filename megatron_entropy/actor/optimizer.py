@@ -8,6 +8,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_entropy.config import speedups
+from megatron_entropy.config.fp8 import RECIPES
 from megatron_entropy.config.schema import ActorConfig, OptimizerConfig
 
 
@@ -25,6 +26,7 @@ def build_optimizer(config: ActorConfig, chunks: list[DistributedDataParallel]) 
         clip_grad=settings.clip_grad,
         params_dtype=dtype,
         bf16=chunks[0].config.bf16,
+        fp8_recipe=RECIPES[config.fp8.recipe].megatron if config.fp8.parameters else None,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
         overlap_param_gather=speedups.resolve(config)["overlap_param_gather"].is_active,
     )

@@ -117,7 +117,7 @@ def _parts(sharded: ShardedTensor | ShardedTensorFactory) -> list[tuple[ShardedT
     """
     if isinstance(sharded, ShardedTensor):
         return [(sharded, 0)]
-    stand_in = torch.empty_like(sharded.data, dtype=torch.float32, device="meta")
+    stand_in = torch.empty(sharded.data.shape, device="meta")
     parts = [part for part in nested_values(dataclasses.replace(sharded, data=stand_in).build())]
     assert all(part.data.is_contiguous() for part in parts), f"{sharded.key}: parts are ranges of the parameter"
     return [(part, int(part.data.storage_offset())) for part in parts]

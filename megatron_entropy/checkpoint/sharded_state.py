@@ -5,6 +5,8 @@ under one layout is read under any other. The optimizers' state is described par
 store the groups of the plain ones as data common to all ranks, but they differ between pipeline stages; the distributed
 one would be gathered on every rank (`optimizer_shards`).
 
+Weights stored in FP8 are in it as bfloat16. They are rounded again from the fp32 weights, which makes the same bits.
+
 With LoRA only the adapters and their optimizer state are described: the base weights come from the model folder.
 """
 
@@ -21,7 +23,7 @@ from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from megatron_entropy.actor import fp8_emulation
+from megatron_entropy.actor import fp8_emulation, fp8_weights
 from megatron_entropy.actor.actor import Actor
 from megatron_entropy.actor.lora import is_adapter
 from megatron_entropy.checkpoint.optimizer_shards import Piece, optimizer_pieces
@@ -56,6 +58,9 @@ def sharded_state(actor: Actor, *, is_loading: bool) -> dict[str, Any]:
             for name, weight in actor.reference.weights.items()
             if name in sharded
         }
+    for tensor in nested_values(model):  # last: until here parameters are known by their identity
+        if isinstance(tensor, (ShardedTensor, ShardedTensorFactory)) and tensor.data is not None:
+            tensor.data = fp8_weights.dequantize(tensor.data)
     return state
 
 
@@ -82,6 +87,8 @@ def restore(actor: Actor, loaded: dict[str, Any], *, updates: int) -> None:
         actor.reference.weights[name].copy_(weight)
     for optimizer in _single_optimizers(actor):
         _set_step(optimizer.optimizer, updates)
+    if actor.config.fp8.parameters:
+        fp8_weights.cast_main_weights(actor.chunks, actor.optimizer)
     actor.schedule.num_steps = 0
     actor.schedule.step(increment=updates)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_entropy.config.architecture import ModelArchitecture
-from megatron_entropy.config.fp8 import EMULATED, RECIPES, Fp8Config
+from megatron_entropy.config.fp8 import EMULATED, RECIPES, STORED, Fp8Config
 from megatron_entropy.config.schema import ActorConfig, Config, ParallelConfig
 from megatron_entropy.errors import ConfigError
 
@@ -42,6 +42,7 @@ def check(config: Config, arch: ModelArchitecture, world_size: int | None = None
         raise ConfigError("actor.parallel.sequence_parallel=true needs actor.parallel.tp of at least 2")
     _check_divides(config.rollout.tensor_parallel, arch.num_heads, "rollout.tensor_parallel", "attention heads")
     _check_fp8(config.actor, arch)
+    _check_fp8_parameters(config)
     longest = config.max_sequence_tokens
     section = "eval" if config.eval.max_response_tokens > config.rollout.max_response_tokens else "rollout"
     if longest > arch.max_positions:
@@ -175,6 +176,45 @@ def _check_fp8(actor: ActorConfig, arch: ModelArchitecture) -> None:
                 f"actor.fp8.recipe={fp8.recipe} needs linear layers with multiples of {needed} on a rank, found "
                 f"{width} {what}; lower actor.parallel.tp, or leave the recipe out"
             )
+
+
+NOT_STORED = {
+    "delayed": "its scales are not known yet when weights are loaded",
+    "mxfp8": "megatron-core gathers such weights through the gradients' memory, which is not offered",
+    "nvfp4": "weights of four bits are not offered",
+}
+"""Why the weights of a recipe cannot be stored as it rounds them."""
+
+
+def _check_fp8_parameters(config: Config) -> None:
+    actor, fp8 = config.actor, config.actor.fp8
+    if not fp8.parameters:
+        return
+    setting = "actor.fp8.parameters=true"
+    if fp8.emulate:
+        raise ConfigError(
+            f"{setting} with actor.fp8.emulate=true: emulated FP8 stores no weights; leave one of them out"
+        )
+    if fp8.recipe not in STORED:
+        raise ConfigError(
+            f'{setting} with actor.fp8.recipe="{fp8.recipe}": {NOT_STORED[fp8.recipe]}; set the recipe to '
+            f"{' or '.join(STORED)}, or leave parameters out"
+        )
+    if not actor.parallel.distributed_optimizer:
+        raise ConfigError(
+            f"{setting} needs actor.parallel.distributed_optimizer=true, which keeps the fp32 weights; set it, or "
+            "leave parameters out"
+        )
+    if actor.lora.rank:
+        raise ConfigError(
+            f"{setting} with actor.lora.rank={actor.lora.rank}: LoRA's frozen weights stay in bfloat16; set rank to 0, "
+            "or leave parameters out"
+        )
+    if config.rollout.colocate:
+        raise ConfigError(
+            f"{setting} with rollout.colocate=true: FP8 weights cannot be offloaded; give the engines GPUs of their "
+            "own, or leave parameters out"
+        )
 
 
 def _check_bf16_layers(fp8: Fp8Config, arch: ModelArchitecture, pp: int) -> None:

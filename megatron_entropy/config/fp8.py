@@ -13,8 +13,8 @@ __all__ = ["AMAX_HISTORY", "RECIPES", "Fp8Config", "token_multiple"]
 class Fp8Config(Section):
     """FP8 matrix products in the linear layers (Transformer Engine).
 
-    Weights, gradients and optimizer keep their type, and so does the head, which turns hidden states into
-    log-probabilities and entropies, unless `head` is set.
+    Weights keep their type unless `parameters` is set, gradients and optimizer always, and so does the head, which
+    turns hidden states into log-probabilities and entropies, unless `head` is set.
     """
 
     recipe: Literal["", "current", "delayed", "blockwise", "mxfp8", "nvfp4"] = ""
@@ -28,6 +28,9 @@ class Fp8Config(Section):
     """Number of first layers that stay in bfloat16."""
     last_layers_bf16: NonNegativeInt = 0
     """Number of last layers that stay in bfloat16."""
+    parameters: bool = False
+    """Store the weights of these layers in FP8 and gather them in FP8: half the memory and traffic of bfloat16. The
+    distributed optimizer keeps the fp32 weights that they are rounded from. `current` and `blockwise` only."""
     block_scales: Literal["power_of_two", "fp32"] = "power_of_two"
     """Scales of `blockwise`. `fp32` emulated only: Transformer Engine reads the environment variable
     `NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1`."""
@@ -55,6 +58,9 @@ def token_multiple(fp8: Fp8Config, *, split: int) -> int:
 
 EMULATED = ("current", "delayed", "blockwise", "mxfp8")
 """Recipes that can be emulated."""
+
+STORED = ("current", "blockwise")
+"""Recipes whose FP8 weights can be stored."""
 
 EMULATED_NAMES = ("current", "delayed", "blockwise", "blockwise_fp32", "mxfp8")
 """The same by the name of their scales: `blockwise_fp32` is `blockwise` with `block_scales="fp32"`."""

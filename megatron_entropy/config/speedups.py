@@ -68,6 +68,9 @@ def choices(actor: ActorConfig, software: Software) -> dict[str, Choice]:
             engine or apex,
             "Transformer Engine's or Apex's" if engine or apex else plain + "; Apex would help" * software.gpu,
         ),
+        "weights stored in FP8": Choice(
+            actor.fp8.parameters, f"actor.fp8.parameters={str(actor.fp8.parameters).lower()}"
+        ),
         "recompute": Choice(actor.recompute != "none", f"actor.recompute={actor.recompute}"),
         "CUDA graphs": Choice(False, "every pack has its own length, and a graph has one"),
     }

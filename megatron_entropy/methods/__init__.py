@@ -6,6 +6,7 @@ group `megatron_entropy.methods`.
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import Any
 
@@ -40,6 +41,10 @@ METHOD_CONFIGS: dict[str, type[MethodSettings]] = {
 """Settings class of every built-in method, by its name in a configuration file."""
 
 
+WITHOUT_COPY = {"kl_coefficient": 0, "penalty_to": "old", "teacher": "policy"}
+"""Settings of methods whose reference is no copy of the weights."""
+
+
 def load_method_config(name: str) -> type[MethodSettings]:
     """Find the settings class of a method by a value of `method.name`.
 
@@ -64,7 +69,16 @@ def build_method(config: Config) -> Method[Any]:
         ConfigError: a setting without effect, or settings that do not fit each other or the stage.
     """
     assert isinstance(config.method, MethodSettings), f"load_method_config returns no {type(config.method).__name__}"
-    return config.method.method(config)
+    method = config.method.method(config)
+    if config.actor.fp8.parameters and method.reference in ("initial", "ema"):
+        settings = method.settings
+        keys = [f"method.{k}={json.dumps(v)}" for k, v in WITHOUT_COPY.items() if getattr(settings, k, v) != v]
+        raise ConfigError(
+            f"actor.fp8.parameters=true: the reference of method.name={config.method.name} is a copy of the weights, "
+            f"which cannot replace weights stored in FP8; set {' and '.join(keys) or 'another method'}, or leave "
+            "parameters out"
+        )
+    return method
 
 
 def explain_stage(history: StageHistory) -> list[str]:

@@ -191,7 +191,8 @@ def _load_initial_weights(config: Config, actor: Actor, method: Method[Any], *, 
 
 
 def _load_weights(path: str, actor: Actor) -> None:
-    weights.load(open_model(path, actor.arch), actor.arch, actor.config.parallel, actor.named_shards())
+    folder, layout = open_model(path, actor.arch), actor.config.parallel
+    weights.load(folder, actor.arch, layout, actor.named_shards(), copy=actor.loader.copy)
     actor.after_load()
 
 

@@ -27,12 +27,18 @@ from megatron_entropy.weights.plan import Placement, plan
 
 
 def load(
-    folder: TensorFolder | MegatronFolder, arch: ModelArchitecture, layout: ParallelConfig, local: Mapping[str, Tensor]
+    folder: TensorFolder | MegatronFolder,
+    arch: ModelArchitecture,
+    layout: ParallelConfig,
+    local: Mapping[str, Tensor],
+    *,
+    copy: Callable[[Tensor, Tensor], object] = Tensor.copy_,
 ) -> None:
     """Fill this rank's parameters from a Hugging Face folder or a Megatron checkpoint.
 
     Args:
         local: this rank's parameters under global names; written in place.
+        copy: sets a parameter, its first argument, to values of the same shape and the folder's type.
     Raises:
         ModelError: for a missing tensor, a wrong shape, or a tensor that belongs to no parameter.
     """
@@ -43,7 +49,7 @@ def load(
         shard = names.shard(entry, tensors, arch, rank=dist.get_rank() % ranks, ranks=ranks)
         assert shard.shape == local[name].shape, f"{name}: {tuple(shard.shape)} is not {tuple(local[name].shape)}"
         with torch.no_grad():
-            local[name].copy_(shard)
+            copy(local[name], shard)
     expected = {tensor for entry in all_entries for tensor in entry.tensors}
     tied_copy = {"lm_head.weight"} if arch.tied_embeddings else set()
     extra = [n for n in folder.names() if n not in expected | tied_copy and not n.endswith("rotary_emb.inv_freq")]

@@ -15,6 +15,7 @@ import torch
 from local_ranks import run_on_ranks
 
 from megatron_entropy.config.architecture import read_architecture
+from megatron_entropy.config.fp8 import Fp8Config
 from megatron_entropy.config.performance import PerformanceConfig, Switch
 from megatron_entropy.config.schema import ActorConfig, LoraConfig, MoeConfig, OptimizerConfig, ParallelConfig
 from megatron_entropy.config.speedups import Software, choices
@@ -103,6 +104,8 @@ def test_defaults_use_what_the_machine_has():
     assert "Apex" in found["fuse_grad_accumulation"].reason and "Apex would help" in found["fused AdamW"].reason
     assert "fuse_grad_accumulation" not in active(ActorConfig(lora=LoraConfig(rank=4)), GPU)
     assert all(choice.reason for choice in found.values())
+    stored = ActorConfig(fp8=Fp8Config(recipe="current", parameters=True))
+    assert "weights stored in FP8" in active(stored, GPU) - active(ActorConfig(), GPU)
 
 
 @pytest.mark.parametrize(

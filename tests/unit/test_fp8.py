@@ -19,7 +19,7 @@ from megatron_entropy.config.schema import ActorConfig, Config, DataConfig
 from megatron_entropy.data.packing import pack
 from megatron_entropy.errors import ConfigError
 from megatron_entropy.launch.fp8 import recipe_problem
-from megatron_entropy.methods import load_method_config
+from megatron_entropy.methods import build_method, load_method_config
 from megatron_entropy.records import Sample
 
 ARCH = ModelArchitecture(
@@ -61,12 +61,17 @@ def test_packs_fit_the_matrix_products(recipe, split):
 
 def settings(**keys):
     actor = {key: keys.pop(key) for key in ("dtype", "lora", "parallel", "recompute") if key in keys}
+    method = {"name": "grpo", **keys.pop("method", {})}
     return Config(
         steps=1,
-        method=load_method_config("grpo")(name="grpo"),
+        method=load_method_config(method["name"])(**method),
         data=DataConfig(train=["t.jsonl"]),
+        rollout=keys.pop("rollout", {}),
         actor=ActorConfig.model_validate({**actor, "fp8": keys}),
     )
+
+
+STORED = {"recipe": "blockwise", "parameters": True, "parallel": {"distributed_optimizer": True}}
 
 
 @pytest.mark.parametrize(
@@ -86,6 +91,18 @@ def settings(**keys):
         ({"recipe": "current", "first_layers_bf16": 3, "last_layers_bf16": 3}, "= 6 leaves none of the model's 6"),
         ({"recipe": "current", "first_layers_bf16": 3, "parallel": {"pp": 3}}, "at most the 2 layers of a pipeline"),
         ({"recipe": "mxfp8", "parallel": {"tp": 4}}, None),
+        ({"parameters": True}, "actor.fp8.parameters has no effect without actor.fp8.recipe"),
+        ({"recipe": "current", "parameters": True, "emulate": True}, "emulated FP8 stores no weights; leave one of"),
+        ({"recipe": "delayed", "parameters": True}, "its scales are not known yet when weights are loaded; set the"),
+        ({"recipe": "mxfp8", "parameters": True}, "gathers such weights through the gradients' memory"),
+        ({"recipe": "nvfp4", "parameters": True}, "set the recipe to current or blockwise, or leave parameters out"),
+        ({"recipe": "current", "parameters": True}, "needs actor.parallel.distributed_optimizer=true, which keeps"),
+        ({**STORED, "lora": {"rank": 4}}, "with actor.lora.rank=4: LoRA's frozen weights stay in bfloat16; set rank"),
+        (
+            {**STORED, "rollout": {"colocate": True}},
+            "with rollout.colocate=true: FP8 weights cannot be offloaded; give",
+        ),
+        ({**STORED, "dtype": "bfloat16", "first_layers_bf16": 1}, None),
     ],
 )
 def test_settings_that_do_not_go_together_are_one_line(keys, message):
@@ -95,6 +112,27 @@ def test_settings_that_do_not_go_together_are_one_line(keys, message):
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         check.check(settings(**keys), ARCH)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "setting"),
+    [
+        ({"name": "grpo", "kl_coefficient": 0.1}, "method.kl_coefficient=0"),
+        ({"name": "sent"}, 'method.penalty_to="old"'),
+        ({"name": "sent", "kl_coefficient": 0.1}, 'method.kl_coefficient=0 and method.penalty_to="old"'),
+        ({"name": "curiosft"}, 'method.teacher="policy"'),
+        ({"name": "curiosft", "teacher": "policy"}, None),
+        ({"name": "dapo"}, None),
+    ],
+)
+def test_a_method_that_copies_weights_names_the_setting_that_avoids_it(method, setting):
+    if setting is None:
+        build_method(settings(**STORED, method=method))
+        return
+    with pytest.raises(ConfigError) as caught:
+        build_method(settings(**STORED, method=method))
+    assert "\n" not in str(caught.value) and f"; set {setting}, or leave parameters out" in str(caught.value)
+    build_method(settings(recipe="blockwise", method=method))
 
 
 @pytest.mark.parametrize(
@@ -145,7 +183,8 @@ def test_machine_that_cannot_compute_a_recipe_is_one_line(recipe, devices, cuda,
 def test_megatron_core_gets_its_own_names(recipe):
     parallel = {"tp": 2, "sequence_parallel": True, "distributed_optimizer": True}
     keys = {} if recipe == "delayed" else {"first_layers_bf16": 1, "last_layers_bf16": 2}
-    actor = settings(recipe=recipe, dtype="bfloat16", parallel=parallel, **keys).actor
+    stores = recipe in ("current", "blockwise")
+    actor = settings(recipe=recipe, dtype="bfloat16", parallel=parallel, parameters=stores, **keys).actor
     built = TransformerConfig(
         num_layers=6,
         hidden_size=64,
@@ -157,6 +196,7 @@ def test_megatron_core_gets_its_own_names(recipe):
     assert (built.fp4, built.fp8) == (("e2m1", None) if recipe == "nvfp4" else (None, RECIPES[recipe].format))
     if recipe != "nvfp4":
         assert built.fp8_recipe == {"current": "tensorwise"}.get(recipe, recipe)
+    assert built.fp8_param is stores
     layers = (built.first_last_layers_bf16, built.num_layers_at_start_in_bf16, built.num_layers_at_end_in_bf16)
     assert layers == ((False, 1, 1) if recipe == "delayed" else (True, 1, 2))
     off = Fp8Config(recipe=recipe, emulate=True)
