@@ -19,7 +19,7 @@ import torch
 
 from megatron_entropy.config.architecture import read_architecture
 from megatron_entropy.config.fp8 import Fp8Config
-from megatron_entropy.config.schema import ActorConfig, OptimizerConfig
+from megatron_entropy.config.schema import ActorConfig, OptimizerConfig, ParallelConfig
 from megatron_entropy.distributed import process_groups
 from megatron_entropy.records import HeadInputs, Sample
 
@@ -86,18 +86,21 @@ def write_responses(dump: Path, folder: Path, *, count: int, length: int) -> Non
     dump.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def build_actor(folder: Path, *, dtype: Any, recipe: Any = "", tokens: int, lr: float = 1e-4) -> Any:
-    """Build an actor on one rank with a folder's weights."""
+def build_actor(
+    folder: Path, *, dtype: Any, recipe: Any = "", parameters: bool = False, tokens: int, lr: float = 1e-4
+) -> Any:
+    """Build an actor on one rank with a folder's weights; `parameters`: stored in FP8."""
     from megatron_entropy.actor.actor import Actor
     from megatron_entropy.weights.hf_folder import TensorFolder
     from megatron_entropy.weights.source import load
 
     config = ActorConfig(
-        dtype=dtype, fp8=Fp8Config(recipe=recipe), optimizer=OptimizerConfig(lr=lr), max_tokens_per_microbatch=tokens
+        dtype=dtype, fp8=Fp8Config(recipe=recipe, parameters=parameters), optimizer=OptimizerConfig(lr=lr),
+        parallel=ParallelConfig(distributed_optimizer=parameters), max_tokens_per_microbatch=tokens,
     )  # fmt: skip
     process_groups.init_model_parallel(config.parallel, seed=1)
     actor = Actor(read_architecture(folder), config, total_updates=100)
-    load(TensorFolder(str(folder)), actor.arch, config.parallel, actor.named_shards())
+    load(TensorFolder(str(folder)), actor.arch, config.parallel, actor.named_shards(), copy=actor.loader.copy)
     actor.after_load()
     return actor
 
@@ -144,10 +147,18 @@ def actor_error(folder: Path, *, count: int, length: int) -> dict[str, float]:
 
 
 def training_curve(
-    folder: Path, *, dtype: str, recipe: str, steps: int, count: int, length: int, device: torch.device
+    folder: Path,
+    *,
+    dtype: str,
+    recipe: str,
+    parameters: bool = False,
+    steps: int,
+    count: int,
+    length: int,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Train on one batch again and again: losses, tokens/s after two warm-up steps, MFU and peak memory."""
-    actor = build_actor(folder, dtype=dtype, recipe=recipe, tokens=count * length)
+    actor = build_actor(folder, dtype=dtype, recipe=recipe, parameters=parameters, tokens=count * length)
     samples = make_samples(actor.arch.vocab_size, count, length)
     on_gpu = device.type == "cuda"
     if on_gpu:

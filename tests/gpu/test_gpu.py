@@ -16,7 +16,7 @@ import gpu_cases
 import pytest
 import torch
 
-from megatron_entropy.config.fp8 import RECIPES
+from megatron_entropy.config.fp8 import RECIPES, STORED
 from megatron_entropy.launch.fp8 import recipe_problem
 from megatron_entropy.packages import installed_versions
 
@@ -107,12 +107,15 @@ CURVES: dict[str, list[float]] = {}
 """Losses of the curves, for comparison with bfloat16's."""
 
 
-@pytest.mark.parametrize("recipe", [pytest.param("", marks=needs(), id="bfloat16")] + [
-    pytest.param(recipe, marks=needs("Transformer Engine", recipe)) for recipe in RECIPES])  # fmt: skip
-def test_training_curve(record_property, half_billion, device, recipe):
+@pytest.mark.parametrize("recipe, parameters", [pytest.param("", False, marks=needs(), id="bfloat16")] + [
+    pytest.param(recipe, False, marks=needs("Transformer Engine", recipe), id=recipe) for recipe in RECIPES] + [
+    pytest.param(recipe, True, marks=needs("Transformer Engine", recipe), id=f"{recipe}, FP8 weights")
+    for recipe in STORED])  # fmt: skip
+def test_training_curve(record_property, half_billion, device, recipe, parameters):
     found = gpu_cases.training_curve(
-        half_billion, dtype="bfloat16", recipe=recipe, steps=STEPS, count=COUNT, length=LENGTH, device=device
-    )
+        half_billion, dtype="bfloat16", recipe=recipe, parameters=parameters, steps=STEPS, count=COUNT, length=LENGTH,
+        device=device,
+    )  # fmt: skip
     for name, value in found.items():
         record_property(name, value)
     losses = CURVES[recipe] = found["losses"]

@@ -12,20 +12,23 @@ import torch
 
 te = pytest.importorskip("transformer_engine.pytorch", reason="Transformer Engine is not installed: make test-te")
 
+from megatron.core import fp8_utils  # noqa: E402
 from megatron.core.extensions import transformer_engine as adapter  # noqa: E402
 from megatron.core.fp4_utils import get_fp4_recipe  # noqa: E402
 from megatron.core.fp8_utils import get_fp8_recipe  # noqa: E402
 from megatron.core.transformer.identity_op import IdentityOp  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 from transformer_engine.common import recipe as te_recipe  # noqa: E402
+from transformer_engine.pytorch.constants import DType  # noqa: E402
 from transformer_engine.pytorch.custom_recipes.reference_current_scaling import CurrentScalingQuantizerRef  # noqa: E402
 from transformer_engine.pytorch.quantization import get_align_size_for_quantization  # noqa: E402
+from transformer_engine.pytorch.tensor.float8_tensor import Float8Tensor  # noqa: E402
 from transformer_engine.pytorch.utils import assert_dim_for_fp8_exec  # noqa: E402
 
-from megatron_entropy.actor import fp8, model  # noqa: E402
+from megatron_entropy.actor import fp8, fp8_weights, model  # noqa: E402
 from megatron_entropy.actor.fp8_quantizers import quantize_tensor  # noqa: E402
 from megatron_entropy.config.architecture import MoeArchitecture  # noqa: E402
-from megatron_entropy.config.fp8 import AMAX_HISTORY, RECIPES, Fp8Config, token_multiple  # noqa: E402
+from megatron_entropy.config.fp8 import AMAX_HISTORY, RECIPES, STORED, Fp8Config, token_multiple  # noqa: E402
 from megatron_entropy.config.schema import ActorConfig  # noqa: E402
 
 CLASSES = {
@@ -54,6 +57,32 @@ def test_each_recipe_becomes_transformer_engines_own(recipe):
     if recipe != "nvfp4":
         other = "e4m3" if RECIPES[recipe].format == "hybrid" else "hybrid"
         assert get_fp8_recipe(settings(recipe, format=other)).fp8_format.name.lower() == other
+
+
+@pytest.mark.parametrize("recipe", STORED)
+def test_weights_of_a_recipe_can_be_stored_and_gathered(recipe):
+    assert settings(recipe, parameters=True).fp8_param and not settings(recipe).fp8_param
+    keys = inspect.signature(te.fp8_model_init).parameters
+    assert {"recipe", "preserve_high_precision_init_val"} <= keys.keys()
+    assert fp8_utils.te_post_all_gather_processing is not None
+
+
+def test_an_fp8_weight_is_read_as_bfloat16():
+    """The tensor of `current` on a CPU, where Transformer Engine has a cast of its own; reading is what ours is."""
+    payload = torch.randn(16, 32, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)
+    weight = torch.nn.Parameter(
+        Float8Tensor(
+            shape=payload.shape,
+            dtype=torch.bfloat16,
+            data=payload.view(torch.uint8),
+            fp8_scale_inv=torch.tensor([0.25]),
+            fp8_dtype=DType.kFloat8E4M3,
+            device=torch.device("cpu"),
+        )
+    )
+    read = fp8_weights.dequantize(weight)
+    assert type(read) is torch.Tensor and read.dtype is torch.bfloat16 and not read.requires_grad
+    assert torch.equal(read, (payload.float() * 0.25).bfloat16())
 
 
 def test_delayed_scaling_has_transformer_engines_history():
