@@ -56,7 +56,7 @@ def train_stages(configs: list) -> tuple[list[float], list[tuple[int, int]]]:
     from megatron_entropy.distributed import memory
     from megatron_entropy.trainer import loop
 
-    os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "64"  # as the launcher does; the default fills over many stages
+    os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "32"  # as the launcher does; the default fills over many stages
     used: list[float] = []
     left: list[tuple[int, int]] = []
 

@@ -20,7 +20,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-QUESTIONS, SAMPLES, TOKENS = 24, 4, 64
+QUESTIONS, SAMPLES, TOKENS = 12, 4, 48
 SUITE = """
 [[benchmarks]]
 name = "sums"
