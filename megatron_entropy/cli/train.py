@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     flags = {"resume": args.resume, "overwrite": args.overwrite}
     configs, overrides = _split(args)
     if rank.is_rank():
-        return rank.run_rank(configs, overrides, **flags, dry_run=args.dry_run)
+        rank.end_process(rank.run_rank(configs, overrides, **flags, dry_run=args.dry_run))
     if args.nnodes > 1:
         return _run_on_nodes(args, configs, overrides)
     spec = prepare.resolve(configs, overrides)

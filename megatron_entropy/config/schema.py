@@ -239,7 +239,7 @@ class RolloutConfig(Section):
     max_num_seqs: PositiveInt = 256
     """Largest number of sequences that an engine decodes at once."""
     kv_cache_gib: PositiveInt = 1
-    """KV cache of an engine on a CPU, in GiB."""
+    """Largest KV cache of an engine on a CPU, in GiB; an engine whose sequences cannot fill it takes less."""
     gpu_memory_utilization: float = Field(default=0.6, gt=0, le=1)
     """Fraction of each GPU's memory that an engine takes."""
     colocate: bool = False

@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_entropy.errors import ConfigError, Fault, UserError
+from megatron_entropy.imports import fast_imports
 from megatron_entropy.launch.failures import (
     LAUNCHER_VARIABLE,
     RankFailure,
@@ -57,11 +58,11 @@ def run_rank(
     Returns:
         Exit code: 0, 2 after a user's mistake, 1 after a fault, 143 after a stop signal was obeyed.
     """
-    from megatron_entropy.distributed import memory, process_groups
-    from megatron_entropy.distributed.peers import Peers
-    from megatron_entropy.monitor.console import setup_logging
-
     end_with_launcher()
+    with fast_imports():
+        from megatron_entropy.distributed import memory, process_groups
+        from megatron_entropy.distributed.peers import Peers
+        from megatron_entropy.monitor.console import setup_logging
     memory.use_one_heap()
     rank = int(os.environ["RANK"])
     setup_logging(rank)
@@ -81,7 +82,7 @@ def run_rank(
     except Exception as error:  # every failure ends in one line, printed by the launcher or here
         code = report_failure(error, rank=rank, peers=peers)
         if peers is not None and not peers.is_single_machine:
-            _end_process(code)
+            end_process(code)
         return code
     finally:
         if liveness is not None:
@@ -141,8 +142,12 @@ def _report_loss(peers: Peers, reason: str, code: int) -> int:
     return write_report(failure, rank=peers.rank)
 
 
-def _end_process(code: int) -> NoReturn:
-    """End this rank without its process groups, and even if something that closes at exit waits for a lost machine."""
+def end_process(code: int) -> NoReturn:
+    """End this rank: run what is registered for the exit, and leave the memory to the kernel.
+
+    Python would take a second to free its objects one by one. It ends even if something that closes at the exit waits
+    for a lost machine.
+    """
     timer = threading.Timer(EXIT_TIMEOUT, os._exit, (code,))
     timer.daemon = True
     timer.start()
@@ -166,11 +171,12 @@ def end_with_launcher() -> None:
 
 
 def _train(spec: RunSpec, *, resume: bool, overwrite: bool, several: bool) -> int:
-    from megatron_entropy.distributed import process_groups
-    from megatron_entropy.launch import agreement
-    from megatron_entropy.monitor.report import print_table
-    from megatron_entropy.trainer.loop import log, train
-    from megatron_entropy.trainer.stop_signal import Stopped
+    with fast_imports():
+        from megatron_entropy.distributed import process_groups
+        from megatron_entropy.launch import agreement
+        from megatron_entropy.monitor.report import print_table
+        from megatron_entropy.trainer.loop import log, train
+        from megatron_entropy.trainer.stop_signal import Stopped
 
     process_groups.run_on_rank_zero(lambda: prepare_run_folder(spec, resume=resume, overwrite=overwrite))
     if several:

@@ -22,6 +22,7 @@ import psutil
 
 from megatron_entropy.distributed import loopback, network
 from megatron_entropy.distributed.scratch import scratch_folder
+from megatron_entropy.imports import fast_imports
 from megatron_entropy.launch.failures import LAUNCHER_VARIABLE, OBEYED, STOPPED, RankFailure, first_failure
 
 if TYPE_CHECKING:
@@ -154,10 +155,11 @@ def _print_from_handler(text: str) -> None:
 
 
 def _run_agent(arguments: list[str], ranks: int, place: Place | None) -> list[RankFailure]:
-    import torch.distributed as dist
-    from torch.distributed import run as torchrun
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import elastic_launch
+    with fast_imports():
+        import torch.distributed as dist
+        from torch.distributed import run as torchrun
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.launcher.api import elastic_launch
 
     loopback.activate()
 

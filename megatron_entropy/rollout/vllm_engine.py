@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
+from megatron_entropy.config.architecture import read_architecture
 from megatron_entropy.config.schema import RolloutConfig
 from megatron_entropy.errors import EngineDied, MissingPackageError
+from megatron_entropy.imports import fast_imports
 from megatron_entropy.records import Alternatives
 from megatron_entropy.rollout.engine import Completion, EngineSpec, GenerationUpdate, Request
 from megatron_entropy.rollout.entropy import ROW, EntropyTable, uncut_logprobs
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 UPDATE_SECONDS = 0.25
 """Time between two updates of a generation."""
 GIB = 2**30
+KV_BLOCK = 128
+"""Tokens of a block of the KV cache; vLLM has the same on a CPU, or fewer."""
 
 
 class VllmEngine:
@@ -53,18 +57,19 @@ class VllmEngine:
         _prepare_environment(spec, threads)
         if config.entropy:  # the two model runners of vLLM have different logits processors
             os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1" if spec.device == "cuda" else "0"
-        try:
-            from vllm.v1.engine.llm_engine import LLMEngine
-        except ImportError as error:
-            raise MissingPackageError(f"rollout needs vLLM, which cannot be imported here: {error}") from error
-        from megatron_entropy.rollout import vllm_receiver
+        with fast_imports():
+            try:
+                from vllm.v1.engine.llm_engine import LLMEngine
+            except ImportError as error:
+                raise MissingPackageError(f"rollout needs vLLM, which cannot be imported here: {error}") from error
+            from megatron_entropy.rollout import vllm_receiver
 
-        vllm_receiver.register()
-        log = EngineLog()
-        try:
-            self._engine = LLMEngine.from_engine_args(_engine_args(spec, config))
-        except RuntimeError as error:
-            raise EngineDied(log.explain(error)) from error
+            vllm_receiver.register()
+            log = EngineLog()
+            try:  # imports the model and its layers
+                self._engine = LLMEngine.from_engine_args(_engine_args(spec, config))
+            except RuntimeError as error:
+                raise EngineDied(log.explain(error)) from error
         self._core = CoreCalls(self._engine, log)
         if executor := getattr(self._engine, "model_executor", None):
             executor.register_failure_callback(lambda: os._exit(1))  # also while a call waits for the dead worker
@@ -251,12 +256,25 @@ def _engine_args(spec: EngineSpec, config: RolloutConfig) -> EngineArgs:
         **common,
         enforce_eager=True,
         distributed_executor_backend="uni" if config.tensor_parallel == 1 else "mp",
-        kv_cache_memory_bytes=config.kv_cache_gib * GIB,
+        kv_cache_memory_bytes=_kv_cache_bytes(spec, config),
         enable_prefix_caching=False,
         # For a prompt read in chunks vLLM rewinds the request's random generator, which a CPU generator cannot do.
         enable_chunked_prefill=False,
         max_num_batched_tokens=max(spec.max_model_len, 4096),
     )
+
+
+def _kv_cache_bytes(spec: EngineSpec, config: RolloutConfig) -> int:
+    """Return the bytes of a worker's KV cache on a CPU: the configured ones, or what its sequences can fill.
+
+    vLLM writes zeros to all of it when it starts, a second for each GiB.
+    """
+    arch = read_architecture(spec.model_folder)
+    heads = max(1, arch.num_query_groups // config.tensor_parallel)
+    size = 2 if spec.dtype == "bfloat16" else 4
+    blocks = config.max_num_seqs * -(-spec.max_model_len // KV_BLOCK) + 2  # one is vLLM's own, one is a reserve
+    full = blocks * KV_BLOCK * arch.num_layers * 2 * heads * arch.head_dim * size
+    return min(config.kv_cache_gib * GIB, full)
 
 
 def _entropy_processor(device: str) -> str:

@@ -7,6 +7,7 @@ Merged adapters agree with fp64 arithmetic.
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -216,10 +217,10 @@ print(peak() - before)
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path):
-    """Six more layers of 29 MB each, in files of 30 MB, need less memory than two of them."""
+    """Three more layers of 29 MB each, in files of 30 MB, need no more memory, but for a tenth of them."""
     used: dict[str, list[int]] = {"to_megatron": [], "to_hf": []}
     written: list[int] = []
-    for layers in (2, 8):
+    for layers in (2, 5):
         folder = tmp_path / str(layers)
         source = write_model(folder / "hf", "llama")
         sizes = dict(hidden_size=512, intermediate_size=4096, num_attention_heads=8, num_key_value_heads=8, head_dim=64)
@@ -233,9 +234,12 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
         del tensors
         for command, a, b in (("to_megatron", "hf", "m"), ("to_hf", "m", "back")):
             arguments = [sys.executable, "-c", PEAK, command, str(folder / a), str(folder / b)]
-            used[command].append(int(subprocess.run(arguments, stdout=subprocess.PIPE, check=True).stdout))
+            # Freed tensors go back to the system at once: the peak is what was held, not what glibc kept for later.
+            environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "100000"}
+            done = subprocess.run(arguments, stdout=subprocess.PIPE, check=True, env=environment)
+            used[command].append(int(done.stdout))
     for command, (small, large) in used.items():
-        assert large - small < (written[1] - written[0]) / 3, f"{command}: {small / 1e6:.0f}, {large / 1e6:.0f} MB"
+        assert large - small < (written[1] - written[0]) / 10, f"{command}: {small / 1e6:.0f}, {large / 1e6:.0f} MB"
 
 
 def run(capsys, command, *arguments) -> str:

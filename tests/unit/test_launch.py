@@ -5,6 +5,7 @@ itself stops and resumes is tested with the trainer.
 """
 
 import errno
+import gc
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import pytest
 
 from megatron_entropy.config.schema import Config, MethodConfig
 from megatron_entropy.errors import ConfigError, DataError, EngineFault
+from megatron_entropy.imports import fast_imports
 from megatron_entropy.launch import failures, prepare
 from megatron_entropy.launch.failures import RankFailure, first_failure
 from megatron_entropy.launch.prepare import RunSpec
@@ -175,6 +177,22 @@ def test_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch, over
     monkeypatch.setattr(prepare.shutil, "rmtree", refuse)
     with pytest.raises(ConfigError, match=r"output=.* cannot be written to \(Read-only file system\); .*--output"):
         prepare.prepare_run_folder(spec, resume=not overwrite, overwrite=overwrite)
+
+
+def test_the_garbage_collector_comes_back_after_imports():
+    with pytest.raises(ImportError), fast_imports():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled() and gc.get_freeze_count() > 0
+    gc.unfreeze()
+    gc.disable()
+    try:
+        with fast_imports():
+            pass
+        assert not gc.isenabled(), "a collector that was off stays off"
+    finally:
+        gc.unfreeze()
+        gc.enable()
 
 
 def test_a_full_disk_is_a_fault_not_a_bug():
