@@ -1,4 +1,4 @@
-"""What holds for all tests: hypothesis has no deadline, for a busy machine is not a failure; random numbers are seeded."""
+"""What holds for all tests: hypothesis has no deadline, for a busy machine is no failure; random numbers are seeded."""
 
 import random
 import sys

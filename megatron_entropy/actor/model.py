@@ -33,12 +33,12 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from megatron_entropy.actor import fp8
-from megatron_entropy.actor.dtypes import resolve_dtype
 from megatron_entropy.actor.layers import PackedAttention, RMSNorm
 from megatron_entropy.actor.rotary import rotary_frequencies
 from megatron_entropy.config.architecture import ModelArchitecture, split_layers
 from megatron_entropy.config.schema import ActorConfig, ParallelConfig
 from megatron_entropy.distributed import cpu
+from megatron_entropy.distributed.dtypes import resolve_dtype
 from megatron_entropy.errors import MissingPackageError
 
 _EXPERT_NUMBER = re.compile(r"(\.local_experts\.|\.experts\.linear_fc[12]\.weight)(\d+)")

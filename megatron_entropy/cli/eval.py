@@ -215,9 +215,9 @@ def _config(
     args: argparse.Namespace, model: str, preset: Preset, reward: RewardConfig, max_prompt_tokens: int
 ) -> Config:
     """The flags as the configuration of engines."""
-    from megatron_entropy.actor.dtypes import resolve_name
     from megatron_entropy.config import schema
     from megatron_entropy.config.architecture import read_architecture
+    from megatron_entropy.distributed.dtypes import resolve_name
 
     return schema.Config(
         steps=1,

@@ -13,7 +13,6 @@ import torch.distributed as dist
 import transformers.tokenization_utils_tokenizers  # noqa: F401 - takes 20 MB, which are not a stage's
 
 from megatron_entropy.actor.actor import Actor
-from megatron_entropy.actor.dtypes import DtypeSetting, choose_dtype, resolve_dtype
 from megatron_entropy.actor.reference import needs_weights
 from megatron_entropy.checkpoint import saver as checkpoint
 from megatron_entropy.checkpoint.saver import Saver
@@ -23,6 +22,7 @@ from megatron_entropy.config.schema import Config
 from megatron_entropy.data.dataset import PromptStream, load_prompts
 from megatron_entropy.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_entropy.distributed import process_groups
+from megatron_entropy.distributed.dtypes import DtypeSetting, choose_dtype, resolve_dtype
 from megatron_entropy.errors import CheckpointError, Fault
 from megatron_entropy.methods import build_method
 from megatron_entropy.methods.base import Method

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_entropy.actor.dtypes import resolve_name
 from megatron_entropy.config.architecture import read_architecture
 from megatron_entropy.config.schema import Config
 from megatron_entropy.data.tokenizer import load_tokenizer
 from megatron_entropy.distributed import cpu, network, process_groups
+from megatron_entropy.distributed.dtypes import resolve_name
 from megatron_entropy.rollout.engine import EngineSpec
 from megatron_entropy.rollout.placement import TrainerGpu, name_of_gpu
 from megatron_entropy.rollout.pool import EnginePool

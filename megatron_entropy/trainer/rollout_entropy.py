@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_entropy.actor.dtypes import resolve_name
 from megatron_entropy.config.architecture import ModelArchitecture
 from megatron_entropy.config.schema import Config
+from megatron_entropy.distributed.dtypes import resolve_name
 from megatron_entropy.records import Group, Metric, Sample
 
 log = logging.getLogger(__name__)

@@ -31,7 +31,7 @@ def open_service(config: Config, arch: ModelArchitecture, tokenizer: Tokenizer) 
         loopback.request()  # Ray reads it when it is imported
     import torch
 
-    from megatron_entropy.actor.dtypes import resolve_name
+    from megatron_entropy.distributed.dtypes import resolve_name
     from megatron_entropy.monitor.timer import StepTimer
     from megatron_entropy.rollout.pool import EnginePool
     from megatron_entropy.trainer.rollout_service import RolloutService

@@ -90,8 +90,12 @@ def updates(folder: str, checkpoints: str, layout: ParallelConfig, saves: bool) 
     return found
 
 
-@pytest.mark.parametrize("source", [TP2, CP2_SHARDED], ids=["from TP2", "from sharded CP2"])
-def test_training_continues_under_another_layout(tmp_path, source):
+@pytest.mark.parametrize(
+    "source, targets",
+    [(TP2, (TP2, PP2_VPP2, DP2_SHARDED)), (CP2_SHARDED, (CP2_SHARDED, TP2, PP2))],
+    ids=["from TP2", "from sharded CP2"],
+)
+def test_training_continues_under_another_layout(tmp_path, source, targets):
     folder = str(tmp_path / "model")
     check_layouts.make_checkpoint(Path(folder), experts=False)
     checkpoints = str(tmp_path / "checkpoints")
@@ -99,7 +103,7 @@ def test_training_continues_under_another_layout(tmp_path, source):
     assert expected[1][0] < expected[0][0] and expected[1][2] > expected[0][2] > 0, (
         "the loss falls and the learning rate warms up"
     )
-    for target in (source, TP2, PP2, PP2_VPP2, DP2_SHARDED):
+    for target in targets:
         found = run_on_ranks(updates, 2, folder, checkpoints, target, False)[0]
         np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=str(target))
         if target is source:

@@ -288,7 +288,7 @@ def receive_in_process(info: LinkInfo, arriving: object) -> None:
 @pytest.mark.parametrize(
     "how, timeout, message",
     [
-        (signal.SIGKILL, 20, "weight transfer broke|waited 20 s for a bucket"),  # gloo does not notice every death
+        (signal.SIGKILL, 8, "weight transfer broke|waited 8 s for a bucket"),  # gloo does not notice every death
         (signal.SIGSTOP, 2, "waited 2 s for a bucket|weight transfer broke"),  # ours or gloo's own timeout
     ],
 )

@@ -43,8 +43,8 @@ def test_equals_float64(instructions: None, m: int, n: int, k: int, transposed: 
     out = start.clone()
     native.product(left, right, out[:, :n], add=add)
     expected = left.double() @ right.double() + (start[:, :n] if add else 0.0)
-    # Products are exact in float32. Each of k additions rounds a sum of size sqrt(k) by up to 2^-24 of it: at random they
-    # add up to k 2^-24, here doubled for the largest of many elements.
+    # Products are exact in float32. Each of k additions rounds a sum of size sqrt(k) by up to 2^-24 of it: at random
+    # they add up to k 2^-24, here doubled for the largest of many elements.
     assert (out[:, :n] - expected).abs().max() < (k + 10) * 2**-23
     assert torch.equal(out[:, n:], start[:, n:])
 

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_entropy.actor import dtypes
 from megatron_entropy.config.architecture import ModelArchitecture
+from megatron_entropy.distributed import dtypes
 
 
 def architecture(width: int) -> ModelArchitecture:

@@ -17,7 +17,7 @@ SOURCES = {"megatron_entropy": ROOT / "megatron_entropy", "entropy_kernels": ROO
 
 FLOORS = (
     ("entropy_kernels", "errors"),
-    ("files", "packages", "plugins", "procedural", "records"),
+    ("files", "imports", "packages", "plugins", "procedural", "records"),
     ("config",),
     ("distributed",),
     ("data", "monitor", "rewards", "weights"),

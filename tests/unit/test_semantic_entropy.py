@@ -135,7 +135,7 @@ def test_clusters_by_text(verifier, texts, clusters):
 def test_clusters_by_mathematics():
     """Different texts, the same number; also without a ground truth; an answer that hangs costs only itself."""
     texts = [r"so \boxed{0.5}", r"thus $\frac{1}{2}$", "no idea", r"\boxed{\frac{2}{4}}", r"\boxed{3}", r"\boxed{3.0}"]
-    judge = AnswerJudge(RewardConfig(verifier="math_verify", workers=2, timeout=4.0))
+    judge = AnswerJudge(RewardConfig(verifier="math_verify", workers=2, timeout=2.0))
     try:
         known, unknown = judge.judge([("1/2", texts), (None, texts[::-1])])
         assert known == ([True, True, False, True, False, False], [0, 0, -1, 0, 1, 1])
