@@ -29,8 +29,8 @@ class Fp8Config(Section):
     last_layers_bf16: NonNegativeInt = 0
     """Number of last layers that stay in bfloat16."""
     parameters: bool = False
-    """Store the weights of these layers in FP8 and gather them in FP8: half the memory and traffic of bfloat16. The
-    distributed optimizer keeps the fp32 weights that they are rounded from. `current` and `blockwise` only."""
+    """Store the weights of these layers in FP8, and gather them in FP8 at half the traffic. The distributed optimizer
+    keeps the fp32 weights that they are rounded from. `current` and `blockwise` only."""
     block_scales: Literal["power_of_two", "fp32"] = "power_of_two"
     """Scales of `blockwise`. `fp32` emulated only: Transformer Engine reads the environment variable
     `NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1`."""
