@@ -103,7 +103,8 @@ def test_the_head_is_asked_why(version, problem):
         server.stop(0)
 
 
-def test_addresses_where_no_head_is():
+def test_addresses_where_no_head_is(monkeypatch):
+    monkeypatch.setattr(ray_join, "REPLY_TIMEOUT", 1.0)
     assert "cannot reach it (Connection refused)" in ray_join.find_problem("127.0.0.1:1")
     for address in ("ray://node:10001", "node", "auto"):
         assert ray_join.find_problem(address).startswith("write HOST:PORT")

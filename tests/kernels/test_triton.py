@@ -26,7 +26,7 @@ from entropy_kernels import checks, triton_engine  # noqa: E402
 from entropy_kernels.tiles import HiddenTiles  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-COMMON = ("moments entropy", "moments entropy specialized", "moments entropy teacher", "gradient", "gradient entropy")
+COMMON = ("moments entropy", "moments entropy specialized", "gradient entropy")
 ONE_RANK = ("test_exactness.py", "test_precision.py", "test_awkward.py", "test_options.py", "test_specialized.py")
 SECOND_MODEL = ("test_guided.py", "test_distillation.py")
 SOME = "dtype1-700 or impossible or fixed_temp or low_precision and dtype1 or another or 1203 and True-reverse-2"
