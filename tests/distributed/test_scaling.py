@@ -1,6 +1,6 @@
 """The scaling benchmark's figures that can be known: bytes of gradients, tokens, efficiency; one kind of row and page.
 
-Times are not looked at. Over two nodes it is shown by tests/cluster/test_scaling.py; not run on a GPU.
+Times are not looked at. Over two nodes it is shown by tests/cluster/test_scaling_nodes.py; not run on a GPU.
 """
 
 import dataclasses

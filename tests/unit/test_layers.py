@@ -6,6 +6,7 @@ entry in `FLOORS` (the entry of a package covers its modules).
 
 import ast
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -232,3 +233,9 @@ def test_files_and_classes_stay_small():
 
 def test_kernels_folder_is_no_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_every_test_file_has_a_name_of_its_own():
+    """pytest imports them by name, so that `pytest` without a folder would refuse the second."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
