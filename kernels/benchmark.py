@@ -284,7 +284,9 @@ def rounds(
     shuffle = random.Random(0)
     bare = floor(problem)
     names = list(measured)
-    for _ in range(options.repeats):
+    for number in range(1, options.repeats + 1):
+        if dist.get_rank() == 0:
+            print(f"round {number} of {options.repeats}, {len(names)} contestants", file=sys.stderr, flush=True)
         shuffle.shuffle(names)
         for name in names:
             if name != FLOOR:
