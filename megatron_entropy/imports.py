@@ -11,8 +11,8 @@ from collections.abc import Iterator
 def fast_imports() -> Iterator[None]:
     """Import inside this context without garbage collection, and exempt what is alive at its end from later ones.
 
-    Millions of objects of modules live for ever. A collector that looks at them again and again as they arrive takes a
-    quarter of the time that torch and Megatron-Core need to import, and almost half of vLLM's.
+    Objects of modules live for ever. A collector that looks at them again and again as they arrive takes about a
+    quarter of the time that Megatron-Core and vLLM need to import.
     """
     enabled = gc.isenabled()
     gc.disable()

@@ -1,8 +1,8 @@
 """Memory of a stage: free before the next stage's model is built.
 
 Stages of the real trainer on two CPU ranks with the distributed optimizer. Proves that no parameter of a stage is left
-when the next is built, that its process groups are gone with their threads, and that the resident memory after a stage
-is what it was before it, within 5 %.
+when the next is built, that its process groups are gone with their threads, and that the memory of the process after a
+stage is what it was before it, within 5 %. Pages of library code are not counted: they become resident as it is called.
 """
 
 import os
