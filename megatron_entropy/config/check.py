@@ -67,7 +67,7 @@ def check(config: Config, arch: ModelArchitecture, world_size: int | None = None
 
 
 def check_stages(configs: Sequence[Config]) -> None:
-    """Check that the stages share one run folder and one number of ranks.
+    """Check that the stages share one run folder, one number of ranks and one model.
 
     Raises:
         ConfigError: naming the keys that differ between stages.
@@ -82,6 +82,12 @@ def check_stages(configs: Sequence[Config]) -> None:
         raise ConfigError("rollout.colocate differs between stages, which share the engines; set it at the top only")
     if not configs[0].model.path:
         raise ConfigError("model.path is empty; name the Hugging Face folder to start from")
+    for config in configs[1:]:
+        if config.model.path not in ("", configs[0].model.path):
+            raise ConfigError(
+                f"stage {config.name}: model.path={config.model.path}: a stage trains the model that the one before it "
+                "exported; set model.path at the top of the file only, or make the stage a run of its own"
+            )
 
 
 ENGINE_KEYS = (

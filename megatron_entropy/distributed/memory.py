@@ -21,14 +21,10 @@ def peak_memory() -> float:
 
 
 def used_memory() -> float:
-    """Return the memory that this process holds now, in GB: of the GPU in tensors, else resident and its own.
-
-    Not its own are pages of files and shared memory: code of libraries, which becomes resident as it is called.
-    """
+    """Return the memory that this process holds now, in GB: of the GPU in tensors, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated() / GIGABYTE
-    found = psutil.Process().memory_info()
-    return (found.rss - found.shared) / GIGABYTE
+    return psutil.Process().memory_info().rss / GIGABYTE
 
 
 def use_one_heap() -> None:

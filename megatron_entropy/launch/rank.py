@@ -178,6 +178,10 @@ def _train(spec: RunSpec, *, resume: bool, overwrite: bool, several: bool) -> in
         from megatron_entropy.trainer.loop import log, train
         from megatron_entropy.trainer.stop_signal import Stopped
 
+        if process_groups.rank() == 0:  # which draws the plots: the 30 MB are not a stage's
+            import matplotlib.backends.backend_agg
+            import matplotlib.figure  # noqa: F401
+
     process_groups.run_on_rank_zero(lambda: prepare_run_folder(spec, resume=resume, overwrite=overwrite))
     if several:
         agreement.check_shared(spec.folder.root)

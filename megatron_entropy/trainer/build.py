@@ -10,17 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import transformers.tokenization_utils_tokenizers  # noqa: F401 - takes 20 MB, which are not a stage's
 
 from megatron_entropy.actor.actor import Actor
 from megatron_entropy.actor.reference import needs_weights
 from megatron_entropy.checkpoint import saver as checkpoint
 from megatron_entropy.checkpoint.saver import Saver
 from megatron_entropy.config import speedups
-from megatron_entropy.config.architecture import read_architecture
 from megatron_entropy.config.schema import Config
 from megatron_entropy.data.dataset import PromptStream, load_prompts
-from megatron_entropy.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_entropy.data.tokenizer import Tokenizer
 from megatron_entropy.distributed import process_groups
 from megatron_entropy.distributed.dtypes import DtypeSetting, choose_dtype, resolve_dtype
 from megatron_entropy.errors import CheckpointError, Fault
@@ -30,11 +28,10 @@ from megatron_entropy.monitor.run_folder import RunFolder
 from megatron_entropy.monitor.timer import StepTimer
 from megatron_entropy.records import Prompt
 from megatron_entropy.rollout.pool import EnginePool
-from megatron_entropy.trainer.engines import RunEngines
+from megatron_entropy.trainer.resources import RunResources, needs_engines
 from megatron_entropy.trainer.resume import StagePlan
 from megatron_entropy.trainer.rollout_service import RolloutService
 from megatron_entropy.trainer.rollouts import MethodRollouts
-from megatron_entropy.trainer.stop_signal import StopSignal
 from megatron_entropy.weights import source as weights
 from megatron_entropy.weights.hf_folder import write_folder
 from megatron_entropy.weights.manifest import StageProgress
@@ -62,7 +59,7 @@ class Components:
     progress: StageProgress
 
 
-def build(config: Config, folder: RunFolder, engines: RunEngines, stop: StopSignal, plan: StagePlan) -> Components:
+def build(config: Config, folder: RunFolder, resources: RunResources, plan: StagePlan) -> Components:
     """Build the components of a stage and load its weights; a collective.
 
     Args:
@@ -75,8 +72,8 @@ def build(config: Config, folder: RunFolder, engines: RunEngines, stop: StopSign
     # First, because it seeds the generators of this rank. Each stage may have its own parallel layout.
     process_groups.init_model_parallel(config.actor.parallel, config.seed)
     method = build_method(config)
-    arch = read_architecture(config.model.path)
-    tokenizer = load_tokenizer(config.data.tokenizer or config.model.path, vocab_size=arch.vocab_size)
+    arch = resources.arch
+    tokenizer = resources.tokenizer(config)
     # A target is limited like a response. A method that samples responses does not train on targets.
     max_target_tokens = None if method.uses_rollouts else config.rollout.max_response_tokens
     prompts = method.select(_load_prompts(config, config.data.train, tokenizer, max_target_tokens))
@@ -97,15 +94,13 @@ def build(config: Config, folder: RunFolder, engines: RunEngines, stop: StopSign
         resumed_step=progress.step,
     )
     pool, weight_sync = None, None
-    if (method.uses_rollouts or eval_prompts) and not config.rollout.replay:
+    if needs_engines(config):
         # Colocated engines measure the free GPU memory when they start, so the actor must not occupy it then. The
         # rollout service brings it back. (`source` looks at the weights, so it is built before.)
         if config.rollout.colocate:
             actor.offload()
             process_groups.barrier()  # of every rank
-        log.info("stage %s: starting the rollout engines, which takes some seconds", config.name)
-        pool = engines.start()
-        stop.listen()  # Ray has replaced the signal handlers
+        pool = resources.start_engines()
         weight_sync = _build_weight_sync(config, source, pool)
     service = RolloutService(config.rollout, actor=actor, weight_sync=weight_sync, pool=pool, timer=timer)
     rollouts = MethodRollouts(

@@ -16,18 +16,21 @@ from pathlib import Path
 
 import tomli_w
 
+from megatron_entropy.actor.head_check import HeadCase, check_head
+from megatron_entropy.config.architecture import read_architecture
 from megatron_entropy.config.schema import Config
 from megatron_entropy.distributed import memory, process_groups, seeds
+from megatron_entropy.distributed.dtypes import resolve_dtype
 from megatron_entropy.errors import NonFiniteLossError
 from megatron_entropy.evaluation.evaluate import evaluate
 from megatron_entropy.files import atomic_write_text
-from megatron_entropy.methods import explain_stage
+from megatron_entropy.methods import build_method, explain_stage
 from megatron_entropy.monitor.report import write_report
 from megatron_entropy.monitor.run_folder import RunFolder
 from megatron_entropy.monitor.summary import StageSummary, write_summary
 from megatron_entropy.records import Group, Metric, merge_trained, samples_of
 from megatron_entropy.trainer.build import Components, build, export
-from megatron_entropy.trainer.engines import RunEngines
+from megatron_entropy.trainer.resources import RunResources, needs_engines
 from megatron_entropy.trainer.resume import StagePlan, plan_stages
 from megatron_entropy.trainer.step_log import StepLog
 from megatron_entropy.trainer.stop_signal import Stopped, StopSignal
@@ -52,14 +55,15 @@ def train(configs: Sequence[Config], *, resume: bool) -> None:
     done = {plan.summary.name: plan.summary for plan in plans if plan.summary is not None}
     if len(done) == len(configs):
         log.info("every stage is finished, nothing is trained; more steps or stages continue the run")
+    _check_head([config for config, plan in zip(configs, plans, strict=True) if plan.summary is None])
     model = configs[0].model.path
-    with RunEngines(configs) as engines:
+    with RunResources(configs, stop) as resources:
         for config, plan in zip(configs, plans, strict=True):
             last = config is configs[-1]
             if plan.summary is None:
                 start = time.perf_counter()
                 config = config.model_copy(update={"model": config.model.model_copy(update={"path": model})})
-                _train_stage(config, folder, engines, stop, plans, plan, last=last)
+                _train_stage(config, folder, resources, stop, plans, plan, last=last)
                 if process_groups.rank() == 0:
                     done[config.name] = StageSummary.of_stage(folder, config, seconds=time.perf_counter() - start)
                     write_summary(folder, [done[stage.name] for stage in configs if stage.name in done])
@@ -67,10 +71,28 @@ def train(configs: Sequence[Config], *, resume: bool) -> None:
             model = str(folder.export(config.name, last))
 
 
+def _check_head(configs: Sequence[Config]) -> None:
+    """Check that every rank computes the output layer of these stages correctly, with the settings of each."""
+    if not configs:
+        return
+    arch = read_architecture(configs[0].model.path)
+    cases = [
+        HeadCase(
+            resolve_dtype(config.actor.dtype, arch),
+            arch.hidden_size,
+            config.actor.performance.head_kernels,
+            build_method(config).divergence,
+        )
+        for config in configs
+    ]
+    error = check_head(list(dict.fromkeys(cases)))
+    log.info("output layer checked against float64: values are off by at most %.1e nats", error)
+
+
 def _train_stage(
     config: Config,
     folder: RunFolder,
-    engines: RunEngines,
+    resources: RunResources,
     stop: StopSignal,
     plans: Sequence[StagePlan],
     plan: StagePlan,
@@ -78,8 +100,11 @@ def _train_stage(
     last: bool,
 ) -> None:
     """Train one stage; its memory is free when this returns, because the next stage's actor needs it."""
+    if needs_engines(config) and not config.rollout.colocate:
+        resources.start_engines()  # they load while the actor is built
+    memory.release()
     before = memory.used_memory()
-    components = build(config, folder, engines, stop, plan)
+    components = build(config, folder, resources, plan)
     process_groups.run_on_rank_zero(lambda: _write_settings(folder, plans))
     TrainingLoop(components, stop).run(last=last)
     components.actor.close()

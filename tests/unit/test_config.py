@@ -319,6 +319,10 @@ def test_stages_that_cannot_run_in_a_row_are_refused(load_text):
         check.check_stages(load_text(TWO_STAGES, "--stages.first.output=a", "--stages.first.actor.parallel.dp=2"))
     with pytest.raises(ConfigError, match=r"model\.path is empty"):
         check.check_stages(load_text(MINIMAL, "--model.path="))
+    one_size = "--stages.first.actor.parallel.dp=2"
+    with pytest.raises(ConfigError, match=r"^stage second: model\.path=other: a stage trains the model that the one"):
+        check.check_stages(load_text(TWO_STAGES, "--stages.second.model.path=other", one_size))
+    check.check_stages(load_text(TWO_STAGES, "--stages.second.model.path=", one_size))
 
 
 @pytest.mark.parametrize(
