@@ -56,19 +56,29 @@ class RunResources:
         return config.data.tokenizer or self._configs[0].model.path
 
     def start_engines(self) -> EnginePool | None:
-        """Return the engines on rank 0 and None elsewhere; a collective. They may still be loading."""
+        """Return the engines on rank 0 and None elsewhere; a collective. They may still be loading.
+
+        Raises:
+            UserError: on every rank, for engines that the machines have no room for.
+            Fault: on every rank, when Ray or the engines cannot start.
+        """
         if self._trainer is None:
             self._trainer = [gpu for gpu in process_groups.gather_objects(_own_gpu()) if gpu is not None]
-        if process_groups.rank() == 0 and self._pool is None:
-            log.info("starting the rollout engines, which takes some seconds")
-            records_entropy = any(config.rollout.entropy for config in self._configs)
-            num_alternatives = max(config.rollout.top_alternatives for config in self._configs)
-            settings = self._configs[0].rollout.model_copy(
-                update={"entropy": records_entropy, "top_alternatives": num_alternatives}
-            )
-            self._pool = EnginePool(settings, self._spec(), trainer=self._trainer)
-            self._stop.listen()  # Ray has replaced the signal handlers
+        process_groups.run_on_rank_zero(self._start_engines)
         return self._pool
+
+    def _start_engines(self) -> None:
+        if self._pool is not None:
+            return
+        log.info("starting the rollout engines, which takes some seconds")
+        records_entropy = any(config.rollout.entropy for config in self._configs)
+        num_alternatives = max(config.rollout.top_alternatives for config in self._configs)
+        settings = self._configs[0].rollout.model_copy(
+            update={"entropy": records_entropy, "top_alternatives": num_alternatives}
+        )
+        assert self._trainer is not None
+        self._pool = EnginePool(settings, self._spec(), trainer=self._trainer)
+        self._stop.listen()  # Ray has replaced the signal handlers
 
     def _spec(self) -> EngineSpec:
         first = self._configs[0]
