@@ -94,7 +94,8 @@ $(VENV)/.setup-docs: $(VENV)/.setup requirements/docs.txt
 test-modern: $(MODERN)/.setup
 	$(MODERN)/bin/python -m pytest -q \
 		tests/distributed/test_actor.py tests/distributed/test_layouts.py tests/distributed/test_reference.py tests/distributed/test_lora.py tests/distributed/test_checkpoint.py \
-		tests/distributed/test_conversion.py tests/distributed/test_fp8_weights.py tests/kernels/test_exactness.py
+		tests/distributed/test_conversion.py tests/distributed/test_fp8_weights.py tests/distributed/test_head_check.py \
+		tests/kernels/test_exactness.py
 
 $(MODERN)/.setup: requirements/modern.txt setup.py
 	@python="$(PYTHON312)"; [ -n "$$python" ] || python="$$($(call find_python,3.12))"; \
