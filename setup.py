@@ -46,7 +46,8 @@ EXTRAS_REQUIRE = {
     ],
     # Fused layers and FP8. NVIDIA Apex has no wheels: if it is built from source, megatron-core finds it by itself and
     # `megatron-entropy doctor` shows it.
-    "gpu": ["transformer-engine[pytorch]>=2.9", "vllm>=0.25,<0.34"],
+    # cuda-bindings, which PyTorch for CUDA 13 needs itself: rollout.weight_transfer = "cuda_ipc".
+    "gpu": ["transformer-engine[pytorch]>=2.9", "vllm>=0.25,<0.34", "cuda-bindings>=13.0.3"],
     # Sources `reasoning-gym:NAME` in data.train and data.eval. Its own pins are exact; a C compiler builds its pycosat.
     "reasoning-gym": ["reasoning-gym>=0.1.25"],
     # log.wandb_project

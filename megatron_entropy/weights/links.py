@@ -7,8 +7,8 @@ at a `TCPStore` and form a process group of their own, never torch's global defa
 - `BroadcastLink`: rank 0 broadcasts over gloo (host memory) or NCCL (every rank needs a GPU of its own).
 - `RelayLink`: over gloo one receiver of each machine gets the broadcast and shares it with the others of its machine,
   so the network carries the weights once for each machine.
-- `SharedMemoryLink`: the buffers are memory of this machine that engines and trainer ranks map, so every trainer rank
-  writes its slices where the engines read them; a gloo group carries the barriers.
+- `SharedMemoryLink`: the buffers are memory of this machine, of the host or of a GPU, that engines and trainer ranks
+  map, so every trainer rank writes its slices where the engines read them; a gloo group carries the barriers.
 """
 
 from __future__ import annotations
@@ -29,15 +29,20 @@ import torch.distributed as dist
 
 from megatron_entropy.distributed.network import address_towards, machine_id
 from megatron_entropy.errors import TransportError
+from megatron_entropy.weights import device_memory
+from megatron_entropy.weights.device_memory import DeviceMemory
 
 SHARED_MEMORY = "shared_memory"
+CUDA_IPC = "cuda_ipc"
+IN_MEMORY = (SHARED_MEMORY, CUDA_IPC)
+"""Backends whose buckets lie in memory that all processes of a machine map."""
 
 
 @dataclass
 class LinkInfo:
     """What a receiver needs to join: plain values, which are sent as a dictionary.
 
-    `backend`: `gloo`, `nccl` or `shared_memory`. `memory`: the sender's `SharedMemory.path`; empty without one.
+    `backend`: `gloo`, `nccl`, `shared_memory` or `cuda_ipc`. `memory`: the path of the sender's; empty without one.
     """
 
     address: str
@@ -87,9 +92,24 @@ class SharedMemory:
         """Whether the path still is this memory's; a path may be used again for another one."""
         return os.path.samestat(os.fstat(self._file), os.stat(path))
 
+    def settle(self) -> None:
+        """Nothing: a copy to or from host memory is complete when it returns."""
+
     def close(self) -> None:
         """Close the file; buffers that are in use stay valid."""
         os.close(self._file)
+
+
+def create_memory(backend: str, size: int) -> SharedMemory | DeviceMemory | None:
+    """Create the memory of a backend, for buckets of up to `size` bytes; None if it has none."""
+    if backend == CUDA_IPC:
+        return DeviceMemory(size=size)
+    return SharedMemory() if backend == SHARED_MEMORY else None
+
+
+def open_memory(path: str) -> SharedMemory | DeviceMemory:
+    """Open the memory that another process has created."""
+    return DeviceMemory(path) if path.startswith(device_memory.PREFIX) else SharedMemory(path)
 
 
 class Link(Protocol):
@@ -161,7 +181,9 @@ class SharedMemoryLink:
     The sender starts both at once and finishes with the second.
     """
 
-    def __init__(self, store: dist.Store, rank: int, info: LinkInfo, memory: SharedMemory | None = None) -> None:
+    def __init__(
+        self, store: dist.Store, rank: int, info: LinkInfo, memory: SharedMemory | DeviceMemory | None = None
+    ) -> None:
         """Form the group.
 
         Args:
@@ -172,7 +194,7 @@ class SharedMemoryLink:
         if torch.cuda.is_available():
             self.device = torch.device("cuda", torch.cuda.current_device())
         self._sends = rank == 0
-        self._memory = memory or SharedMemory(info.memory)
+        self._memory = memory or open_memory(info.memory)
         self._shared: list[torch.Tensor] = []
         self._pending: list[torch.Tensor] = []
         self._turn = 0
@@ -200,6 +222,7 @@ class SharedMemoryLink:
             self._group.start("barrier")
             self._group.finish(check)
             buffer.copy_(self._shared[self._turn][: len(buffer)])
+            self._memory.settle()
             self._turn = 1 - self._turn
             self._group.start("barrier")
         self._pending.clear()
@@ -271,10 +294,14 @@ def have_arrived(store: Any, world_size: int) -> bool:
     return store.check([f"machine/{rank}" for rank in range(1, world_size)])
 
 
-def form(store: dist.Store, rank: int, info: LinkInfo) -> Link:
-    """Form the link of a rank: 0 is the sender, the others are receivers; blocks until all are there."""
-    if info.backend == SHARED_MEMORY:
-        return SharedMemoryLink(store, rank, info)
+def form(store: dist.Store, rank: int, info: LinkInfo, memory: SharedMemory | DeviceMemory | None = None) -> Link:
+    """Form the link of a rank: 0 is the sender, the others are receivers; blocks until all are there.
+
+    Args:
+        memory: the sender's, which the link closes.
+    """
+    if info.backend in IN_MEMORY:
+        return SharedMemoryLink(store, rank, info, memory)
     if info.backend == "nccl":
         return BroadcastLink(store, rank, info)
     machines: dict[bytes, list[int]] = {}
@@ -287,8 +314,8 @@ def form(store: dist.Store, rank: int, info: LinkInfo) -> Link:
     if len(group) == 1:
         assert outer is not None
         return outer
-    memory = "" if leader else store.get(f"memory/{group[0]}").decode()
-    local_info = replace(info, world_size=len(group), backend=SHARED_MEMORY, memory=memory)
+    path = "" if leader else store.get(f"memory/{group[0]}").decode()
+    local_info = replace(info, world_size=len(group), backend=SHARED_MEMORY, memory=path)
     inner = dist.PrefixStore(f"group/{group[0]}", store)
     if outer is None:
         return SharedMemoryLink(inner, group.index(rank), local_info)

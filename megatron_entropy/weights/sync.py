@@ -24,7 +24,8 @@ import torch
 from megatron_entropy.distributed import process_groups
 from megatron_entropy.errors import EngineLost, TransportError
 from megatron_entropy.weights.buckets import BUCKET_BYTES, Slab, TensorMeta, max_size, plan_buckets
-from megatron_entropy.weights.links import SharedMemory
+from megatron_entropy.weights.device_memory import DeviceMemory
+from megatron_entropy.weights.links import SharedMemory, open_memory
 from megatron_entropy.weights.transport import Sender
 
 INIT_TIMEOUT = 120.0
@@ -113,7 +114,7 @@ class WeightSync:
         bucket_bytes: size of a bucket; two are held beside the model.
         checksum: verify in the engines that every tensor arrived as it was sent.
         timeout: seconds without progress after which an engine counts as lost.
-        backend: transport: `gloo`, `nccl`, or `shared_memory` if ranks and engines are on one machine.
+        backend: transport: `gloo`, `nccl`, or `shared_memory` or `cuda_ipc` if ranks and engines are on one machine.
     """
 
     def __init__(
@@ -134,7 +135,7 @@ class WeightSync:
         self._backend = backend
         self._sender: Sender | None = None
         self._connected: list[WeightClient] = []
-        self._memory: SharedMemory | None = None
+        self._memory: SharedMemory | DeviceMemory | None = None
 
     def sync(self, version: int, clients: Sequence[WeightClient] | None) -> WeightSyncStats | None:
         """Send the source's present weights to every engine; a collective over the trainer's ranks.
@@ -163,7 +164,7 @@ class WeightSync:
     def _send(self, version: int, reader: _SourceReader, clients: list[WeightClient]) -> WeightSyncStats:
         """Run the sync on rank 0."""
         begin = time.monotonic()
-        sender = self._connect(clients)
+        sender = self._connect(clients, reader.max_size(checksum=self._checksum))
         connected = time.monotonic()
         info = {
             "names": [meta.name for meta in reader.metadata],
@@ -200,10 +201,10 @@ class WeightSync:
             self._memory.close()
             self._memory = None
         if self._memory is None and path:
-            self._memory = SharedMemory(path)
+            self._memory = open_memory(path)
         reader.run(self._memory.buffers(reader.max_size(checksum=self._checksum)) if self._memory else [])
 
-    def _connect(self, clients: list[WeightClient]) -> Sender:
+    def _connect(self, clients: list[WeightClient], max_bytes: int) -> Sender:
         if self._sender is not None and len(clients) == len(self._connected):
             if all(client is known for client, known in zip(clients, self._connected, strict=True)):
                 return self._sender
@@ -220,6 +221,7 @@ class WeightSync:
             checksum=self._checksum,
             timeout=self._timeout,
             backend=self._backend,
+            max_bytes=max_bytes,
         )
         joining = _EngineCalls(
             clients, lambda client: client.init_weight_transfer_engine(sender.init_info(offsets[client.index]))
@@ -281,6 +283,8 @@ class _SourceReader:
         assert expected is None, f"the bucket ended before {expected}"
         if self._in_place:
             begin = time.monotonic()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # the slices are written
             process_groups.barrier()
             waited = time.monotonic() - begin
             self.gather_seconds += waited

@@ -32,11 +32,10 @@ from megatron_entropy.weights.buckets import (
     plan_buckets,
 )
 from megatron_entropy.weights.links import (
-    SHARED_MEMORY,
     Link,
     LinkInfo,
-    SharedMemory,
     arrive,
+    create_memory,
     form,
     have_arrived,
     poll,
@@ -51,7 +50,8 @@ class Sender:
         address: of this machine, as the engines reach it.
         num_receivers: number of engine workers that will join.
         timeout: seconds without progress after which a wait is an error.
-        backend: `gloo`, `nccl` or `shared_memory`.
+        backend: `gloo`, `nccl`, `shared_memory` or `cuda_ipc`.
+        max_bytes: of the largest bucket, which `cuda_ipc` allocates.
     """
 
     def __init__(
@@ -63,12 +63,13 @@ class Sender:
         checksum: bool = False,
         timeout: float = 300.0,
         backend: str = "gloo",
+        max_bytes: int = BUCKET_BYTES,
     ) -> None:
         store = dist.TCPStore(
             address, 0, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=timeout)
         )
         self._store: Any = store
-        self._shared = SharedMemory() if backend == SHARED_MEMORY else None
+        self._shared = create_memory(backend, max_bytes)
         self.memory = self._shared.path if self._shared else ""
         """Path of the memory that other trainer ranks may write into; empty where the backend has none."""
         self._info = LinkInfo(
@@ -89,7 +90,7 @@ class Sender:
         # Forming a gloo group blocks until all peers are there, so they are waited for here, where `check` is called.
         poll(self._all_arrived, check, self._info.timeout, "engines to join the weight transfer")
         try:
-            self._link = form(self._store, 0, self._info)
+            self._link = form(self._store, 0, self._info, self._shared)
         except (RuntimeError, dist.DistError) as error:
             raise TransportError(f"cannot form the weight transfer: {reason_of(error)}") from error
 
@@ -138,11 +139,9 @@ class Sender:
         """Leave the group: receivers that wait for data or for other receivers get an error."""
         if self._link is not None:
             self._link.close()
-        self._link = None
-        self._store = None
-        if self._shared is not None:
+        elif self._shared is not None:
             self._shared.close()
-        self._shared = None
+        self._link, self._store, self._shared = None, None, None
 
 
 class Receiver:

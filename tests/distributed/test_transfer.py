@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import host_ipc
 import local_ranks
 import pytest
 import torch
@@ -87,6 +88,7 @@ class Engine:
 
 def sync_to_changing_engines(backend: str) -> list[tuple[int, dict[str, list]]]:
     """Run on every rank; returns version and tensors of each engine after each sync, on rank 0."""
+    host_ipc.install()  # for "cuda_ipc"
     source = Source()
     weight_sync = WeightSync(source, bucket_bytes=800, checksum=True, timeout=20, backend=backend)
     seen = []
@@ -102,7 +104,7 @@ def sync_to_changing_engines(backend: str) -> list[tuple[int, dict[str, list]]]:
     return seen
 
 
-@pytest.mark.parametrize("backend", ["gloo", "shared_memory"])
+@pytest.mark.parametrize("backend", ["gloo", "shared_memory", "cuda_ipc"])
 def test_every_rank_reaches_every_engine(backend: str) -> None:
     seen = local_ranks.run_on_ranks(sync_to_changing_engines, RANKS, backend, timeout_s=120)[0]
     assert [version for version, _ in seen] == [1, 2, 3, 3, 4, 4, 7, 7, 8, 8]

@@ -1,4 +1,4 @@
-"""Buckets, and the transfer of tensors over gloo and through shared memory.
+"""Buckets, and the transfer of tensors over gloo, through shared memory, and through what stands for a GPU's memory.
 
 Proves: every byte arrives for any bucket size and number of receivers, and stays as it is while later buckets arrive;
 a changed byte is named; a refusing, dying or silent peer is an error and never a hang. Receivers are threads here, a
@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+import host_ipc
 import pytest
 import torch
 from hypothesis import given
@@ -21,10 +22,18 @@ from hypothesis import strategies as st
 
 from megatron_entropy.errors import ChecksumError, EngineLost, TransportError
 from megatron_entropy.weights.buckets import Bucket, Slab, TensorMeta, plan_buckets
-from megatron_entropy.weights.links import LinkInfo, SharedMemory
+from megatron_entropy.weights.device_memory import DeviceMemory
+from megatron_entropy.weights.links import LinkInfo, SharedMemory, open_memory
 from megatron_entropy.weights.transport import Receiver, Sender
 
-on_every_link = pytest.mark.parametrize("backend", ["gloo", "shared_memory"])
+on_every_link = pytest.mark.parametrize("backend", ["gloo", "shared_memory", "cuda_ipc"])
+
+
+@pytest.fixture(autouse=True)
+def host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("allocate", "map_handle", "view"):
+        monkeypatch.setattr(f"megatron_entropy.weights.device_memory.{name}", getattr(host_ipc, name))
+
 
 Pairs = list[tuple[str, torch.Tensor]]
 
@@ -195,6 +204,28 @@ def test_shared_memory_is_the_same_for_all_and_grows() -> None:
             mine.view(torch.uint8)[: size // 8 * 8].view(torch.int64)  # aligned for any type
     made.close()
     seen.close()
+
+
+def test_device_memory_is_the_same_for_all_and_is_kept() -> None:
+    made = DeviceMemory(size=1000)
+    seen = open_memory(made.path)
+    for size in (5, 1000):
+        for mine, theirs in zip(made.buffers(size), seen.buffers(size), strict=True):
+            assert len(mine) == len(theirs) == size
+            mine.copy_(torch.arange(size) % 251)
+            assert torch.equal(mine, theirs)
+    with pytest.raises(AssertionError, match="a bucket of 2000 bytes, but the memory is for 1024"):
+        made.buffers(2000)
+    made.close()
+    again = DeviceMemory(size=1000)
+    assert again.buffers(5)[0].tolist() == seen.buffers(5)[0].tolist(), "the same memory"
+    assert seen.is_at(made.path) and not seen.is_at(again.path)
+
+
+def test_device_memory_without_cuda_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # the stand-in
+    with pytest.raises(TransportError, match=r"set (rollout\.)?weight_transfer to 'shared_memory'"):
+        DeviceMemory(size=1000)
 
 
 def test_absent_receiver_is_an_error_in_time() -> None:

@@ -207,9 +207,10 @@ def test_the_backend_of_the_weight_sync_follows_the_machine(pool: EnginePool, mo
     monkeypatch.setattr(pool, "_config", RolloutConfig(weight_transfer="shared_memory"))
     with pytest.raises(ConfigError, match=r"rollout.weight_transfer='shared_memory' needs all ranks"):
         pool.backend(trainer_on_one_machine=False)
-    monkeypatch.setattr(pool, "_config", RolloutConfig(weight_transfer="nccl"))
-    with pytest.raises(ConfigError, match=r"rollout.weight_transfer='nccl' needs engines on GPUs"):
-        pool.backend(trainer_on_one_machine=True)
+    for setting in ("nccl", "cuda_ipc"):
+        monkeypatch.setattr(pool, "_config", RolloutConfig(weight_transfer=setting))
+        with pytest.raises(ConfigError, match=rf"rollout.weight_transfer='{setting}' needs engines on GPUs"):
+            pool.backend(trainer_on_one_machine=True)
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,12 @@ def test_engines_and_actor_take_turns_on_one_gpu(record_property, tmp_path):
     record_run(record_property, train(tmp_path, "colocate = true"))
 
 
+@needs("engines")
+def test_weights_over_cuda_ipc(record_property, tmp_path):
+    """As above, but the weights stay in GPU memory."""
+    record_run(record_property, train(tmp_path, 'colocate = true\nweight_transfer = "cuda_ipc"'))
+
+
 @needs("engines", "two GPUs")
 def test_weights_over_nccl(record_property, tmp_path):
     record_run(record_property, train(tmp_path, 'weight_transfer = "nccl"'))

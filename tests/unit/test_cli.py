@@ -188,6 +188,14 @@ TEMPLATES = ["{{ x.y.z }}", "{% for %}", "{{ 1 + 'a' }}", "{{ messages[99].conte
         (["--rollout.replay=/no/where"], "stage warm: rollout.replay: no such folder: /no/where"),
         (["--rollout.weight_transfer=nccl"], "stage warm: rollout.weight_transfer=nccl needs a GPU"),
         (
+            ["--rollout.weight_transfer=cuda_ipc"],
+            "rollout.weight_transfer=cuda_ipc is for engines on the trainer's GPUs",
+        ),
+        (
+            ["--rollout.weight_transfer=cuda_ipc", "--rollout.colocate=true"],
+            "stage warm: rollout.weight_transfer=cuda_ipc needs a GPU, and this machine has none",
+        ),
+        (
             ["--rollout.quantization=mxfp8"],
             "rollout.quantization=mxfp8 needs a GPU of compute capability 10.0 or higher, and this machine has none",
         ),

@@ -23,6 +23,7 @@ DISTRIBUTION_OF = {
     "prometheus_client": "prometheus-client",
     "transformer_engine": "transformer-engine",
     "grpc": "grpcio",
+    "cuda": "cuda-bindings",
     "yaml": "PyYAML",
 }
 """Distributions with another name than their module."""
