@@ -67,7 +67,7 @@ compare: setup
 
 test: $(VENV)/.setup-dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile tests/unit tests/kernels tests/fuzz tests/distributed
-	$(VENV)/bin/python -m pytest -q tests/engines
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile tests/engines
 
 test-cluster: $(VENV)/.setup-dev
 	$(VENV)/bin/python -m pytest -q -rP --durations=0 tests/cluster
