@@ -26,6 +26,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
@@ -140,6 +142,9 @@ def attach(chunks: list[GPTModel], arch: ModelArchitecture, config: ActorConfig,
         chunk.requires_grad_(False)
         if config.recompute != "none" and chunk.pre_process:
             chunk.embedding.register_forward_hook(enable_input_require_grads)
+        for module in chunk.decoder.modules():
+            if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+                module.register_forward_hook(fold_gradient)
         layer: Any
         for layer in chunk.decoder.layers:
             for name in linears:
@@ -236,6 +241,16 @@ def attach_adapter(parent: torch.nn.Module, name: str, config: ActorConfig) -> L
 
     linear.register_forward_hook(add)
     return adapter
+
+
+def fold_gradient(_: torch.nn.Module, inputs: Any, output: tuple[Tensor, Any]) -> None:
+    """Let a frozen layer see the gradient [T, 1, out] as one matrix.
+
+    Megatron multiplies it by the weight with `matmul`. Where the dimension of length 1 has an unusual stride, which a
+    transposition leaves, `matmul` copies a weight without gradient for every token.
+    """
+    if output[0].requires_grad:
+        output[0].register_hook(lambda gradient: gradient.reshape(-1, gradient.shape[-1]).view(gradient.shape))
 
 
 def enable_input_require_grads(_: torch.nn.Module, inputs: Any, embedded: Tensor) -> None:

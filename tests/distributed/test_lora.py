@@ -296,6 +296,19 @@ def test_gradients_equal_the_definition(folder, reference_gradients, case):
     assert_close(found, reference_gradients)
 
 
+def batched_products(folder: str, recompute: str) -> list[str]:
+    """The products of an update that multiply a batch of matrices."""
+    actor = build(folder, ParallelConfig(), recompute=recompute)
+    with torch.profiler.profile() as profile:
+        update(actor)
+    return [event.key for event in profile.key_averages() if "bmm" in event.key]
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_no_frozen_weight_is_copied_for_every_token(folder, recompute):
+    assert run_on_ranks(batched_products, 1, folder, recompute) == [[]]
+
+
 def continued(folder: str, checkpoints: str, layout: ParallelConfig, saves: bool) -> list[tuple[float, float]]:
     """Loss and gradient norm of updates 3 and 4, after saving or loading the state of update 2."""
     from megatron_entropy.checkpoint import saver as checkpoint
