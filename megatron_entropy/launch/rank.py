@@ -178,7 +178,7 @@ def _train(spec: RunSpec, *, resume: bool, overwrite: bool, several: bool) -> in
         from megatron_entropy.trainer.loop import log, train
         from megatron_entropy.trainer.stop_signal import Stopped
 
-        if process_groups.rank() == 0:  # which draws the plots: the 30 MB are not a stage's
+        if process_groups.rank() == 0:  # draws the plots; 30 MB, which are the run's and not a stage's
             import matplotlib.backends.backend_agg
             import matplotlib.figure  # noqa: F401
 

@@ -193,15 +193,20 @@ def test_memory_of_another_machine_is_named() -> None:
         SharedMemory("/proc/1/fd/none")
 
 
+def assert_the_same(made: SharedMemory | DeviceMemory, seen: SharedMemory | DeviceMemory, size: int) -> None:
+    """What is written into one is in the other, and the buffers are aligned for any type."""
+    for mine, theirs in zip(made.buffers(size), seen.buffers(size), strict=True):
+        assert len(mine) == len(theirs) == size
+        mine.copy_(torch.arange(size) % 251)
+        assert torch.equal(mine, theirs)
+        mine[: size // 8 * 8].view(torch.int64)
+
+
 def test_shared_memory_is_the_same_for_all_and_grows() -> None:
     made = SharedMemory()
-    seen = SharedMemory(made.path)
+    seen = open_memory(made.path)
     for size in (5, 10_000):
-        for mine, theirs in zip(made.buffers(size), seen.buffers(size), strict=True):
-            assert len(mine) == len(theirs) == size
-            mine.copy_(torch.arange(size) % 251)
-            assert torch.equal(mine, theirs)
-            mine.view(torch.uint8)[: size // 8 * 8].view(torch.int64)  # aligned for any type
+        assert_the_same(made, seen, size)
     made.close()
     seen.close()
 
@@ -210,10 +215,7 @@ def test_device_memory_is_the_same_for_all_and_is_kept() -> None:
     made = DeviceMemory(size=1000)
     seen = open_memory(made.path)
     for size in (5, 1000):
-        for mine, theirs in zip(made.buffers(size), seen.buffers(size), strict=True):
-            assert len(mine) == len(theirs) == size
-            mine.copy_(torch.arange(size) % 251)
-            assert torch.equal(mine, theirs)
+        assert_the_same(made, seen, size)
     with pytest.raises(AssertionError, match="a bucket of 2000 bytes, but the memory is for 1024"):
         made.buffers(2000)
     made.close()
